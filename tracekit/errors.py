@@ -1,0 +1,115 @@
+"""Every error and warning of tracekit: what was asked, what happened, what to write instead, and a slug to search for."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class TracekitError(Exception):
+    """The root of all errors; its text ends in `[slug]`, which is stable across releases."""
+
+    slug: ClassVar[str] = "tracekit"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} [{self.slug}]"
+
+
+class CaptureError(TracekitError):
+    """The body of a `with` block cannot be lifted out of its place in the source."""
+
+    slug = "capture"
+
+
+class OutsideTraceError(TracekitError):
+    """A value was asked for where no model is running for it."""
+
+    slug = "outside-trace"
+
+
+class UnknownModuleError(TracekitError, AttributeError):
+    """A name or path that the model does not have."""
+
+    slug = "unknown-module"
+
+
+class UnknownPathError(TracekitError, KeyError):
+    """A path that a model or a Cache does not have."""
+
+    slug = "unknown-path"
+
+    def __str__(self) -> str:  # KeyError would print the repr of the text
+        return f"{self.args[0]} [{self.slug}]"
+
+
+class SiteOrderError(TracekitError):
+    """A value was asked for after the model had passed it."""
+
+    slug = "site-order"
+
+
+class NeverRanError(TracekitError):
+    """A value was asked for, or an edit made, at a module that did not run."""
+
+    slug = "never-ran"
+
+
+class StepError(TracekitError):
+    """A step was asked for that did not happen, or that cannot be named this way."""
+
+    slug = "step"
+
+
+class MisfitError(TracekitError):
+    """A written value does not fit the place of the one it replaces."""
+
+    slug = "misfit"
+
+
+class OverwrittenError(TracekitError):
+    """A captured tensor was overwritten in place later, so it is no longer the captured value."""
+
+    slug = "overwritten"
+
+
+class CacheError(TracekitError):
+    """A cache was asked for something that it does not hold or cannot record."""
+
+    slug = "cache"
+
+
+class InputError(TracekitError, ValueError):
+    """The input of a trace is missing, or of a kind that the model cannot take."""
+
+    slug = "input"
+
+
+class PaddingError(InputError):
+    """A padded batch that this model would compute differently from its rows alone."""
+
+    slug = "padding"
+
+
+class LoadingError(TracekitError):
+    """A model or its tokenizer cannot be loaded from what was given."""
+
+    slug = "loading"
+
+
+class TracekitWarning(UserWarning):
+    """Something is probably not what was meant, and the numbers are right all the same."""
+
+
+class ShortLoopWarning(TracekitWarning):
+    """A bounded loop over steps ended early because the generation did."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x' or 'y'?` for the nearest known names, or nothing."""
+    near = get_close_matches(name, list(known), n=3, cutoff=0.6)
+    if not near:
+        return ""
+    return "; did you mean " + " or ".join(repr(match) for match in near) + "?"
