@@ -1,0 +1,98 @@
+# make demo    see inside the packaged model          make test    everything a change must pass
+# Each makes its environment on the first run (minutes: torch) and starts at once on the next.
+
+PYTHON ?= python3
+PYTHONS ?= 3.10 3.11 3.12 3.13
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE := 1
+
+PAGE_TESTS := $(wildcard tests/page/test_*.py)
+NOTEBOOKS := $(wildcard tutorials/*.ipynb)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format coverage notebooks bench clean
+.PHONY: test-pythons test-page test-lowest
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make demo          what the packaged model thinks, layer by layer
+demo: $(VENV)/.stamp
+	@$(BIN)/tracekit demo
+
+## make test          lint, types and the whole test suite
+test: lint
+	$(BIN)/python -m pytest
+
+## make lint          ruff and pyright only
+lint: $(VENV)/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+## make format        put the code in order
+format: $(VENV)/.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+## make coverage      the suite with branch coverage
+coverage: $(VENV)/.stamp
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+## make test-pythons  capture on every Python found (PYTHONS="3.10 3.12"), without torch
+test-pythons:
+	@tools/test_pythons.sh $(PYTHONS)
+
+## make test-page     the documented pages under transformers 4.57.6 and the newest
+ifeq ($(PAGE_TESTS),)
+test-page:
+	@echo "no tests in tests/page"
+else
+test-page: $(VENV)/.stamp .venv-page/.stamp
+	.venv-page/bin/python -m pytest tests/page
+	$(BIN)/python -m pytest tests/page
+endif
+
+## make test-lowest   the tests not marked slow, on the lowest dependencies promised
+test-lowest: .venv-lowest/.stamp
+	.venv-lowest/bin/python -m pytest -m "not slow"
+
+## make notebooks     run every tutorial
+notebooks: $(VENV)/.stamp
+	@$(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
+
+## make bench         tracekit beside its rivals (BENCH_ARGS=--json)
+bench: .venv-bench/.stamp
+	.venv-bench/bin/python benchmarks/overhead.py $(BENCH_ARGS)
+
+## make clean         remove the environments and all that was built
+clean:
+	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment is made anew only if it is missing, and brought up to date when what it was made
+# from is newer than its stamp. pip comes first: --group needs 25.1, and Python 3.11 brings 23.
+# $(1) folder, $(2) constraints, $(3) what to install beside tracekit itself.
+define install
+@echo "installing $(1) with $(2) ..."
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install -qq --upgrade "pip>=25.1"
+@$(1)/bin/python -m pip install -qq -c $(2) torch
+@$(1)/bin/python -m pip install -qq -c $(2) --editable . $(3)
+@touch $(1)/.stamp
+endef
+
+.venv/.stamp: pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,--group test --group notebooks)
+
+.venv-page/.stamp: pyproject.toml constraints-page.txt
+	$(call install,.venv-page,constraints-page.txt,--group capture)
+
+.venv-lowest/.stamp: pyproject.toml constraints-lowest.txt
+	$(call install,.venv-lowest,constraints-lowest.txt,--group capture)
+
+.venv-bench/.stamp: pyproject.toml constraints.txt
+	$(call install,.venv-bench,constraints.txt,--group benchmarks)

@@ -1,0 +1,21 @@
+"""What every test runs under: offline, one thread for torch, properties without a clock.
+
+Imports neither torch nor transformers: tests/capture runs on interpreters that have neither.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# Tiny matrices gain nothing from a second thread, and an OpenMP team costs more than they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A fork after the tokenizers' pool has started makes them print a warning.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import settings
+
+# No deadline: the first example of a property pays for imports. In CI the same examples each time.
+settings.register_profile("tracekit", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("tracekit")

@@ -1,0 +1,1 @@
+"""The matrix of architectures: how each tiny model is built, one file for each kind."""
