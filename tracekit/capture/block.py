@@ -1,0 +1,190 @@
+"""A captured body: compiled once per place in the source, bound to a frame for each run."""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from collections import ChainMap
+from dataclasses import dataclass, field
+from functools import partial
+from types import CellType, CodeType, FrameType, FunctionType
+from typing import TYPE_CHECKING, Any, Final, final
+
+from tracekit.capture.bytecode import BodyStart, body_start
+from tracekit.capture.extract import check, is_empty
+from tracekit.capture.locate import FUTURES, Place, locate
+from tracekit.capture.percode import PerCode
+from tracekit.capture.rewrite import CompiledBody, compile_function_body, compile_namespace_body, helper_name
+from tracekit.capture.variables import FrameNames, bind, names_of, shared_cells
+from tracekit.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_UNBOUND: Final = object()
+_blocks: PerCode[dict[int, Block]] = PerCode()
+
+
+def capture(frame: FrameType) -> Block:
+    """The block of the `with` that `frame` is entering; call it in `__enter__`.
+
+    Raises CaptureError, before anything is installed, where the body cannot be lifted out.
+    """
+    known = _blocks.get(frame.f_code)
+    block = known.get(frame.f_lasti) if known is not None else None
+    return block if block is not None else _capture_anew(frame)
+
+
+def _capture_anew(frame: FrameType) -> Block:
+    place = locate(frame)
+    check(place)
+    block = _block(place, frame.f_code, frame.f_lasti)
+    if not block.is_empty:
+        block.prepare(frame)
+    known = _blocks.get(frame.f_code)
+    if known is None:
+        _blocks.put(frame.f_code, known := {})
+    known[frame.f_lasti] = block
+    return block
+
+
+def _block(place: Place, code: CodeType, entry: int) -> Block:
+    statement = place.statement
+    target = statement.items[place.item].optional_vars
+    start = body_start(code, entry)
+    return Block(
+        filename=code.co_filename,
+        first_line=statement.lineno,
+        last_line=statement.end_lineno or statement.lineno,
+        function_name=code.co_name,
+        source=_body_text(place),
+        tree=statement,
+        target=target.id if isinstance(target, ast.Name) else None,
+        is_empty=is_empty(statement.body),
+        start=start,
+        place=place,
+        names=names_of(code, FUTURES),
+    )
+
+
+def _body_text(place: Place) -> str:
+    lines = place.source.text.splitlines()
+    body = place.statement.body
+    first = min([body[0].lineno, *(node.lineno for node in getattr(body[0], "decorator_list", []))])
+    text = lines[first - 1 : body[-1].end_lineno]
+    if first <= place.statement.items[-1].context_expr.lineno:  # `with t: statement` on one line
+        text[0] = text[0].encode()[body[0].col_offset :].decode()
+    return textwrap.dedent("\n".join(text)) + "\n"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The body of one `with` statement, wherever and however often it runs. Refers to no frame and no value."""
+
+    filename: str
+    first_line: int  # of the `with` statement, from 1
+    last_line: int
+    function_name: str
+    source: str  # of the body, dedented; for people
+    tree: ast.With  # as written
+    target: str | None  # the name after `as`, if it is a plain name
+    is_empty: bool  # nothing but `pass` and constants
+    start: BodyStart = field(repr=False)
+    place: Place = field(repr=False)
+    names: FrameNames = field(repr=False)
+    _compiled: dict[tuple[str, ...], CompiledBody] = field(default_factory=dict[tuple[str, ...], CompiledBody], repr=False)
+    _namespaced: dict[tuple[str, ...], CodeType] = field(default_factory=dict[tuple[str, ...], CodeType], repr=False)
+
+    def prepare(self, frame: FrameType) -> None:
+        """Compile for a frame of this kind, so that what cannot be compiled is refused before anything runs."""
+        if _is_namespace(self.names, frame):
+            self._namespaced[()] = compile_namespace_body(self.place, self.names, ())
+        else:
+            self._compiled[()] = compile_function_body(self.place, self.names, ())
+
+    def body(self, frame: FrameType, helpers: Mapping[str, object]) -> Body:
+        """The body bound to the names of `frame`, to be run once."""
+        if _is_namespace(self.names, frame):
+            return self._body_in_namespace(frame, helpers)
+        key = tuple(helpers)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = self._compiled[key] = compile_function_body(self.place, self.names, key)
+        return _body_in_function(compiled, self.names, frame, helpers)
+
+    def _body_in_namespace(self, frame: FrameType, helpers: Mapping[str, object]) -> Body:
+        key = tuple(helpers)
+        code = self._namespaced.get(key)
+        if code is None:
+            code = self._namespaced[key] = compile_namespace_body(self.place, self.names, key)
+        extra: dict[str, Any] = {helper_name(name): value for name, value in helpers.items()}
+        return Body(partial(exec, code, frame.f_globals, ChainMap(frame.f_locals, extra)), frame, {})
+
+    def explain(self) -> str:
+        """The captured source and its syntax tree, for people."""
+        try:
+            from astor import dump_tree
+        except ImportError:
+            tree = '(for the syntax tree: pip install "astor")'
+        else:
+            tree = dump_tree(self.tree)
+        return f"{self.filename}:{self.first_line}-{self.last_line} in {self.function_name}\n\n{self.source}\n{tree}\n"
+
+
+def _is_namespace(names: FrameNames, frame: FrameType) -> bool:
+    """Is this a class body, or `exec` with separate locals?"""
+    return not names.is_function and frame.f_locals is not frame.f_globals
+
+
+def _body_in_function(compiled: CompiledBody, names: FrameNames, frame: FrameType, helpers: Mapping[str, object]) -> Body:
+    free = compiled.code.co_freevars
+    if not free:
+        return Body(FunctionType(compiled.code, frame.f_globals, names.function_name), frame, {})
+    values = frame.f_locals
+    cells: dict[str, CellType] = {helper_name(name): CellType(value) for name, value in helpers.items()}
+    cells.update(shared_cells(frame, [name for name in free if name in names.shared]))
+    copied: dict[str, CellType] = {}
+    for name in free:
+        if name not in cells:
+            cells[name] = copied[name] = CellType(values[name]) if name in values else CellType()
+    written = {name: cell for name, cell in copied.items() if name in compiled.handed_back}
+    function = FunctionType(compiled.code, frame.f_globals, names.function_name, None, tuple(cells[name] for name in free))
+    return Body(function, frame, written)
+
+
+@final
+class Body:
+    """One run of a block. Drops the frame and the values in hand_back()."""
+
+    def __init__(self, run: Callable[[], object], frame: FrameType, written: Mapping[str, CellType]) -> None:
+        self._run: Callable[[], object] | None = run
+        self._frame: FrameType | None = frame
+        self._written = written
+        self._before = {name: _contents(cell) for name, cell in written.items()}
+
+    def __call__(self) -> None:
+        """Run the statements of the block, on whatever thread; the user's exceptions propagate."""
+        run, self._run = self._run, None
+        if run is None:
+            raise CaptureError("this body has run already; a new one is made for each run")
+        run()
+
+    def hand_back(self) -> None:
+        """Bind in the user's frame what the body bound, and unbind what it deleted, also after an error in it."""
+        frame, written, before = self._frame, self._written, self._before
+        self._run, self._frame, self._written, self._before = None, None, {}, {}
+        if frame is None or not written:
+            return
+        after = {name: _contents(cell) for name, cell in written.items()}
+        changed = {name: value for name, value in after.items() if value is not before[name]}
+        if changed:
+            bound = {name: value for name, value in changed.items() if value is not _UNBOUND}
+            bind(frame, bound, [name for name in changed if name not in bound])
+
+
+def _contents(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _UNBOUND

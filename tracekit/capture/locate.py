@@ -1,0 +1,232 @@
+"""Find the `with` statement that a frame is entering, in the source that really runs."""
+
+from __future__ import annotations
+
+import __future__
+import ast
+import linecache
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Final, final
+
+from tracekit.capture.bytecode import with_sites
+from tracekit.capture.percode import PerCode
+from tracekit.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FUTURES: Final = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+_WAY_OUT: Final = "put the block into a file, or into a function in a file"
+_KEPT_FILES: Final = 64  # parsed sources; one is a few MB for the largest files
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One version of one file."""
+
+    filename: str
+    text: str
+    tree: ast.Module
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A `with` statement in its source."""
+
+    source: Source
+    statement: ast.With
+    item: int  # which of the statement's managers is entered
+    enclosing: tuple[ast.AST, ...]  # classes and functions around it, outermost first
+
+
+_made_here: PerCode[Source] = PerCode()
+
+
+def remember_origin(code: CodeType, source: Source) -> None:
+    """Note that `code` was compiled here from `source`, so that a block inside a block is found."""
+    _made_here.put(code, source)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            remember_origin(constant, source)
+
+
+def locate(frame: FrameType) -> Place:
+    """The `with` statement that `frame` is entering; CaptureError where its source is missing or another one."""
+    if frame.f_lasti not in with_sites(frame.f_code).entries:
+        raise CaptureError(
+            f"{_here(frame)} enters a trace without a `with` statement (an ExitStack, or a call of __enter__); "
+            "write `with model.trace(...):`"
+        )
+    source = _made_here.get(frame.f_code) or _checked_source(frame)
+    return _find(source, frame)
+
+
+def _here(frame: FrameType) -> str:
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+# --- the text ------------------------------------------------------------------------------------
+
+
+def _checked_source(frame: FrameType) -> Source:
+    code = frame.f_code
+    text = _text(frame)
+    if not text:
+        raise CaptureError(f"the source of the block at {_here(frame)} is not available; {_WAY_OUT}")
+    try:
+        source = _parse(code.co_filename, text)
+        is_fresh = _is_source_of(source, frame)
+    except SyntaxError as error:
+        raise CaptureError(_changed(frame)) from error
+    if not is_fresh:
+        raise CaptureError(_changed(frame))
+    return source
+
+
+def _changed(frame: FrameType) -> str:
+    if frame.f_code.co_filename.startswith("<"):
+        return f"the source of the block at {_here(frame)} is not available (what is found there is another text); {_WAY_OUT}"
+    return f"{frame.f_code.co_filename} changed since it was imported, so the block at line {frame.f_lineno} is not known; reload it"
+
+
+def _text(frame: FrameType) -> str:
+    filename = frame.f_code.co_filename
+    linecache.checkcache(filename)
+    lines = linecache.getlines(filename, frame.f_globals)
+    if not lines and filename == "<string>":
+        return _command_line_text()
+    return "".join(lines)
+
+
+def _command_line_text() -> str:
+    """The text of `python -c TEXT`, which Python itself keeps only from 3.13 on."""
+    arguments = iter(sys.orig_argv[1:])
+    for argument in arguments:
+        if not argument.startswith("-") or argument.startswith("--"):
+            return ""
+        if argument in {"-X", "-W"}:
+            next(arguments, None)
+        elif "c" in argument and not argument.startswith(("-X", "-W")):
+            return argument.split("c", 1)[1] or next(arguments, "")
+    return ""
+
+
+@lru_cache(maxsize=_KEPT_FILES)
+def _parse(filename: str, text: str) -> Source:
+    return Source(filename, text, ast.parse(text, filename))
+
+
+# --- is it the text that runs? -------------------------------------------------------------------
+
+
+def _is_source_of(source: Source, frame: FrameType) -> bool:
+    code = frame.f_code
+    if _is_notebook_cell(code.co_filename):
+        return True
+    is_same = _is_alike if "@pytest_ar" in frame.f_globals else _is_equal
+    return any(
+        is_same(candidate, code)
+        for compiled in _compiled_forms(source, code)
+        for candidate in _code_objects(compiled)
+        if (candidate.co_name, candidate.co_firstlineno) == (code.co_name, code.co_firstlineno)
+    )
+
+
+def _is_notebook_cell(filename: str) -> bool:
+    """Cells are named after a hash of their text, and may be compiled by parts or transformed: nothing to compare."""
+    return filename.startswith("<ipython-input-") or "ipykernel_" in filename
+
+
+def _compiled_forms(source: Source, code: CodeType) -> Iterator[CodeType]:
+    flags = code.co_flags & FUTURES
+    yield _compile(source.filename, source.text, flags, "exec")
+    if len(source.tree.body) == 1:  # doctest and the interactive prompt
+        yield _compile(source.filename, source.text, flags, "single")
+
+
+@lru_cache(maxsize=_KEPT_FILES)
+def _compile(filename: str, text: str, flags: int, mode: str) -> CodeType:
+    return compile(text, filename, mode, flags=flags, dont_inherit=True)
+
+
+def _code_objects(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code_objects(constant)
+
+
+def _is_equal(found: object, running: object) -> bool:
+    if not isinstance(found, CodeType) or not isinstance(running, CodeType):
+        return type(found) is type(running) and found == running
+    return (
+        found.co_code == running.co_code
+        and found.co_names == running.co_names
+        and found.co_varnames == running.co_varnames
+        and found.co_cellvars == running.co_cellvars
+        and found.co_freevars == running.co_freevars
+        and list(found.co_lines()) == list(running.co_lines())
+        and len(found.co_consts) == len(running.co_consts)
+        and all(map(_is_equal, found.co_consts, running.co_consts))
+    )
+
+
+def _is_alike(found: CodeType, running: CodeType) -> bool:
+    """The weaker test for code in which pytest has rewritten the asserts: it may only have added names."""
+    return set(found.co_names) <= set(running.co_names) and set(found.co_varnames) <= set(running.co_varnames)
+
+
+# --- the statement -------------------------------------------------------------------------------
+
+
+def _find(source: Source, frame: FrameType) -> Place:
+    line, column = _position(frame.f_code, frame.f_lasti, frame.f_lineno)
+    for statement, enclosing in _with_statements(source.tree, ()):
+        item = _item(statement, line, column, frame)
+        if item is None:
+            continue
+        if isinstance(statement, ast.AsyncWith):
+            raise CaptureError(f"{_here(frame)} opens a trace with `async with`; write `with`")
+        return Place(source, statement, item, enclosing)
+    raise CaptureError(f"no `with` statement was found at {_here(frame)}; {_WAY_OUT}")
+
+
+def _position(code: CodeType, offset: int, line: int) -> tuple[int, int | None]:
+    """Where the instruction stands: the whole statement up to 3.12, its item from 3.13 on (in UTF-8 bytes, as in `ast`)."""
+    if sys.version_info < (3, 11):
+        return line, None
+    start, _, column, _ = next(islice(code.co_positions(), offset // 2, None))
+    return start or line, column
+
+
+def _item(statement: ast.With | ast.AsyncWith, line: int, column: int | None, frame: FrameType) -> int | None:
+    """The index of the manager that is entered, if this is the statement; no two statements `with` begin on one line."""
+    if sys.version_info >= (3, 13):
+        starts = [(item.context_expr.lineno, item.context_expr.col_offset) for item in statement.items]
+        matches = [index for index, start in enumerate(starts) if start[0] == line and column in (None, start[1])]
+        return matches[0] if matches else None
+    return _entry_rank(frame.f_code, frame.f_lasti) % len(statement.items) if statement.lineno == line else None
+
+
+def _entry_rank(code: CodeType, offset: int) -> int:
+    """How many managers of the same line are entered before `offset` in the code (a `finally` may stand there twice)."""
+    lines = {start: line for begin, end, line in code.co_lines() for start in range(begin, end, 2)}
+    return sum(lines[entry] == lines[offset] for entry in with_sites(code).entries if entry < offset)
+
+
+def _with_statements(
+    node: ast.AST, enclosing: tuple[ast.AST, ...]
+) -> Iterator[tuple[ast.With | ast.AsyncWith, tuple[ast.AST, ...]]]:
+    if isinstance(node, (ast.With, ast.AsyncWith)):
+        yield node, enclosing
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        enclosing = (*enclosing, node)
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _with_statements(child, enclosing)
