@@ -14,7 +14,7 @@ from tracekit.capture.bytecode import BodyStart, body_start
 from tracekit.capture.extract import check, is_empty
 from tracekit.capture.locate import FUTURES, Place, locate
 from tracekit.capture.percode import PerCode
-from tracekit.capture.rewrite import CompiledBody, compile_function_body, compile_namespace_body, helper_name
+from tracekit.capture.rewrite import SAVE, CompiledBody, compile_function_body, compile_namespace_body, helper_name
 from tracekit.capture.variables import FrameNames, bind, names_of, shared_cells
 from tracekit.errors import CaptureError
 
@@ -99,9 +99,9 @@ class Block:
     def prepare(self, frame: FrameType) -> None:
         """Compile for a frame of this kind, so that what cannot be compiled is refused before anything runs."""
         if _is_namespace(self.names, frame):
-            self._namespaced[()] = compile_namespace_body(self.place, self.names, ())
+            self._namespaced[(SAVE,)] = compile_namespace_body(self.place, self.names, (SAVE,))
         else:
-            self._compiled[()] = compile_function_body(self.place, self.names, ())
+            self._compiled[(SAVE,)] = compile_function_body(self.place, self.names, (SAVE,))
 
     def body(self, frame: FrameType, helpers: Mapping[str, object]) -> Body:
         """The body bound to the names of `frame`, to be run once."""
@@ -143,7 +143,7 @@ def _body_in_function(compiled: CompiledBody, names: FrameNames, frame: FrameTyp
         return Body(FunctionType(compiled.code, frame.f_globals, names.function_name), frame, {})
     values = frame.f_locals
     cells: dict[str, CellType] = {helper_name(name): CellType(value) for name, value in helpers.items()}
-    cells.update(shared_cells(frame, [name for name in free if name in names.shared]))
+    cells.update(shared_cells(frame, {name: names.slots[name] for name in free if name in names.slots}))
     copied: dict[str, CellType] = {}
     for name in free:
         if name not in cells:

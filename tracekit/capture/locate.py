@@ -210,7 +210,8 @@ def _item(statement: ast.With | ast.AsyncWith, line: int, column: int | None, fr
     if sys.version_info >= (3, 13):
         starts = [(item.context_expr.lineno, item.context_expr.col_offset) for item in statement.items]
         matches = [index for index, start in enumerate(starts) if start[0] == line and column in (None, start[1])]
-        return matches[0] if matches else None
+        rank = _entry_rank(frame.f_code, frame.f_lasti) if len(matches) > 1 else 0
+        return matches[rank % len(matches)] if matches else None
     return _entry_rank(frame.f_code, frame.f_lasti) % len(statement.items) if statement.lineno == line else None
 
 

@@ -18,6 +18,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
 from tracekit.capture.locate import remember_origin
+from tracekit.capture.scope import global_names
 from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class CompiledBody:
 
 def compile_function_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CompiledBody:
     """The body for a frame of a function, or of a module (whose names are all global)."""
-    visible = {name for name in names.all if "." not in name and not name.startswith(_MARK)}
+    visible = _visible(place, names)
     statements = _rewritten(place, names, helpers)
     parameters = sorted(visible | {helper_name(name) for name in helpers})
     first = _body_code(_compile(place, names, parameters, statements))
@@ -60,7 +61,15 @@ def compile_function_body(place: Place, names: FrameNames, helpers: Sequence[str
     second = _body_code(_compile(place, names, parameters, [*declared, *statements]))
     code = _with_own_name(second, names.function_name, _qualified_name(place))
     remember_origin(code, place.source)
-    return CompiledBody(code, frozenset(_written(code) & names.plain))
+    return CompiledBody(code, frozenset(_written(code) & visible))
+
+
+def _visible(place: Place, names: FrameNames) -> set[str]:
+    """The frame's names that the body can mean; a module has none, as its names are global."""
+    if not names.is_function:
+        return set()
+    visible = {name for name in names.all if "." not in name and not name.startswith(_MARK)}
+    return visible - global_names(place, visible)
 
 
 def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CodeType:
@@ -197,8 +206,10 @@ def _body_code(code: CodeType) -> CodeType:
 
 
 def _written(code: CodeType) -> set[str]:
-    """Free variables that the body itself writes."""
-    return {step.argval for step in dis.get_instructions(code) if step.opname in {"STORE_DEREF", "DELETE_DEREF"}}
+    """Free variables that the body, or a function in it, writes."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in {"STORE_DEREF", "DELETE_DEREF"}}
+    inner = [_written(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return own.union(*inner) & set(code.co_freevars)
 
 
 def _qualified_name(place: Place) -> str:

@@ -13,7 +13,7 @@ from threading import Lock, get_ident
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final, final
 
-from tracekit.capture.variables import bind
+from tracekit.capture.variables import bind_name
 from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def skip_body(block: Block, frame: FrameType, entered: object = _NOT_GIVEN) -> S
                 f"the block at {block.filename}:{block.first_line} begins with `try:` and its `as` names no plain variable; "
                 "put another statement before the `try:`"
             )
-        bind(frame, {block.target: entered})
+        bind_name(frame, block.target, entered)
     if sys.version_info >= (3, 12):
         return MonitoringSkip(start.offset, frame)
     return TracingSkip(start.offset, frame)

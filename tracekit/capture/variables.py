@@ -26,6 +26,7 @@ class FrameNames:
     is_function: bool
     plain: frozenset[str]  # locals that no other scope can see
     shared: frozenset[str]  # locals in cells: other functions may read or write them at any time
+    slots: Mapping[str, int]  # of the shared names: their index in the frame's memory
     future_flags: int
 
     @property
@@ -40,8 +41,19 @@ def names_of(code: CodeType, future_mask: int) -> FrameNames:
         is_function=bool(code.co_flags & CO_OPTIMIZED),
         plain=frozenset(code.co_varnames) - shared,
         shared=shared,
+        slots={name: slot for name, slot in _slots(code).items() if name in shared},
         future_flags=code.co_flags & future_mask,
     )
+
+
+def _slots(code: CodeType) -> dict[str, int]:
+    """The index of each variable in the frame's memory; an argument in a cell keeps its place from 3.11 on."""
+    names = [*code.co_varnames]
+    if sys.version_info >= (3, 11):
+        names += [name for name in code.co_cellvars if name not in code.co_varnames]
+    else:
+        names += code.co_cellvars
+    return {name: index for index, name in enumerate([*names, *code.co_freevars])}
 
 
 def bind(frame: FrameType, values: Mapping[str, object], removed: Iterable[str] = ()) -> None:
@@ -49,9 +61,9 @@ def bind(frame: FrameType, values: Mapping[str, object], removed: Iterable[str] 
 
     Raises CaptureError for a name in `removed` on Python 3.13 and later, whose frames cannot unbind.
     """
-    variables = frame.f_locals
+    variables, code = frame.f_locals, frame.f_code
     variables.update(values)
-    if not frame.f_code.co_flags & CO_OPTIMIZED:
+    if not code.co_flags & CO_OPTIMIZED:
         for name in removed:
             variables.pop(name, None)
     elif HAS_LIVE_LOCALS:
@@ -60,6 +72,16 @@ def bind(frame: FrameType, values: Mapping[str, object], removed: Iterable[str] 
         for name in removed:
             variables.pop(name, None)
         ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(1))
+
+
+def bind_name(frame: FrameType, name: str, value: object) -> None:
+    """Bind one name as an assignment in that frame would: a name that is no local of a function is global."""
+    code = frame.f_code
+    is_local = name in (*code.co_varnames, *code.co_cellvars, *code.co_freevars)
+    if code.co_flags & CO_OPTIMIZED and not is_local:
+        frame.f_globals[name] = value
+    else:
+        bind(frame, {name: value})
 
 
 def _refuse_to_unbind(frame: FrameType, removed: tuple[str, ...]) -> None:
@@ -104,25 +126,13 @@ _layout: Final = _LAYOUTS.get(sys.version_info[:2]) if _HAS_KNOWN_OBJECTS else N
 _POINTER_TO_FRAME: Final = 24  # in the frame object: head (16 bytes), f_back, then this
 
 
-def shared_cells(frame: FrameType, names: Iterable[str]) -> dict[str, CellType]:
-    """The frame's own cells of those `names` that have one and can be reached."""
-    wanted = [name for name in names if name in frame.f_code.co_cellvars or name in frame.f_code.co_freevars]
-    start = _first_local(frame) if wanted else None
+def shared_cells(frame: FrameType, slots: Mapping[str, int]) -> dict[str, CellType]:
+    """The frame's own cells in the given slots (FrameNames.slots), as far as they can be reached."""
+    start = _first_local(frame) if slots else None
     if start is None:
         return {}
-    slots = _slots(frame.f_code)
-    cells = {name: _cell_at(start + _WORD * slots[name]) for name in wanted}
+    cells = {name: _cell_at(start + _WORD * slot) for name, slot in slots.items()}
     return {name: cell for name, cell in cells.items() if cell is not None}
-
-
-def _slots(code: CodeType) -> dict[str, int]:
-    """The index of each variable in the frame's memory; an argument in a cell keeps its place from 3.11 on."""
-    names = [*code.co_varnames]
-    if sys.version_info >= (3, 11):
-        names += [name for name in code.co_cellvars if name not in code.co_varnames]
-    else:
-        names += code.co_cellvars
-    return {name: index for index, name in enumerate([*names, *code.co_freevars])}
 
 
 def _first_local(frame: FrameType) -> int | None:
