@@ -7,7 +7,16 @@ from threading import Thread, get_ident
 from types import FrameType, TracebackType
 from typing import Any
 
-from tracekit.capture import Block, Body, Skip, caller_frame, capture, frames, show_own_lines, skip_body
+from tracekit.capture import (
+    Block,
+    Body,
+    Skip,
+    caller_frame,
+    capture,
+    frames,
+    show_own_lines,
+    skip_body,
+)
 
 frames._is_own[__file__] = True  # it plays the part of tracekit's own tracer
 
@@ -48,7 +57,12 @@ class FakeTracer:
             self.skip = skip_body(self.block, self.frame, entered=self)
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> bool:
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> bool:
         skip, frame, block = self.skip, self.frame, self.block
         self.skip = self.frame = None
         if skip is None:

@@ -14,8 +14,14 @@ from tracekit.capture.bytecode import BodyStart, body_start
 from tracekit.capture.extract import check, is_empty
 from tracekit.capture.locate import FUTURES, Place, locate
 from tracekit.capture.percode import PerCode
-from tracekit.capture.rewrite import SAVE, CompiledBody, compile_function_body, compile_namespace_body, helper_name
-from tracekit.capture.variables import FrameNames, bind, names_of, shared_cells
+from tracekit.capture.rewrite import (
+    SAVE,
+    CompiledBody,
+    compile_function_body,
+    compile_namespace_body,
+    helper_name,
+)
+from tracekit.capture.variables import FrameNames, bind, forget_snapshot, names_of, shared_cells
 from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -93,8 +99,12 @@ class Block:
     start: BodyStart = field(repr=False)
     place: Place = field(repr=False)
     names: FrameNames = field(repr=False)
-    _compiled: dict[tuple[str, ...], CompiledBody] = field(default_factory=dict[tuple[str, ...], CompiledBody], repr=False)
-    _namespaced: dict[tuple[str, ...], CodeType] = field(default_factory=dict[tuple[str, ...], CodeType], repr=False)
+    _compiled: dict[tuple[str, ...], CompiledBody] = field(
+        default_factory=dict[tuple[str, ...], CompiledBody], repr=False
+    )
+    _namespaced: dict[tuple[str, ...], CodeType] = field(
+        default_factory=dict[tuple[str, ...], CodeType], repr=False
+    )
 
     def prepare(self, frame: FrameType) -> None:
         """Compile for a frame of this kind, so that what cannot be compiled is refused before anything runs."""
@@ -119,7 +129,9 @@ class Block:
         if code is None:
             code = self._namespaced[key] = compile_namespace_body(self.place, self.names, key)
         extra: dict[str, Any] = {helper_name(name): value for name, value in helpers.items()}
-        return Body(partial(exec, code, frame.f_globals, ChainMap(frame.f_locals, extra)), frame, {})
+        return Body(
+            partial(exec, code, frame.f_globals, ChainMap(frame.f_locals, extra)), frame, {}
+        )
 
     def explain(self) -> str:
         """The captured source and its syntax tree, for people."""
@@ -137,19 +149,31 @@ def _is_namespace(names: FrameNames, frame: FrameType) -> bool:
     return not names.is_function and frame.f_locals is not frame.f_globals
 
 
-def _body_in_function(compiled: CompiledBody, names: FrameNames, frame: FrameType, helpers: Mapping[str, object]) -> Body:
+def _body_in_function(
+    compiled: CompiledBody, names: FrameNames, frame: FrameType, helpers: Mapping[str, object]
+) -> Body:
     free = compiled.code.co_freevars
     if not free:
         return Body(FunctionType(compiled.code, frame.f_globals, names.function_name), frame, {})
     values = frame.f_locals
-    cells: dict[str, CellType] = {helper_name(name): CellType(value) for name, value in helpers.items()}
-    cells.update(shared_cells(frame, {name: names.slots[name] for name in free if name in names.slots}))
+    cells: dict[str, CellType] = {
+        helper_name(name): CellType(value) for name, value in helpers.items()
+    }
+    cells.update(
+        shared_cells(frame, {name: names.slots[name] for name in free if name in names.slots})
+    )
     copied: dict[str, CellType] = {}
     for name in free:
         if name not in cells:
             cells[name] = copied[name] = CellType(values[name]) if name in values else CellType()
     written = {name: cell for name, cell in copied.items() if name in compiled.handed_back}
-    function = FunctionType(compiled.code, frame.f_globals, names.function_name, None, tuple(cells[name] for name in free))
+    function = FunctionType(
+        compiled.code,
+        frame.f_globals,
+        names.function_name,
+        None,
+        tuple(cells[name] for name in free),
+    )
     return Body(function, frame, written)
 
 
@@ -157,7 +181,9 @@ def _body_in_function(compiled: CompiledBody, names: FrameNames, frame: FrameTyp
 class Body:
     """One run of a block. Drops the frame and the values in hand_back()."""
 
-    def __init__(self, run: Callable[[], object], frame: FrameType, written: Mapping[str, CellType]) -> None:
+    def __init__(
+        self, run: Callable[[], object], frame: FrameType, written: Mapping[str, CellType]
+    ) -> None:
         self._run: Callable[[], object] | None = run
         self._frame: FrameType | None = frame
         self._written = written
@@ -171,16 +197,22 @@ class Body:
         run()
 
     def hand_back(self) -> None:
-        """Bind in the user's frame what the body bound, and unbind what it deleted, also after an error in it."""
+        """Bind in the user's frame what the body bound, and unbind what it deleted.
+
+        Also after an error in the body: what was bound before the error is bound.
+        """
         frame, written, before = self._frame, self._written, self._before
         self._run, self._frame, self._written, self._before = None, None, {}, {}
-        if frame is None or not written:
+        if frame is None:
             return
         after = {name: _contents(cell) for name, cell in written.items()}
         changed = {name: value for name, value in after.items() if value is not before[name]}
-        if changed:
-            bound = {name: value for name, value in changed.items() if value is not _UNBOUND}
-            bind(frame, bound, [name for name in changed if name not in bound])
+        bound = {name: value for name, value in changed.items() if value is not _UNBOUND}
+        try:
+            if changed:
+                bind(frame, bound, [name for name in changed if name not in bound])
+        finally:
+            forget_snapshot(frame)
 
 
 def _contents(cell: CellType) -> object:

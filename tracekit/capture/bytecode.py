@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, final
 
@@ -58,7 +57,8 @@ def _find_sites(code: CodeType) -> WithSites:
         if step.opname in _ENTERING:
             calls.add(steps[index - 1].offset)
             entries.append(step.offset)
-        elif step.opname == "LOAD_SPECIAL" and "enter" in step.argrepr:  # 3.14: COPY, LOAD_SPECIAL, SWAP, SWAP, this
+        elif step.opname == "LOAD_SPECIAL" and "enter" in step.argrepr:
+            # 3.14: the call, COPY, LOAD_SPECIAL __exit__, SWAP, SWAP, LOAD_SPECIAL __enter__, CALL
             calls.add(steps[index - 5].offset)
             entries.append(steps[index + 1].offset)
     return WithSites(frozenset(calls), tuple(entries))
@@ -67,8 +67,8 @@ def _find_sites(code: CodeType) -> WithSites:
 def body_start(code: CodeType, entry: int) -> BodyStart:
     """Where the body begins of the `with` that is entered at `entry`.
 
-    The instruction after the target is bound will do, unless it lies in a `try` that opens the body (whose
-    handlers and `finally` would see the exception) or behind the body (which may have no code at all).
+    The instruction after the target is bound will do, unless it lies in a `try` that opens the body
+    (whose handlers and `finally` would see the exception) or behind a body that has no code.
     """
     steps = _steps(code)
     index = next(index for index, step in enumerate(steps) if step.offset == entry) + 1
@@ -81,15 +81,17 @@ def body_start(code: CodeType, entry: int) -> BodyStart:
 
 
 def _after_target(steps: list[dis.Instruction], index: int) -> int | None:
-    """The offset after the value of `__enter__` has left the stack, which is what binding the target does."""
+    """The offset where what `__enter__` returned has left the stack: the target is bound."""
     depth = 1
     for position in range(index, len(steps) - 1):
         step = steps[position]
         if "JUMP" in step.opname:
             return None
-        if depth == 1 and step.opname == "STORE_FAST_LOAD_FAST":  # 3.13 joins the target with the body's first read
-            return steps[position + 1].offset
-        depth += dis.stack_effect(step.opcode, step.arg if step.opcode >= dis.HAVE_ARGUMENT else None)
+        if depth == 1 and step.opname == "STORE_FAST_LOAD_FAST":
+            depth = 0  # 3.13 joins the target with the first read of a body on the same line
+        else:
+            argument = step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
+            depth += dis.stack_effect(step.opcode, argument)
         if depth == 0:
             return steps[position + 1].offset
     return None
@@ -97,17 +99,22 @@ def _after_target(steps: list[dis.Instruction], index: int) -> int | None:
 
 @final
 class _Handlers:
-    """Which exception handler covers which instruction; up to 3.10 blocks are entered by instructions, so all is one."""
+    """Which exception handler covers which instruction.
+
+    Up to 3.10 there is no table: a `try` is entered by an instruction, where the skip can fire.
+    """
 
     def __init__(self, code: CodeType) -> None:
-        self._ranges = list(_exception_table(code.co_exceptiontable)) if sys.version_info >= (3, 11) else []
+        self._ranges = list(_exception_table(getattr(code, "co_exceptiontable", b"")))
 
     def at(self, offset: int) -> int | None:
-        return next((handler for start, end, handler in self._ranges if start <= offset < end), None)
+        return next(
+            (handler for start, end, handler in self._ranges if start <= offset < end), None
+        )
 
 
 def _exception_table(table: bytes) -> Iterator[tuple[int, int, int]]:
-    """Start, end and handler of each range, in bytes (CPython's Objects/exception_handling_notes.txt)."""
+    """Start, end and handler of each range in bytes (CPython: exception_handling_notes.txt)."""
     numbers = _varints(table)
     for start in numbers:
         length, handler, _ = next(numbers), next(numbers), next(numbers)

@@ -1,4 +1,4 @@
-"""Refuse what cannot be lifted out of its place: statements that leave the block or suspend its function."""
+"""Refuse what cannot be lifted out of its place: what leaves the block or suspends its function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from tracekit.capture.locate import Place
 
 _MOVE: Final = "move it after the block"
-_WRAP: Final = "put it into a function that is called in the block, or move it out of the block"
+_WRAP: Final = "put it into a function that is called in the block"
+_NAMING_FIELDS: Final = ("id", "attr", "name", "asname")
+_OF_A_CLASS: Final = frozenset({"super", "__class__"})
 
 
 def check(place: Place) -> None:
@@ -22,18 +24,39 @@ def check(place: Place) -> None:
     if place.item != len(statement.items) - 1:
         other = ast.unparse(statement.items[place.item + 1].context_expr)
         raise CaptureError(
-            f"{filename}:{statement.lineno}: `{other}` stands after the trace in one `with`, so it would be closed "
-            "before the block runs; put the trace last"
+            f"{filename}:{statement.lineno}: `{other}` stands after the trace in one `with`, "
+            "so it would be closed before the block runs; put the trace last"
         )
     checker = _Checker(filename)
     for inner in statement.body:
         checker.visit(inner)
 
 
+def check_namespace(place: Place, around: frozenset[str]) -> None:
+    """Refuse, in the body of a class, names that only code compiled inside that class can mean.
+
+    These are private names, zero-argument `super` and the names `around` (of an enclosing function).
+    """
+    is_in_class = any(isinstance(node, ast.ClassDef) for node in place.enclosing)
+    for node in (inner for statement in place.statement.body for inner in ast.walk(statement)):
+        for name in {getattr(node, field, None) for field in _NAMING_FIELDS} - {None}:
+            is_bound_to_class = is_in_class and (name in _OF_A_CLASS or _is_private(str(name)))
+            if name in around or is_bound_to_class:
+                raise CaptureError(
+                    f"{place.source.filename}:{getattr(node, 'lineno', place.statement.lineno)}: "
+                    f"a block in the body of a class cannot use `{name}`; move it out of the class"
+                )
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("__") and not name.endswith("__")
+
+
 def is_empty(body: Iterable[ast.stmt]) -> bool:
     """Does the body do nothing (`pass`, a string, `...`)?"""
     return all(
-        isinstance(statement, ast.Pass) or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        isinstance(statement, ast.Pass)
+        or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
         for statement in body
     )
 
@@ -47,7 +70,10 @@ class _Checker(ast.NodeVisitor):
         self._is_in_loop = False
 
     def _refuse(self, node: ast.stmt | ast.expr, construct: str, way_out: str) -> None:
-        raise CaptureError(f"{self._filename}:{node.lineno}: `{construct}` cannot be lifted out of the block; {way_out}")
+        raise CaptureError(
+            f"{self._filename}:{node.lineno}: `{construct}` cannot be lifted out of the block; "
+            f"{way_out}"
+        )
 
     def visit_Return(self, node: ast.Return) -> None:
         self._refuse(node, "return", _MOVE)

@@ -25,14 +25,16 @@ def is_own_file(filename: str) -> bool:
 
 def caller_frame() -> FrameType:
     """The nearest frame outside the tracekit package."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None and is_own_file(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
-        raise CaptureError("no frame outside tracekit is calling; open the trace from your own code")
+        raise CaptureError(
+            "no frame outside tracekit is calling; open the trace from your own code"
+        )
     return frame
 
 
 def is_with_item(frame: FrameType) -> bool:
-    """Is the call that `frame` executes right now the context expression of a `with` or `async with`?"""
+    """Is the call that `frame` executes now the context expression of a `with` or `async with`?"""
     return frame.f_lasti in with_sites(frame.f_code).calls

@@ -1,8 +1,8 @@
 """Find the `with` statement that a frame is entering, in the source that really runs."""
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import linecache
 import sys
@@ -19,7 +19,9 @@ from tracekit.errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FUTURES: Final = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+FUTURES: Final = sum(
+    getattr(__future__, name).compiler_flag for name in __future__.all_feature_names
+)
 _WAY_OUT: Final = "put the block into a file, or into a function in a file"
 _KEPT_FILES: Final = 64  # parsed sources; one is a few MB for the largest files
 
@@ -57,11 +59,14 @@ def remember_origin(code: CodeType, source: Source) -> None:
 
 
 def locate(frame: FrameType) -> Place:
-    """The `with` statement that `frame` is entering; CaptureError where its source is missing or another one."""
+    """The `with` statement that `frame` is entering.
+
+    Raises CaptureError where its source is not available, or is not what runs.
+    """
     if frame.f_lasti not in with_sites(frame.f_code).entries:
         raise CaptureError(
-            f"{_here(frame)} enters a trace without a `with` statement (an ExitStack, or a call of __enter__); "
-            "write `with model.trace(...):`"
+            f"{_here(frame)} enters a trace without a `with` statement (an ExitStack, or a call of "
+            "__enter__); write `with model.trace(...):`"
         )
     source = _made_here.get(frame.f_code) or _checked_source(frame)
     return _find(source, frame)
@@ -78,7 +83,9 @@ def _checked_source(frame: FrameType) -> Source:
     code = frame.f_code
     text = _text(frame)
     if not text:
-        raise CaptureError(f"the source of the block at {_here(frame)} is not available; {_WAY_OUT}")
+        raise CaptureError(
+            f"the source of the block at {_here(frame)} is not available; {_WAY_OUT}"
+        )
     try:
         source = _parse(code.co_filename, text)
         is_fresh = _is_source_of(source, frame)
@@ -90,9 +97,14 @@ def _checked_source(frame: FrameType) -> Source:
 
 
 def _changed(frame: FrameType) -> str:
-    if frame.f_code.co_filename.startswith("<"):
-        return f"the source of the block at {_here(frame)} is not available (what is found there is another text); {_WAY_OUT}"
-    return f"{frame.f_code.co_filename} changed since it was imported, so the block at line {frame.f_lineno} is not known; reload it"
+    filename = frame.f_code.co_filename
+    if filename.startswith("<"):
+        found = "what is found there is another text"
+        return f"the source of the block at {_here(frame)} is not available ({found}); {_WAY_OUT}"
+    return (
+        f"{filename} changed since it was imported, so its line {frame.f_lineno} may be another "
+        "block; reload the module, or start again"
+    )
 
 
 def _text(frame: FrameType) -> str:
@@ -139,7 +151,7 @@ def _is_source_of(source: Source, frame: FrameType) -> bool:
 
 
 def _is_notebook_cell(filename: str) -> bool:
-    """Cells are named after a hash of their text, and may be compiled by parts or transformed: nothing to compare."""
+    """Cells are named after a hash of their text, and may be compiled statement by statement."""
     return filename.startswith("<ipython-input-") or "ipykernel_" in filename
 
 
@@ -178,8 +190,9 @@ def _is_equal(found: object, running: object) -> bool:
 
 
 def _is_alike(found: CodeType, running: CodeType) -> bool:
-    """The weaker test for code in which pytest has rewritten the asserts: it may only have added names."""
-    return set(found.co_names) <= set(running.co_names) and set(found.co_varnames) <= set(running.co_varnames)
+    """The weaker test for code whose asserts pytest has rewritten: it may have added names."""
+    has_names = set(found.co_names) <= set(running.co_names)
+    return has_names and set(found.co_varnames) <= set(running.co_varnames)
 
 
 # --- the statement -------------------------------------------------------------------------------
@@ -198,27 +211,44 @@ def _find(source: Source, frame: FrameType) -> Place:
 
 
 def _position(code: CodeType, offset: int, line: int) -> tuple[int, int | None]:
-    """Where the instruction stands: the whole statement up to 3.12, its item from 3.13 on (in UTF-8 bytes, as in `ast`)."""
+    """The start of the whole statement up to 3.12, of its item from 3.13 on (as in `ast`)."""
     if sys.version_info < (3, 11):
         return line, None
     start, _, column, _ = next(islice(code.co_positions(), offset // 2, None))
     return start or line, column
 
 
-def _item(statement: ast.With | ast.AsyncWith, line: int, column: int | None, frame: FrameType) -> int | None:
-    """The index of the manager that is entered, if this is the statement; no two statements `with` begin on one line."""
+def _item(
+    statement: ast.With | ast.AsyncWith, line: int, column: int | None, frame: FrameType
+) -> int | None:
+    """The index of the manager that is entered, if this is the statement.
+
+    No two `with` statements begin on one line, so up to 3.12 the line tells.
+    """
     if sys.version_info >= (3, 13):
-        starts = [(item.context_expr.lineno, item.context_expr.col_offset) for item in statement.items]
-        matches = [index for index, start in enumerate(starts) if start[0] == line and column in (None, start[1])]
+        starts = [
+            (item.context_expr.lineno, item.context_expr.col_offset) for item in statement.items
+        ]
+        matches = [
+            index
+            for index, start in enumerate(starts)
+            if start[0] == line and column in (None, start[1])
+        ]
         rank = _entry_rank(frame.f_code, frame.f_lasti) if len(matches) > 1 else 0
         return matches[rank % len(matches)] if matches else None
-    return _entry_rank(frame.f_code, frame.f_lasti) % len(statement.items) if statement.lineno == line else None
+    return (
+        _entry_rank(frame.f_code, frame.f_lasti) % len(statement.items)
+        if statement.lineno == line
+        else None
+    )
 
 
 def _entry_rank(code: CodeType, offset: int) -> int:
-    """How many managers of the same line are entered before `offset` in the code (a `finally` may stand there twice)."""
+    """How many managers of that line are entered earlier in the code, where `finally` may be twice."""
     lines = {start: line for begin, end, line in code.co_lines() for start in range(begin, end, 2)}
-    return sum(lines[entry] == lines[offset] for entry in with_sites(code).entries if entry < offset)
+    return sum(
+        lines[entry] == lines[offset] for entry in with_sites(code).entries if entry < offset
+    )
 
 
 def _with_statements(

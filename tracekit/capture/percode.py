@@ -13,8 +13,8 @@ T = TypeVar("T")
 class PerCode(Generic[T]):
     """One value per code object, by identity, forgotten with the code object.
 
-    Equal code objects of two files or two runs of a notebook cell are different places, and `==` between
-    code objects does not see the file; so the key is the identity, and a weak reference guards it.
+    Equal code objects of two files, or of two runs of a notebook cell, are different places, and
+    `==` does not see the file; so the key is the identity, and a weak reference guards it.
     """
 
     def __init__(self) -> None:

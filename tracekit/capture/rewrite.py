@@ -1,11 +1,11 @@
-"""Compile the body of a `with` into a function of its own that shares the names of the frame it came from."""
+"""Compile the body of a `with` into a function that shares the names of the frame around it."""
 
 # The module that is compiled, of which only the code object of `body` is used:
 #
-#     class C:                        # only in a class C, so that private names are mangled as there
-#         def factory(<names>):       # every local name of the frame, and the helpers
+#     class C:                      # only in a class C, so that private names are mangled as there
+#         def factory(<names>):     # every local name of the frame, and the helpers
 #             def body():
-#                 nonlocal ...        # names the body binds
+#                 nonlocal ...      # names the body binds
 #                 <the statements, at their own lines and columns>
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
+from tracekit.capture.extract import check_namespace
 from tracekit.capture.locate import remember_origin
 from tracekit.capture.scope import global_names
 from tracekit.errors import CaptureError
@@ -43,7 +44,7 @@ class CompiledBody:
     """The body as code; its free variables are names of the frame and helpers."""
 
     code: CodeType
-    handed_back: frozenset[str]  # plain locals of the frame that the body binds or deletes
+    handed_back: frozenset[str]  # locals of the frame that the body binds or deletes
 
 
 def compile_function_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CompiledBody:
@@ -52,7 +53,9 @@ def compile_function_body(place: Place, names: FrameNames, helpers: Sequence[str
     statements = _rewritten(place, names, helpers)
     parameters = sorted(visible | {helper_name(name) for name in helpers})
     first = _body_code(_compile(place, names, parameters, statements))
-    bound = {name for name in first.co_varnames + first.co_cellvars if not name.startswith((_MARK, "."))}
+    bound = {
+        name for name in first.co_varnames + first.co_cellvars if not name.startswith((_MARK, "."))
+    }
     declared: list[ast.stmt] = []
     if bound & visible:
         declared.append(ast.Nonlocal(sorted(bound & visible)))
@@ -73,32 +76,26 @@ def _visible(place: Place, names: FrameNames) -> set[str]:
 
 
 def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CodeType:
-    """The body for a class body, or for `exec` with separate locals: code that runs in that very namespace."""
+    """The body for a class body, or for `exec` with its own locals: it runs in that namespace."""
     statements = _rewritten(place, names, helpers)
-    for node in (inner for statement in statements for inner in ast.walk(statement)):
-        if isinstance(node, ast.Name) and (node.id in names.shared or _is_private(node.id)):
-            raise CaptureError(
-                f"{place.source.filename}:{node.lineno}: a block in a class body cannot use `{node.id}`, "
-                "which is private or belongs to the function around the class; move the block out of the class body"
-            )
-    tree = ast.Module(statements, [])
-    code = _compile_tree(tree, place, names)
+    check_namespace(place, names.shared)
+    code = _compile_tree(ast.Module(statements, []), place, names)
     code = _with_own_name(code, names.function_name, _qualified_name(place))
     remember_origin(code, place.source)
     return code
 
 
-def _is_private(name: str) -> bool:
-    return name.startswith("__") and not name.endswith("__")
-
-
 # --- the tree ------------------------------------------------------------------------------------
 
 
-def _compile(place: Place, names: FrameNames, parameters: Iterable[str], statements: list[ast.stmt]) -> CodeType:
+def _compile(
+    place: Place, names: FrameNames, parameters: Iterable[str], statements: list[ast.stmt]
+) -> CodeType:
     body = _function(_BODY, (), statements)
     factory = _function(_FACTORY, parameters, [body])
-    owner = next((node for node in reversed(place.enclosing) if isinstance(node, ast.ClassDef)), None)
+    owner = next(
+        (node for node in reversed(place.enclosing) if isinstance(node, ast.ClassDef)), None
+    )
     outer = [factory] if owner is None else [_class(owner.name, [factory])]
     tree = ast.Module(outer, [])
     for node in ast.walk(tree):
@@ -109,26 +106,40 @@ def _compile(place: Place, names: FrameNames, parameters: Iterable[str], stateme
 
 def _compile_tree(tree: ast.Module, place: Place, names: FrameNames) -> CodeType:
     try:
-        return compile(tree, place.source.filename, "exec", flags=names.future_flags, dont_inherit=True)
+        return compile(
+            tree, place.source.filename, "exec", flags=names.future_flags, dont_inherit=True
+        )
     except SyntaxError as error:
         line = place.statement.lineno
-        raise CaptureError(f"{place.source.filename}:{line}: the block cannot be compiled on its own: {error.msg}") from error
+        raise CaptureError(
+            f"{place.source.filename}:{line}: the block cannot be compiled on its own: {error.msg}"
+        ) from error
 
 
 def _function(name: str, parameters: Iterable[str], body: list[ast.stmt]) -> ast.stmt:
     arguments = ast.arguments(
-        posonlyargs=[], args=[ast.arg(name) for name in parameters], kwonlyargs=[], kw_defaults=[], defaults=[]
+        posonlyargs=[],
+        args=[ast.arg(name) for name in parameters],
+        kwonlyargs=[],
+        kw_defaults=[],
+        defaults=[],
     )
-    return _made(ast.FunctionDef, name=name, args=arguments, body=body, decorator_list=[], type_params=[])
+    return _made(
+        ast.FunctionDef, name=name, args=arguments, body=body, decorator_list=[], type_params=[]
+    )
 
 
 def _class(name: str, body: list[ast.stmt]) -> ast.stmt:
-    return _made(ast.ClassDef, name=name, bases=[], keywords=[], body=body, decorator_list=[], type_params=[])
+    return _made(
+        ast.ClassDef, name=name, bases=[], keywords=[], body=body, decorator_list=[], type_params=[]
+    )
 
 
 def _made(kind: Any, **fields: object) -> ast.stmt:
     """A node with those of the fields that this Python knows (`type_params` came in 3.12)."""
-    return cast("ast.stmt", kind(**{name: value for name, value in fields.items() if name in kind._fields}))
+    return cast(
+        "ast.stmt", kind(**{name: value for name, value in fields.items() if name in kind._fields})
+    )
 
 
 def _rewritten(place: Place, names: FrameNames, helpers: Sequence[str]) -> list[ast.stmt]:
@@ -142,7 +153,9 @@ def _rewritten(place: Place, names: FrameNames, helpers: Sequence[str]) -> list[
 
 def _first_argument(place: Place) -> str | None:
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    nearest = next((node for node in reversed(place.enclosing) if isinstance(node, functions)), None)
+    nearest = next(
+        (node for node in reversed(place.enclosing) if isinstance(node, functions)), None
+    )
     arguments = [*nearest.args.posonlyargs, *nearest.args.args] if nearest is not None else []
     return arguments[0].arg if arguments else None
 
@@ -154,7 +167,12 @@ class _SaveCalls(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         function = node.func
-        if not isinstance(function, ast.Attribute) or function.attr != SAVE or node.args or node.keywords:
+        if (
+            not isinstance(function, ast.Attribute)
+            or function.attr != SAVE
+            or node.args
+            or node.keywords
+        ):
             return node
         helper = ast.copy_location(ast.Name(helper_name(SAVE), ast.Load()), function)
         return ast.copy_location(ast.Call(helper, [function.value], []), node)
@@ -162,7 +180,7 @@ class _SaveCalls(ast.NodeTransformer):
 
 @final
 class _OwnScope(ast.NodeTransformer):
-    """Rewrites what means something else in a function of its own; enters no nested function or class."""
+    """Rewrites what a function of its own would change; enters no nested function or class."""
 
     def __init__(self, first_argument: str | None) -> None:
         self._first_argument = first_argument
@@ -171,7 +189,7 @@ class _OwnScope(ast.NodeTransformer):
         return [cast("ast.stmt", self.visit(statement)) for statement in statements]
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """A name declared global or nonlocal cannot be annotated; the annotation of a local is never evaluated."""
+        """A global or nonlocal name cannot be annotated; that of a local is never evaluated."""
         self.generic_visit(node)
         if not isinstance(node.target, ast.Name):
             return node
@@ -180,11 +198,19 @@ class _OwnScope(ast.NodeTransformer):
         return ast.copy_location(ast.Assign([node.target], node.value), node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """`super()` looks for the first argument of its own function, which the body does not have."""
+        """`super()` looks for the first argument of its function, and the body has none."""
         self.generic_visit(node)
-        is_super = isinstance(node.func, ast.Name) and node.func.id == "super" and not node.args and not node.keywords
+        is_super = (
+            isinstance(node.func, ast.Name)
+            and node.func.id == "super"
+            and not node.args
+            and not node.keywords
+        )
         if is_super and self._first_argument is not None:
-            node.args = [ast.copy_location(ast.Name(name, ast.Load()), node) for name in ("__class__", self._first_argument)]
+            node.args = [
+                ast.copy_location(ast.Name(name, ast.Load()), node)
+                for name in ("__class__", self._first_argument)
+            ]
         return node
 
     def _leave_alone(self, node: ast.AST) -> ast.AST:
@@ -207,7 +233,11 @@ def _body_code(code: CodeType) -> CodeType:
 
 def _written(code: CodeType) -> set[str]:
     """Free variables that the body, or a function in it, writes."""
-    own = {step.argval for step in dis.get_instructions(code) if step.opname in {"STORE_DEREF", "DELETE_DEREF"}}
+    own = {
+        step.argval
+        for step in dis.get_instructions(code)
+        if step.opname in {"STORE_DEREF", "DELETE_DEREF"}
+    }
     inner = [_written(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return own.union(*inner) & set(code.co_freevars)
 
@@ -215,7 +245,9 @@ def _written(code: CodeType) -> set[str]:
 def _qualified_name(place: Place) -> str:
     parts: list[str] = []
     for node in place.enclosing:
-        parts.append("<lambda>" if isinstance(node, ast.Lambda) else cast("ast.ClassDef", node).name)
+        parts.append(
+            "<lambda>" if isinstance(node, ast.Lambda) else cast("ast.ClassDef", node).name
+        )
         if not isinstance(node, ast.ClassDef):
             parts.append("<locals>")
     return ".".join(parts[:-1] if parts and parts[-1] == "<locals>" else parts)
@@ -223,7 +255,7 @@ def _qualified_name(place: Place) -> str:
 
 def _with_own_name(code: CodeType, name: str, qualified_name: str) -> CodeType:
     """Named like the user's function, and so are the functions and classes defined in the body."""
-    inside = f"{qualified_name}.<locals>." if qualified_name and name not in {"<module>"} else ""
+    inside = f"{qualified_name}.<locals>." if qualified_name else ""
     renamed = cast("CodeType", _renamed(code, inside))
     changes: dict[str, Any] = {"co_name": name}
     if hasattr(code, "co_qualname"):
@@ -238,7 +270,9 @@ def _renamed(constant: object, inside: str) -> object:
         return inside + constant.split(prefix_end, 1)[1]
     if not isinstance(constant, CodeType):
         return constant
-    changes: dict[str, Any] = {"co_consts": tuple(_renamed(inner, inside) for inner in constant.co_consts)}
+    changes: dict[str, Any] = {
+        "co_consts": tuple(_renamed(inner, inside) for inner in constant.co_consts)
+    }
     if hasattr(constant, "co_qualname"):
-        changes["co_qualname"] = _renamed(constant.co_qualname, inside)
+        changes["co_qualname"] = _renamed(getattr(constant, "co_qualname"), inside)  # noqa: B009
     return constant.replace(**changes)

@@ -1,15 +1,14 @@
-"""Keep the body of a `with` from running in place, by raising where it would begin, and leave no trace."""
+"""Keep the body of a `with` from running in place, by raising where it would begin."""
 
 # Guarantees:
-#   - the exception is raised before the first instruction of the body, in the frame and thread that asked;
-#   - after restore(), trace functions and monitoring tools are those of before; it may be called twice;
+#   - the exception is raised before the first instruction of the body, in the frame that asked;
+#   - after restore(), trace functions and monitoring tools are those of before;
 #   - a Skip refers to no frame and no exception after restore().
 
 from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from threading import Lock, get_ident
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
     from tracekit.capture.block import Block
 
 _NOT_GIVEN: Final = object()
+_monitoring: Final[Any] = getattr(sys, "monitoring", None)
+_TOOLS: Final = (3, 4, 5, 2, 1, 0)  # the named ones last: optimizer, profiler, coverage, debugger
+_caller: Final = sys._getframe  # pyright: ignore[reportPrivateUsage]
 
 
 @final
@@ -58,25 +60,30 @@ class Skip(ABC):
 def skip_body(block: Block, frame: FrameType, entered: object = _NOT_GIVEN) -> Skip:
     """Arrange that the body does not run in place; call it in `__enter__`.
 
-    `entered` is what `__enter__` will return. It is needed where a body begins with `try:` and the `with` has an
-    `as`: there the skip must fire before Python binds that name, so the name is bound here.
+    `entered` is what `__enter__` will return. It is needed where a body begins with `try:` and the
+    `with` has an `as`: the skip must then fire before Python binds that name, so it is bound here.
     """
     start = block.start
     if start.is_before_target:
-        if entered is _NOT_GIVEN or block.target is None:
-            raise CaptureError(
-                f"the block at {block.filename}:{block.first_line} begins with `try:` and its `as` names no plain variable; "
-                "put another statement before the `try:`"
-            )
-        bind_name(frame, block.target, entered)
-    if sys.version_info >= (3, 12):
-        return MonitoringSkip(start.offset, frame)
+        _bind_target(block, frame, entered)
+    tool = _take_tool()
+    if tool is not None:
+        return MonitoringSkip(start.offset, frame, tool)
     return TracingSkip(start.offset, frame)
+
+
+def _bind_target(block: Block, frame: FrameType, entered: object) -> None:
+    if entered is _NOT_GIVEN or block.target is None:
+        raise CaptureError(
+            f"{block.filename}:{block.first_line}: the block begins with `try:` and `as` names "
+            "no plain variable; put another statement before the `try:`"
+        )
+    bind_name(frame, block.target, entered)
 
 
 @final
 class TracingSkip(Skip):
-    """Skips through the opcode events of `sys.settrace` (up to 3.11)."""
+    """Skips through the opcode events of `sys.settrace` (up to 3.11, and if no tool is free)."""
 
     def __init__(self, offset: int, frame: FrameType) -> None:
         super().__init__(offset, frame)
@@ -97,7 +104,7 @@ class TracingSkip(Skip):
         tracer, self._tracer = self._tracer, None
         sys.settrace(tracer)
         if tracer is not None and not isinstance(tracer, (FunctionType, MethodType)):
-            _call_event()  # a tracer in C (coverage) takes its place again at the next call event only
+            _call_event()  # a tracer in C (coverage) takes its place again at a call only
 
 
 def _ignore(_frame: FrameType, _event: str, _arg: object) -> None:
@@ -110,75 +117,33 @@ def _call_event() -> None:
 
 @final
 class MonitoringSkip(Skip):
-    """Skips through the instruction events of `sys.monitoring` (3.12 and later)."""
+    """Skips through the instruction events of `sys.monitoring` (3.12 and later).
 
-    def __init__(self, offset: int, frame: FrameType) -> None:
+    Events come from every thread that runs this code; a frame runs in one, so the frame tells.
+    """
+
+    def __init__(self, offset: int, frame: FrameType, tool: int) -> None:
         super().__init__(offset, frame)
-        self._thread = get_ident()
-        _monitor.add(self._thread, self, frame.f_code)
-
-    def is_at(self, offset: int, frame: FrameType) -> bool:
-        return offset == self._offset and frame is self._frame
-
-    def fire(self) -> None:
-        raise BodySkipped(self._token)
-
-    def _uninstall(self, frame: FrameType) -> None:
-        _monitor.remove(self._thread, self, frame.f_code)
-
-
-@final
-class _Monitor:
-    """The one tool of all skips that wait in this process; it holds a tool id only while one does."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._tool: int | None = None
-        self._waiting: dict[int, list[MonitoringSkip]] = {}  # by thread
-        self._counts: dict[int, int] = {}  # skips waiting, by code object (which their frames keep alive)
-
-    def add(self, thread: int, skip: MonitoringSkip, code: CodeType) -> None:
-        with self._lock:
-            if self._tool is None:
-                self._tool = self._take_tool()
-            self._waiting.setdefault(thread, []).append(skip)
-            count = self._counts[id(code)] = self._counts.get(id(code), 0) + 1
-            if count == 1:
-                sys.monitoring.set_local_events(self._tool, code, sys.monitoring.events.INSTRUCTION)
-
-    def remove(self, thread: int, skip: MonitoringSkip, code: CodeType) -> None:
-        with self._lock:
-            self._waiting[thread].remove(skip)
-            if not self._waiting[thread]:
-                del self._waiting[thread]
-            self._counts[id(code)] -= 1
-            if not self._counts[id(code)]:
-                del self._counts[id(code)]
-                assert self._tool is not None
-                sys.monitoring.set_local_events(self._tool, code, 0)
-            if not self._waiting:
-                self._give_tool_back()
+        self._tool = tool
+        _monitoring.register_callback(tool, _monitoring.events.INSTRUCTION, self._on_instruction)
+        _monitoring.set_local_events(tool, frame.f_code, _monitoring.events.INSTRUCTION)
 
     def _on_instruction(self, _: CodeType, offset: int) -> None:
-        waiting = self._waiting.get(get_ident())
-        if waiting and waiting[-1].is_at(offset, sys._getframe(1)):
-            waiting[-1].fire()
+        if offset == self._offset and _caller(1) is self._frame:
+            raise BodySkipped(self._token)
 
-    def _take_tool(self) -> int:
-        for tool in (3, 4, 5, 2, 0, 1):  # 0, 1, 2 and 5 are customary for debuggers, coverage, profilers, optimisers
-            try:
-                sys.monitoring.use_tool_id(tool, "tracekit")
-            except ValueError:
-                continue
-            sys.monitoring.register_callback(tool, sys.monitoring.events.INSTRUCTION, self._on_instruction)
-            return tool
-        raise CaptureError("all six tool ids of sys.monitoring are taken; free one (a debugger, coverage, a profiler)")
-
-    def _give_tool_back(self) -> None:
-        assert self._tool is not None
-        sys.monitoring.register_callback(self._tool, sys.monitoring.events.INSTRUCTION, None)
-        sys.monitoring.free_tool_id(self._tool)
-        self._tool = None
+    def _uninstall(self, frame: FrameType) -> None:
+        _monitoring.set_local_events(self._tool, frame.f_code, 0)
+        _monitoring.register_callback(self._tool, _monitoring.events.INSTRUCTION, None)
+        _monitoring.free_tool_id(self._tool)
 
 
-_monitor: Final = _Monitor()
+def _take_tool() -> int | None:
+    """A tool id for the few microseconds until the body would begin; None if all are taken."""
+    for tool in _TOOLS if _monitoring is not None else ():
+        try:
+            _monitoring.use_tool_id(tool, "tracekit")
+        except ValueError:
+            continue
+        return tool
+    return None

@@ -1,6 +1,6 @@
 """Show users their own lines: tracebacks without the frames of tracekit."""
 
-# The way to raise a body's error from `__exit__` (which is called while the skip exception is handled):
+# The way to raise a body's error from `__exit__`, which runs while the skip exception is handled:
 #
 #     context = error.__context__
 #     try:
@@ -9,8 +9,8 @@
 #         show_own_lines(raised, context)
 #         raise
 #
-# The bare `raise` adds no entry for its own frame on 3.11+, so what is left is the user's `with` line and
-# the user's lines of the body. On 3.10 the entry of `__exit__` itself stays, as the only one of tracekit.
+# The bare `raise` adds no entry for its own frame on 3.11+, so what is left is the user's `with` line
+# and the user's lines of the body. On 3.10 the entry of `__exit__` itself stays, and no other.
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def show_own_lines(error: BaseException, context: BaseException | None) -> None:
     error.__context__ = context
     chain = user_traceback(error)
     if sys.version_info < (3, 11) and error.__traceback__ is not None:
-        error.__traceback__.tb_next = chain  # 3.10 re-raises with this very head, whatever __traceback__ says
+        # 3.10 re-raises with this very head, whatever __traceback__ says by then
+        error.__traceback__.tb_next = chain
     else:
         error.__traceback__ = chain

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 HAS_LIVE_LOCALS: Final = sys.version_info >= (3, 13)  # PEP 667: frame.f_locals writes through
+_REFERENCES_TO_A_SNAPSHOT: Final = 3  # the frame, a variable here, the argument of getrefcount
 
 
 @final
@@ -47,7 +48,7 @@ def names_of(code: CodeType, future_mask: int) -> FrameNames:
 
 
 def _slots(code: CodeType) -> dict[str, int]:
-    """The index of each variable in the frame's memory; an argument in a cell keeps its place from 3.11 on."""
+    """Each variable's index in the frame's memory; a cell's argument keeps its own from 3.11 on."""
     names = [*code.co_varnames]
     if sys.version_info >= (3, 11):
         names += [name for name in code.co_cellvars if name not in code.co_varnames]
@@ -59,23 +60,34 @@ def _slots(code: CodeType) -> dict[str, int]:
 def bind(frame: FrameType, values: Mapping[str, object], removed: Iterable[str] = ()) -> None:
     """Bind and unbind local variables of a frame that is suspended in a call.
 
-    Raises CaptureError for a name in `removed` on Python 3.13 and later, whose frames cannot unbind.
+    Raises CaptureError for a name in `removed` on 3.13 and later, whose frames cannot unbind.
     """
-    variables, code = frame.f_locals, frame.f_code
+    variables = frame.f_locals
     variables.update(values)
-    if not code.co_flags & CO_OPTIMIZED:
-        for name in removed:
-            variables.pop(name, None)
-    elif HAS_LIVE_LOCALS:
+    if HAS_LIVE_LOCALS and frame.f_code.co_flags & CO_OPTIMIZED:
         _refuse_to_unbind(frame, tuple(removed))
-    else:
-        for name in removed:
-            variables.pop(name, None)
+        return
+    for name in removed:
+        variables.pop(name, None)
+    if frame.f_code.co_flags & CO_OPTIMIZED:
         ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(1))
 
 
+def forget_snapshot(frame: FrameType) -> None:
+    """Empty the copy of its locals that a function's frame carries up to 3.12 once they were read.
+
+    It would keep alive what the function deletes later. What `locals()` gave to the user is that
+    same dictionary: then somebody else refers to it, and it stays.
+    """
+    if HAS_LIVE_LOCALS or not frame.f_code.co_flags & CO_OPTIMIZED:
+        return
+    variables = frame.f_locals
+    if sys.getrefcount(variables) == _REFERENCES_TO_A_SNAPSHOT:
+        variables.clear()
+
+
 def bind_name(frame: FrameType, name: str, value: object) -> None:
-    """Bind one name as an assignment in that frame would: a name that is no local of a function is global."""
+    """Bind one name as an assignment in that frame would: what is no local of it is global."""
     code = frame.f_code
     is_local = name in (*code.co_varnames, *code.co_cellvars, *code.co_freevars)
     if code.co_flags & CO_OPTIMIZED and not is_local:
@@ -87,16 +99,17 @@ def bind_name(frame: FrameType, name: str, value: object) -> None:
 def _refuse_to_unbind(frame: FrameType, removed: tuple[str, ...]) -> None:
     if removed:
         raise CaptureError(
-            f"the block at {frame.f_code.co_filename}:{frame.f_lineno} deletes {', '.join(removed)}, bound before it, "
-            "and Python 3.13 and later cannot unbind a function's variable from outside; assign None instead of `del`"
+            f"{frame.f_code.co_filename}:{frame.f_lineno}: the block unbinds {', '.join(removed)}, "
+            "which was bound before it; Python 3.13 and later cannot do that to a function's "
+            "variable from outside; assign None instead of `del` (or rename `except ... as`)"
         )
 
 
-# A variable that other functions share lives in a cell, and the body must share that very cell: a copy
-# would miss what the others write, and an object that reads through the frame would keep the frame
-# alive in every closure that outlives the block. No Python API hands the cell out, so it is read from
-# the frame's memory, where each of these guards must hold first:
-#   - the layout is one that was tested (the table below), on a 64-bit build with the GIL;
+# A variable that other functions share lives in a cell, and the body must share that very cell: a
+# copy would miss what the others write, and an object that reads through the frame would keep the
+# frame alive in every closure that outlives the block. No Python API hands the cell out, so it is
+# read from the frame's memory, where each of these guards must hold first:
+#   - the layout is one that was tested (_LAYOUTS), on a 64-bit build with the GIL;
 #   - the words that must be the frame's code, globals and builtins are exactly these objects;
 #   - the word that must be a cell points to an object of type `cell`.
 # Where a guard fails the body gets a copy, which is handed back at the end like any other name.
@@ -117,7 +130,9 @@ class _Layout:
 
 
 _LAYOUTS: Final = {
-    (3, 10): _Layout(code=32, builtins=40, global_names=48, first_local=352, is_behind_pointer=False),
+    (3, 10): _Layout(
+        code=32, builtins=40, global_names=48, first_local=352, is_behind_pointer=False
+    ),
     (3, 11): _Layout(code=32, builtins=16, global_names=8, first_local=72, is_behind_pointer=True),
     (3, 12): _Layout(code=0, builtins=32, global_names=24, first_local=72, is_behind_pointer=True),
     (3, 13): _Layout(code=0, builtins=32, global_names=24, first_local=72, is_behind_pointer=True),
@@ -127,7 +142,7 @@ _POINTER_TO_FRAME: Final = 24  # in the frame object: head (16 bytes), f_back, t
 
 
 def shared_cells(frame: FrameType, slots: Mapping[str, int]) -> dict[str, CellType]:
-    """The frame's own cells in the given slots (FrameNames.slots), as far as they can be reached."""
+    """The frame's own cells in these slots (FrameNames.slots), as far as they can be reached."""
     start = _first_local(frame) if slots else None
     if start is None:
         return {}
