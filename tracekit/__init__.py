@@ -1,0 +1,60 @@
+"""tracekit: see and change what happens inside any PyTorch model, in plain Python, and trust the numbers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tracekit.core.keep import Note
+    from tracekit.errors import TracekitError, TracekitWarning
+    from tracekit.models.language import LanguageModel
+    from tracekit.models.model import Model
+    from tracekit.tracing.cache import Cache
+    from tracekit.tracing.entries import Entries, Entry
+    from tracekit.tracing.envoy import Envoy
+    from tracekit.tracing.save import save
+    from tracekit.tracing.tracer import Tracer
+
+__version__ = "0.1.0"
+
+# Imported when first asked for, so that `import tracekit` is cheap and `tracekit.capture` needs
+# no torch.
+_HOMES = {
+    "Cache": "tracekit.tracing.cache",
+    "Entries": "tracekit.tracing.entries",
+    "Entry": "tracekit.tracing.entries",
+    "Envoy": "tracekit.tracing.envoy",
+    "LanguageModel": "tracekit.models.language",
+    "Model": "tracekit.models.model",
+    "Note": "tracekit.core.keep",
+    "Tracer": "tracekit.tracing.tracer",
+    "TracekitError": "tracekit.errors",
+    "TracekitWarning": "tracekit.errors",
+    "save": "tracekit.tracing.save",
+}
+
+__all__ = [
+    "Cache",
+    "Entries",
+    "Entry",
+    "Envoy",
+    "LanguageModel",
+    "Model",
+    "Note",
+    "Tracer",
+    "TracekitError",
+    "TracekitWarning",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'tracekit' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Floor 2: interventions beside a forward pass. Exactly one of {model thread, one worker} runs."""

@@ -1,0 +1,1 @@
+"""Floor 4: models that can be traced, and how they are loaded, fed and made to generate."""

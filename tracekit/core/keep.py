@@ -1,0 +1,85 @@
+"""What a recorder keeps of a value: tensors detached, moved and cast; plain data; notes of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from tracekit.core.nest import Nest, map_leaves
+
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    slice,
+)
+
+
+@final
+@dataclass(frozen=True)
+class Note:
+    """In the place of an object that is not kept: its type and, for a kv_cache, its length then.
+
+    A live cache of keys and values is one object that every step changes; keeping it would show
+    the last step's state in all of them, and hold all keys and values alive.
+    """
+
+    type: str
+    length: int | None = None  # positions
+
+
+@final
+@dataclass(frozen=True)
+class Keep:
+    """How values are kept; `device=None` leaves a tensor where it is, `dtype=None` as it is.
+
+    `dtype` casts floating-point and complex tensors; integers and booleans stay what they are.
+    """
+
+    device: torch.device | None
+    dtype: torch.dtype | None
+    detach: bool
+    clone: bool
+
+    def __call__(self, value: Nest) -> Nest:
+        """`value` as it is kept."""
+        return map_leaves(self._leaf, value)
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """One tensor as it is kept; shares memory with it if neither device nor dtype differ."""
+        kept = tensor.detach() if self.detach else tensor
+        if self.device is not None and kept.device != self.device:
+            kept = kept.to(self.device)
+        if self.dtype is not None and (kept.is_floating_point() or kept.is_complex()):
+            kept = kept.to(self.dtype)
+        # inference tensors keep no version, so nobody could notice that one was overwritten
+        if (self.clone or tensor.is_inference()) and kept.data_ptr() == tensor.data_ptr():
+            kept = kept.clone()
+        return kept
+
+    def _leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return self.tensor(leaf)
+        return leaf if isinstance(leaf, _PLAIN) else note(leaf)
+
+
+def note(value: object) -> Note:
+    """A Note of an object that is not kept."""
+    length = getattr(value, "get_seq_length", None)
+    if callable(length) and not isinstance(value, Mapping):
+        try:
+            return Note(type(value).__name__, int(length()))  # pyright: ignore[reportArgumentType] - an int, or a 0-d tensor for static caches
+        except (ValueError, TypeError):  # a cache of linear-attention states alone has no length
+            return Note(type(value).__name__)
+    return Note(type(value).__name__)

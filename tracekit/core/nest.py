@@ -1,0 +1,143 @@
+"""Nested tensors: what modules take and return is a tensor, or tuples, lists, dictionaries and dataclasses of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+# A tensor, or any container of tensors and other values that a module may take or return.
+Nest: TypeAlias = Any  # a model's own values have no better common type
+
+
+def tensors(nest: Nest) -> Iterator[Tensor]:
+    """Every tensor in `nest`, in order."""
+    if isinstance(nest, Tensor):
+        yield nest
+        return
+    for child in _children(nest):
+        yield from tensors(child)
+
+
+def map_leaves(change: Callable[[Any], Any], nest: Nest) -> Nest:
+    """`nest` with every leaf replaced by `change(leaf)`; containers are rebuilt, never changed."""
+    if isinstance(nest, Tensor):
+        return change(nest)
+    if isinstance(nest, (list, tuple, set, frozenset)):
+        return _rebuilt_sequence(nest, [map_leaves(change, item) for item in _items(nest)])
+    if isinstance(nest, dict):
+        return _with_values(nest, {key: map_leaves(change, nest[key]) for key in nest})
+    if _is_dataclass(nest):
+        fields = {name: map_leaves(change, getattr(nest, name)) for name in _field_names(nest)}
+        return _with_fields(nest, fields)
+    if isinstance(nest, Mapping):  # user-defined mappings promise no constructor: a plain dict then
+        items = cast("Mapping[Any, Any]", nest)
+        return {key: map_leaves(change, items[key]) for key in items}
+    return change(nest)
+
+
+def first_tensor(nest: Nest) -> Tensor | None:
+    """The hidden state by convention: the tensor itself, or the first tensor of the structure."""
+    return next(tensors(nest), None)
+
+
+def first_input(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """Of `(args, kwargs)`: the first positional argument, else the first keyword's, else None."""
+    args, kwargs = inputs
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def replace_first_tensor(nest: Nest, value: object) -> Nest:
+    """`nest` with its first tensor replaced, in the same structure."""
+    found = first_tensor(nest)
+    return map_leaves(lambda leaf: value if leaf is found else leaf, nest)
+
+
+def describe(value: object) -> str:
+    """One line for people: `Tensor[1, 10, 768] float32 cpu`, `tuple of 2`, `DynamicCache`."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"Tensor{list(value.shape)} {dtype} {value.device}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of {len(_items(value))}"
+    if isinstance(value, Mapping):
+        names = ", ".join(str(key) for key in cast("Mapping[Any, Any]", value))
+        return f"{type(value).__name__}({names})"
+    return type(value).__name__ if value is not None else "None"
+
+
+def misfit(new: Nest, old: Nest, where: str = "the value") -> str | None:
+    """Why `new` cannot stand in the place of `old`, in words; None if it can."""
+    if isinstance(old, Tensor):
+        return _tensor_misfit(new, old, where)
+    if isinstance(new, Tensor):
+        return f"{where} was {describe(old)}, not a tensor"
+    olds, news = list(_children(old)), list(_children(new))
+    if (olds or news) and (type(new) is not type(old) or len(olds) != len(news)):
+        return f"{where} was {describe(old)}, and {describe(new)} was written"
+    for index, (new_child, old_child) in enumerate(zip(news, olds, strict=True)):
+        found = misfit(new_child, old_child, f"item {index} of {where}")
+        if found is not None:
+            return found
+    return None
+
+
+def _tensor_misfit(new: object, old: Tensor, where: str) -> str | None:
+    if not isinstance(new, Tensor):
+        return f"{where} was {describe(old)}, and {describe(new)} was written"
+    if new.shape == old.shape and new.dtype == old.dtype and new.device == old.device:
+        return None
+    return f"{where} was {describe(old)}, and {describe(new)} was written"
+
+
+def _children(nest: Nest) -> Iterator[Nest]:
+    if isinstance(nest, (list, tuple, set, frozenset)):
+        yield from _items(nest)
+    elif isinstance(nest, Mapping):
+        yield from cast("Mapping[Any, Any]", nest).values()
+    elif _is_dataclass(nest):
+        yield from (getattr(nest, name) for name in _field_names(nest))
+
+
+def _items(nest: Any) -> list[Any]:
+    return list(nest)
+
+
+def _rebuilt_sequence(nest: Any, items: list[Any]) -> Any:
+    kind = cast("type[Any]", type(nest))
+    if hasattr(kind, "_fields"):  # a named tuple takes its fields one by one
+        return kind(*items)
+    if kind is torch.Size:
+        return nest
+    try:
+        return kind(items)
+    except TypeError:  # a subclass with a constructor of its own (torch.return_types…)
+        return tuple(items) if isinstance(nest, tuple) else items
+
+
+def _with_values(nest: dict[Any, Any], values: dict[Any, Any]) -> dict[Any, Any]:
+    if type(nest) is dict:
+        return values
+    new = copy.copy(nest)  # keeps the class: OrderedDict, ModelOutput, BatchEncoding …
+    for key, value in values.items():
+        new[key] = value
+    return new
+
+
+def _is_dataclass(nest: object) -> bool:
+    return dataclasses.is_dataclass(nest) and not isinstance(nest, type)
+
+
+def _field_names(nest: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(nest) if hasattr(nest, field.name)]
+
+
+def _with_fields(nest: Any, fields: dict[str, Any]) -> Any:
+    new = copy.copy(nest)
+    for name, value in fields.items():
+        object.__setattr__(new, name, value)  # frozen dataclasses allow nothing else
+    return new

@@ -1,0 +1,11 @@
+"""Oddities of upstream, each a named fact with the versions it holds for."""
+
+from __future__ import annotations
+
+import torch
+
+
+# The backward pass that runs on this thread, or NO_BACKWARD. Hooks inside a block under gradient
+# checkpointing fire a second time in backward, when autograd computes it again (torch 2.4 to 2.13).
+current_backward = torch._C._current_graph_task_id  # pyright: ignore[reportPrivateUsage] - no public way to tell
+NO_BACKWARD = -1

@@ -1,0 +1,125 @@
+"""What is known of a model's modules without running it: paths, who contains whom, who is ever called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+from torch import nn
+
+from tracekit.errors import UnknownModuleError, did_you_mean
+
+
+@final
+class Tree:
+    """The modules of `root` by full path (`model.transformer.h.0`), root's own name first.
+
+    A module that is reachable by several paths has one canonical path, the first; the others
+    are aliases of it.
+    """
+
+    def __init__(self, root: nn.Module, name: str) -> None:
+        self.root = root
+        self.name = name
+        self.modules: dict[str, nn.Module] = {}  # every path, aliases included, in tree order
+        self._canonical: dict[str, str] = {}
+        self._parents: dict[str, list[str]] = {}  # canonical path -> canonical parents
+        self._called: set[str] = set()
+        self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
+        self.aliases: dict[str, str] = {}  # second and later paths of shared modules
+        self.order: dict[str, int] = {}  # canonical paths, in tree order
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the modules again; what was found before is forgotten."""
+        self.modules.clear()
+        self._canonical.clear()
+        self._parents.clear()
+        first: dict[int, str] = {}
+        for relative, module in self.root.named_modules(remove_duplicate=False):
+            path = f"{self.name}.{relative}" if relative else self.name
+            canonical = first.setdefault(id(module), path)
+            self.modules[path] = module
+            self._canonical[path] = canonical
+            parents = self._parents.setdefault(canonical, [])
+            parent = self._canonical[path.rpartition(".")[0]] if relative else None
+            if parent is not None and parent not in parents:
+                parents.append(parent)
+        self.aliases = {path: first for path, first in self._canonical.items() if path != first}
+        self.order = {path: index for index, path in enumerate(self.paths())}
+        self._called = {path for path in self._canonical if _has_forward(self.modules[path])}
+        self._shape = [
+            (self.modules[path]._modules, dict(self.modules[path]._modules)) for path in self.order
+        ]
+
+    def replace_root(self, root: nn.Module) -> None:
+        """Stand for another module of the same structure, as when weights are loaded late."""
+        self.root = root
+        self.refresh()
+
+    def refresh_if_changed(self) -> None:
+        """Read the modules again if one was added, removed or replaced since."""
+        for children, known in self._shape:
+            if children != known:  # modules compare by identity
+                self.refresh()
+                return
+
+    def paths(self) -> Iterator[str]:
+        """Every canonical path, in tree order."""
+        return (path for path, canonical in self._canonical.items() if path == canonical)
+
+    def canonical(self, path: str) -> str:
+        """The first path of the module at `path`, which may be given without the root's name."""
+        full = path if path in self._canonical else f"{self.name}.{path}"
+        if full not in self._canonical:
+            raise UnknownModuleError(
+                f"{path!r} is not a module of {self._kind()}{did_you_mean(path, self._canonical)}"
+            )
+        return self._canonical[full]
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a full path."""
+        return self.modules[path]
+
+    def is_called(self, path: str) -> bool:
+        """Whether the module has a forward of its own; a ModuleList, for one, has none."""
+        return path in self._called
+
+    def called_children(self, path: str) -> list[str]:
+        """The nearest modules below `path` that can be called, through lists and dictionaries."""
+        found: list[str] = []
+        for name, child in self.modules[path]._modules.items():
+            if child is None:
+                continue
+            canonical = self._canonical[f"{path}.{name}"]
+            found += [canonical] if self.is_called(canonical) else self.called_children(canonical)
+        return found
+
+    def ancestors(self, path: str) -> list[str]:
+        """Every callable module that contains `path`, over all its parents, nearest first."""
+        found: list[str] = []
+        queue = list(self._parents[path])
+        while queue:
+            parent = queue.pop(0)
+            if parent not in found:
+                found.append(parent)
+                queue += self._parents[parent]
+        return [parent for parent in found if self.is_called(parent)]
+
+    def callers(self, path: str) -> list[str]:
+        """The nearest callable modules that contain `path`, one for each way up."""
+        found: list[str] = []
+        for parent in self._parents[path]:
+            found += [parent] if self.is_called(parent) else self.callers(parent)
+        return found
+
+    def _kind(self) -> str:
+        return type(self.root).__name__
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    inherits = getattr(type(module), "forward", None) is getattr(nn.Module, "forward", None)
+    return not inherits and not isinstance(module, _CONTAINERS)

@@ -1,0 +1,172 @@
+"""Put PyTorch hooks on modules for one run, in tiers, and take every one of them off again."""
+
+# Guarantees:
+#   - interventions come before the user's own hooks, observers after them: so transformers' own
+#     capture (output_hidden_states) sees an edit, and a cache sees what the model goes on with;
+#   - a hook acts only on the thread whose forward pass this run is: traces in other threads,
+#     nested traces and modules called in the block do not meet it;
+#   - after remove() the model is as it was.
+#
+# Hooks are put straight into the dictionaries that register_forward_hook fills: the handles that
+# it makes (with weak references, for the garbage collector to follow) would cost more than the
+# recording itself, and a cache of all modules would miss its row in benchmarks/overhead.py.
+
+from __future__ import annotations
+
+from _thread import get_ident
+from collections.abc import Callable
+from itertools import count
+from functools import partial, update_wrapper
+from typing import Any, Protocol, final
+
+from torch import nn
+
+from tracekit.core.quirks import NO_BACKWARD, current_backward
+from tracekit.core.site import Site, Slot, Visit
+from tracekit.interleave.passage import Watch
+from tracekit.interleave.protocol import Skip
+
+
+class Subscriber(Protocol):
+    """Whoever stands between a module and its caller (an Interleaver)."""
+
+    def before(self, watch: Watch, inputs: object) -> object: ...
+    def instead(self, watch: Watch) -> Skip | None: ...
+    def after(self, watch: Watch, output: object) -> object: ...
+
+
+_keys = count(-1, -1)  # PyTorch's own keys count up from 0
+
+
+@final
+class Hooks:
+    """The hooks of one run on one model."""
+
+    def __init__(self, module: Callable[[str], nn.Module]) -> None:
+        self._module = module
+        self._thread = get_ident()
+        self._placed: list[tuple[dict[int, Any], int]] = []
+        self._watches: dict[str, Watch] = {}
+        self._forwards: dict[str, Any] = {}  # what `forward` was on instances where it is replaced
+        self._observers: list[tuple[str, Slot, Callable[[Any], None]]] = []
+        self.subscriber: Subscriber | None = None
+
+    # -- INTERVENTION ---------------------------------------------------------------------------
+
+    def watch(self, watch: Watch) -> None:
+        """Report every call of the module of `watch` to the subscriber."""
+        module = self._module(watch.path)
+        self._watches[watch.path] = watch
+        before = partial(_before, self._thread, self.subscriber, watch)
+        after = partial(_after, self._thread, self.subscriber, watch)
+        self._put_before(module, before, is_first=True)
+        self._put(module._forward_hooks, after, is_first=True)
+
+    def make_skippable(self, path: str) -> None:
+        """Let the subscriber answer in place of the module at `path`.
+
+        PyTorch's hooks can't keep a module from running, so its `forward` is replaced for the
+        run: on the instance, where accelerate and tensor parallelism put theirs as well.
+        """
+        if path in self._forwards:
+            return
+        module = self._module(path)
+        self._forwards[path] = module.__dict__.get("forward", _NOTHING)
+        skipping = partial(
+            _skip_or_run, self._thread, self.subscriber, self._watches[path], module.forward
+        )
+        module.__dict__["forward"] = update_wrapper(skipping, module.forward)
+
+    # -- OBSERVER -------------------------------------------------------------------------------
+
+    def observe_outputs(self, path: str, see: Callable[[Any], None]) -> None:
+        """Show `see` every output of the module at `path`, as the model goes on with it."""
+        hook = partial(_show_output, self._thread, see)
+        self._put(self._module(path)._forward_hooks, hook)
+        self._observers.append((path, Slot.OUTPUT, see))
+
+    def observe_inputs(self, path: str, see: Callable[[Any], None]) -> None:
+        """Show `see` the `(args, kwargs)` of every call of the module at `path`."""
+        self._put_before(self._module(path), partial(_show_inputs, self._thread, see))
+        self._observers.append((path, Slot.INPUT, see))
+
+    def show(self, visit: Visit, value: object) -> None:
+        """Show the observers of a site a value that their hooks will not be reached with."""
+        for path, slot, see in self._observers:
+            if path == visit.site.path and slot is visit.site.slot:
+                see(value)
+
+    # -- on and off -----------------------------------------------------------------------------
+
+    def remove(self) -> None:
+        """Take everything off the model."""
+        for where, key in self._placed:
+            where.pop(key, None)
+        for path, forward in self._forwards.items():
+            own = self._module(path).__dict__
+            if forward is _NOTHING:
+                own.pop("forward", None)
+            else:
+                own["forward"] = forward
+        for held in (self._placed, self._watches, self._forwards, self._observers):
+            held.clear()
+        self.subscriber = None
+
+    def _put_before(self, module: nn.Module, hook: Any, is_first: bool = False) -> None:
+        key = self._put(module._forward_pre_hooks, hook, is_first)
+        module._forward_pre_hooks_with_kwargs[key] = True
+        self._placed.append((module._forward_pre_hooks_with_kwargs, key))
+
+    def _put(self, where: Any, hook: Any, is_first: bool = False) -> int:
+        key = next(_keys)
+        where[key] = hook
+        if is_first:
+            where.move_to_end(key, last=False)
+        self._placed.append((where, key))
+        return key
+
+
+_NOTHING = object()
+
+
+def _before(
+    thread: int, subscriber: Subscriber, watch: Watch, _: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    if get_ident() != thread or current_backward() != NO_BACKWARD:
+        return None
+    inputs = (args, kwargs)
+    changed = subscriber.before(watch, inputs)
+    return None if changed is inputs else changed
+
+
+def _after(
+    thread: int, subscriber: Subscriber, watch: Watch, _: nn.Module, args: Any, output: Any
+) -> Any:
+    if get_ident() != thread or current_backward() != NO_BACKWARD:
+        return None
+    changed = subscriber.after(watch, output)
+    return None if changed is output else changed
+
+
+def _skip_or_run(
+    thread: int, subscriber: Subscriber, watch: Watch, forward: Any, *args: Any, **kwargs: Any
+) -> Any:
+    if get_ident() == thread and current_backward() == NO_BACKWARD:
+        request = subscriber.instead(watch)
+        if request is not None:
+            return request.value
+    return forward(*args, **kwargs)
+
+
+def _show_output(
+    thread: int, see: Callable[[Any], None], _: nn.Module, args: Any, output: Any
+) -> None:
+    if get_ident() == thread and current_backward() == NO_BACKWARD:
+        see(output)
+
+
+def _show_inputs(
+    thread: int, see: Callable[[Any], None], _: nn.Module, args: Any, kwargs: Any
+) -> None:
+    if get_ident() == thread and current_backward() == NO_BACKWARD:
+        see((args, kwargs))

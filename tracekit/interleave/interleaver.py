@@ -1,0 +1,177 @@
+"""All the mediators of one run, in order, beside one forward pass (or a generation's many)."""
+
+# Guarantees:
+#   - requests at one visit are served in the order of the mediators; a read sees the writes
+#     before it;
+#   - every request is answered: by a visit, by the run's end, or by an error that says why not.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+from tracekit.core.site import Site, Slot, Visit
+from tracekit.interleave import unserved
+from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.passage import Passage, Watch
+from tracekit.interleave.protocol import NextStep, Read, Reply, Skip, State, Unwind
+
+_RESULT_NOT_YET = object()
+
+
+@final
+class Interleaver:
+    """Meets what the model reaches with what the workers ask for; knows no torch, no threads."""
+
+    def __init__(
+        self,
+        passage: Passage,
+        make_skippable: Callable[[str], None],
+        hand_out: Callable[[Visit, object], None],
+        take_back: Callable[[Visit, object], None],
+        observe: Callable[[Visit, object], None],
+    ) -> None:
+        self.step = 0
+        self.mediators: list[Mediator] = []
+        self._passage = passage
+        self._make_skippable = make_skippable
+        self.hand_out = hand_out
+        self.take_back = take_back
+        self._observe = observe
+        self._result: object = _RESULT_NOT_YET
+        self._visited: set[str] = set()  # watched modules that have run at all, for messages
+        self._steps_seen = -1  # the last step in which a watched module began
+
+    # -- the worker's side --------------------------------------------------------------------
+
+    def expect(self, mediator: Mediator, visit: Visit) -> None:
+        """Watch for `visit`; SiteOrderError if it has passed."""
+        if visit.site.slot is Slot.RESULT:
+            return
+        watch = self._passage.expect(visit.site.path, self.step)
+        if visit.step < self.step:
+            raise unserved.step_is_over(visit, self.step, mediator.last)
+        if visit.step == self.step and watch.has_passed(visit):
+            raise unserved.too_late(visit, mediator.last)
+        if self.has_ended:
+            raise self._unserved(visit)
+
+    def expect_skip(self, mediator: Mediator, visit: Visit) -> None:
+        """Prepare to skip the module at `visit`; SiteOrderError if it has begun."""
+        self.expect(mediator, Visit(Site(visit.site.path, Slot.INPUT), visit.step, visit.call))
+        self._make_skippable(visit.site.path)
+
+    def expect_step(self, step: int) -> bool | None:
+        """True if `step` is the current one, None if it may come, False if the run has ended."""
+        if self.has_ended:
+            return False
+        if step < self.step:
+            raise unserved.step_has_gone(step, self.step)
+        if step == self.step:
+            return True
+        self._passage.expect_any_call(self.step)
+        return None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a block has seen the model run: before that, it has passed nothing."""
+        return self._steps_seen >= 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the traced call has returned."""
+        return self._result is not _RESULT_NOT_YET
+
+    # -- the model's side ---------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run every block to its first request."""
+        for mediator in self.mediators:
+            mediator.start()
+            self._raise_if_over(mediator)
+
+    def before(self, watch: Watch, inputs: object) -> object:
+        """The module of `watch` is about to run with `inputs`; what it runs with."""
+        self._begin_step()
+        watch.align(self.step)
+        call = watch.begin()
+        self._visited.add(watch.path)
+        return self._serve(Visit(watch.input, self.step, call), inputs)
+
+    def instead(self, watch: Watch) -> Skip | None:
+        """The request to skip the call of `watch` that is about to run, if there is one."""
+        visit = Visit(watch.output, self.step, watch.running[-1])
+        for mediator in self.mediators:
+            if isinstance(mediator.request, Skip) and mediator.awaits(visit):
+                return mediator.request
+        return None
+
+    def after(self, watch: Watch, output: object) -> object:
+        """The module of `watch` has returned `output`; what the model goes on with."""
+        watch.align(self.step)
+        call = watch.end()
+        if call is None:
+            return output
+        return self._serve(Visit(watch.output, self.step, call), output)
+
+    def end_step(self) -> None:
+        """A decoding iteration has ended."""
+        self.step += 1
+
+    def finish(self, result: object) -> None:
+        """The traced call has returned `result`: answer what is still asked, to the blocks' ends."""
+        self._result = result
+        for mediator in self.mediators:
+            while mediator.state is State.WAITING:
+                mediator.answer(self._last_reply(mediator))
+            if mediator.error is not None:
+                return
+
+    def close(self) -> None:
+        """Unwind every block that still waits, and let go of everything."""
+        for mediator in self.mediators:
+            mediator.close()
+        self.mediators.clear()
+        self._result = None
+
+    def _begin_step(self) -> None:
+        if self._steps_seen == self.step:
+            return
+        self._steps_seen = self.step
+        for mediator in self.mediators:
+            if mediator.awaits_step(self.step):
+                mediator.answer(Reply(value=True))
+                self._raise_if_over(mediator)
+
+    def _serve(self, visit: Visit, value: object) -> object:
+        for mediator in self.mediators:
+            if mediator.awaits(visit):
+                value = mediator.offer(visit, value)
+                if mediator.has_stopped:  # the hooks of the observers will not be reached
+                    self._observe(visit, value)
+                self._raise_if_over(mediator)
+        return value
+
+    def _raise_if_over(self, mediator: Mediator) -> None:
+        """Leave the forward pass when the block failed or said stop."""
+        if mediator.error is not None or mediator.has_stopped:
+            raise Unwind
+
+    def _last_reply(self, mediator: Mediator) -> Reply:
+        request = mediator.request
+        if isinstance(request, NextStep):
+            return Reply(value=False)
+        assert request is not None
+        if isinstance(request, Read) and request.visit.site.slot is Slot.RESULT:
+            return Reply(self._result)
+        return Reply(error=self._unserved(request.visit))
+
+    def _unserved(self, visit: Visit) -> BaseException:
+        steps = self._steps_seen + 1
+        if visit.step >= max(steps, 1):
+            return unserved.no_such_step(visit, steps)
+        if visit.call > 0:
+            return unserved.no_such_call(visit)
+        callers = self._passage.callers(visit.site.path)
+        ran = [caller for caller in callers if caller in self._visited]
+        return unserved.never_ran(visit, callers, ran)

@@ -1,0 +1,229 @@
+"""Carry requests and replies between one worker and the model's thread."""
+
+# Guarantees:
+#   - exactly one of {model thread, worker} runs at any moment;
+#   - what is known to be wrong is raised on the worker's side, at the line that asked;
+#   - after close() the worker has left the block.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, final
+
+from tracekit.core.site import Site, Slot, Visit
+from tracekit.errors import MisfitError
+from tracekit.interleave import unserved
+from tracekit.interleave.protocol import (
+    TRANSITIONS,
+    Move,
+    NextStep,
+    Read,
+    Reply,
+    Request,
+    Skip,
+    State,
+    Unwind,
+    Write,
+)
+
+
+class Channel(Protocol):
+    """The hand-over between the model's side and one worker's side (a Baton with its Worker)."""
+
+    def resume_worker(self) -> None:
+        """Model's side: let the worker run until it suspends or ends."""
+        ...
+
+    def suspend_worker(self) -> None:
+        """Worker's side: let the model run until it resumes this worker."""
+        ...
+
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C came while the worker ran and did not reach its code."""
+        ...
+
+
+class Run(Protocol):
+    """What a mediator needs to know of its run (an Interleaver)."""
+
+    def expect(self, mediator: Mediator, visit: Visit) -> None:
+        """Prepare for `visit`, or raise if it can't be served any more."""
+        ...
+
+    def expect_skip(self, mediator: Mediator, visit: Visit) -> None:
+        """Prepare to skip the module at `visit`, or raise if it has begun."""
+        ...
+
+    def expect_step(self, step: int) -> bool | None:
+        """Prepare for `step`: True if it is the current one, None if it may come, else False."""
+        ...
+
+    def hand_out(self, visit: Visit, value: object) -> None:
+        """Take note that a worker gets to see, and may change, `value`."""
+        ...
+
+    def take_back(self, visit: Visit, value: object) -> None:
+        """Take note that the model goes on with `value`."""
+        ...
+
+
+@final
+class Mediator:
+    """One intervention beside one run. Methods say from which side they are called."""
+
+    def __init__(
+        self,
+        model: object,
+        run: Run,
+        misfit: Callable[[object, object], str | None],
+        line: Callable[[], str],
+    ) -> None:
+        self.model = model
+        self._run = run
+        self._misfit = misfit
+        self._line = line
+        self.channel: Channel | None = None
+        self.state = State.READY
+        self.request: Request | None = None
+        self.step = 0  # the step that the block's next request is about
+        self.error: BaseException | None = None  # what the block ended with
+        self.has_stopped = False  # tracer.stop() was called
+        self.last: tuple[Visit, str] | None = None  # served last, and the line that asked
+        self._reply: Reply | None = None
+        self._at: Visit | None = None  # where the model is paused for this worker
+        self._value: object = None  # what it goes on with from there
+
+    def __repr__(self) -> str:
+        return f"<Mediator {self.state.name.lower()}, request={self.request}>"
+
+    # -- the worker's side --------------------------------------------------------------------
+
+    def read(self, site: Site, call: int = 0) -> object:
+        """The value at `site` in the current step; may block until the model gets there."""
+        visit = Visit(site, self.step, call)
+        if visit != self._at:
+            self._run.expect(self, visit)
+            self._ask(Read(visit))
+        return self._value
+
+    def write(self, site: Site, value: object, call: int = 0) -> None:
+        """Let the model go on with `value` at `site`; may block until the model gets there."""
+        visit = Visit(site, self.step, call)
+        if visit != self._at:
+            self._run.expect(self, visit)
+            self._ask(Write(visit, value))
+            return
+        self._check_fit(visit, value, self._value)
+        self._value = value
+
+    def skip(self, site: Site, value: object, call: int = 0) -> None:
+        """Do not run the module of `site`; blocks until the model gets there."""
+        visit = Visit(site, self.step, call)
+        self._run.expect_skip(self, visit)
+        self._ask(Skip(visit, value))
+
+    def wait_for_step(self, step: int) -> bool:
+        """Block until `step` begins; False if the run ends before. Later requests are about it."""
+        begun = self._run.expect_step(step)
+        if begun is None:
+            begun = bool(self._ask(NextStep(step)))
+        if begun:
+            self.step = step
+        return begun
+
+    def go_to_step(self, step: int) -> None:
+        """Block until `step` begins; StepError if the run ends before."""
+        if not self.wait_for_step(step):
+            raise unserved.step_never_came(step)
+
+    def stop(self) -> None:
+        """Leave the block, and let the model compute nothing after this point."""
+        self.has_stopped = True
+        raise Unwind
+
+    def _ask(self, request: Request) -> object:
+        self.request = request
+        self._move(Move.ASK)
+        assert self.channel is not None
+        line = self._line()
+        self.channel.suspend_worker()
+        reply, self._reply = self._reply, None
+        assert reply is not None
+        if reply.error is not None:
+            raise reply.error
+        if isinstance(request, (Read, Write, Skip)):
+            self._at, self._value = request.visit, reply.value
+            self.last = (request.visit, line)
+        return reply.value
+
+    def _check_fit(self, visit: Visit, new: object, old: object) -> None:
+        found = self._misfit(new, old)
+        if found is not None:
+            raise misfit_error(visit, found)
+
+    # -- the model's side ---------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run the block to its first request."""
+        self._move(Move.START)
+        self._resume()
+
+    def awaits(self, visit: Visit) -> bool:
+        """Whether the worker is parked for `visit`."""
+        request = self.request
+        return isinstance(request, (Read, Write, Skip)) and request.visit == visit
+
+    def awaits_step(self, step: int) -> bool:
+        """Whether the worker sleeps until `step`, or an earlier one, begins."""
+        return isinstance(self.request, NextStep) and self.request.step <= step
+
+    def offer(self, visit: Visit, value: object) -> object:
+        """Give `value` to the worker that awaits it; what the model goes on with."""
+        while self.awaits(visit):
+            request = self.request
+            if isinstance(request, Write):
+                found = self._misfit(request.value, value)
+                if found is not None:
+                    self.answer(Reply(error=misfit_error(visit, found)))
+                    break
+                value = request.value
+            self._run.hand_out(visit, value)
+            self.answer(Reply(value))
+            value, self._value, self._at = self._value, None, None
+            self._run.take_back(visit, value)
+        return value
+
+    def answer(self, reply: Reply) -> None:
+        """Wake the worker with `reply`, and wait until it asks again or ends."""
+        self.request = None
+        self._reply = reply
+        self._move(Move.ANSWER)
+        self._resume()
+
+    def close(self) -> None:
+        """Unwind the block, wherever it waits."""
+        while self.state is State.WAITING:
+            self.answer(Reply(error=Unwind()))
+
+    def end(self, error: BaseException | None) -> None:
+        """Worker's side, as its last act: the block has ended."""
+        self.error = None if isinstance(error, Unwind) else error
+        self.request = None
+        self._move(Move.END)
+
+    def _resume(self) -> None:
+        assert self.channel is not None
+        self.channel.resume_worker()
+        if self.state is State.WAITING and self.channel.interrupted():
+            raise KeyboardInterrupt
+
+    def _move(self, move: Move) -> None:
+        self.state = TRANSITIONS[self.state, move]
+
+
+def misfit_error(visit: Visit, found: str) -> MisfitError:
+    """The error for a written value that can't stand in the place of the one it replaces."""
+    cure = "write a value of the same structure, shape, dtype and device"
+    if visit.site.slot is Slot.OUTPUT and "tuple" in found:
+        cure += ", or assign to .hidden to replace the hidden-state tensor alone"
+    return MisfitError(f"{visit.site} cannot be replaced so: {found}; {cure}.")

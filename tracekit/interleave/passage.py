@@ -1,0 +1,132 @@
+"""What the model has passed in this step, known without a hook on every module."""
+
+# Guarantees:
+#   - a request for what has passed is known to be late at the moment it is made;
+#   - a value is never given out as the first call of a module that had run before it was watched.
+#
+# A watched module reports each call. Watching all modules would cost a slow call for each of
+# them, so only these are watched: what somebody asks for, the modules that contain it, and the
+# children of those. So whatever runs while a worker is awake has all its children watched, and
+# what a worker can ask for next is either watched, or inside something that has ended (it has
+# passed), or inside something that has not begun (it has not).
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, final
+
+from tracekit.core.site import Site, Slot, Visit
+
+
+class Modules(Protocol):
+    """What Passage needs to know of a model (core.tree.Tree has it)."""
+
+    @property
+    def name(self) -> str: ...
+    def called_children(self, path: str) -> list[str]: ...
+    def ancestors(self, path: str) -> list[str]: ...
+    def callers(self, path: str) -> list[str]: ...
+
+
+@dataclass(slots=True)
+class Watch:
+    """The calls of one module in one step; counts of an earlier step are void."""
+
+    path: str
+    input: Site
+    output: Site
+    step: int = 0
+    started: int = 0
+    ended: int = 0
+    running: list[int] = field(default_factory=list[int])  # calls begun and not ended, inner last
+    missed_in: int = -1  # the step in which it may have run before it was watched
+
+    def align(self, step: int) -> None:
+        """Begin to count afresh if a new step has begun."""
+        if self.step != step:
+            self.step = step
+            self.started = self.ended = 0
+            self.running.clear()
+
+    def begin(self) -> int:
+        """A call begins: the how-manieth of this step."""
+        self.running.append(self.started)
+        self.started += 1
+        return self.running[-1]
+
+    def end(self) -> int | None:
+        """A call has ended: which; None if it had begun before it was watched."""
+        self.ended += 1
+        if not self.running:
+            self.started += 1
+            return None
+        return self.running.pop()
+
+    def has_passed(self, visit: Visit) -> bool:
+        """Whether the model is beyond `visit`, which is in the current step."""
+        if self.missed_in == visit.step:
+            return True
+        if visit.site.slot is Slot.INPUT:
+            return visit.call < self.started
+        return visit.call < self.started and visit.call not in self.running
+
+
+@final
+class Passage:
+    """The Watches of a run; `place` puts the hooks on a module."""
+
+    def __init__(self, modules: Modules, place: Callable[[Watch], None]) -> None:
+        self._modules = modules
+        self._place = place
+        self._watches: dict[str, Watch] = {}
+
+    def expect(self, path: str, step: int) -> Watch:
+        """The Watch of the module at `path`, with everything on the way to it watched as well."""
+        for ancestor in reversed(self._modules.ancestors(path)):
+            self._watch(ancestor, step)
+            for child in self._modules.called_children(ancestor):
+                self._watch(child, step)
+        return self._watch(path, step)
+
+    def expect_any_call(self, step: int) -> None:
+        """Watch the root and its children: one of them is called in every step.
+
+        The root alone would not do: BLIP-2 generates with an inner model, and never calls itself.
+        """
+        root = self._modules.name
+        self._watch(root, step)
+        for child in self._modules.called_children(root):
+            self._watch(child, step)
+
+    def get(self, path: str) -> Watch | None:
+        """The Watch of the module at `path`, if it has one."""
+        return self._watches.get(path)
+
+    def has_begun(self, path: str, step: int) -> bool:
+        """Whether the module at `path` has certainly been called in this step."""
+        watch = self._watches.get(path)
+        return self.has_ended(path, step) or (watch is not None and watch.started > 0)
+
+    def has_ended(self, path: str, step: int) -> bool:
+        """Whether the module at `path` has certainly been called in this step, and has ended."""
+        watch = self._watches.get(path)
+        if watch is not None:
+            watch.align(step)
+            return watch.missed_in == step or (watch.ended > 0 and not watch.running)
+        return any(self.has_ended(caller, step) for caller in self._modules.callers(path))
+
+    def _watch(self, path: str, step: int) -> Watch:
+        watch = self._watches.get(path)
+        if watch is None:
+            watch = Watch(path, Site(path, Slot.INPUT), Site(path, Slot.OUTPUT), step)
+            if self.has_ended(path, step):
+                watch.missed_in = step
+            self._watches[path] = watch
+            self._place(watch)
+        watch.align(step)
+        return watch
+
+    def callers(self, path: str) -> list[str]:
+        """The nearest callable modules that contain `path`."""
+        return self._modules.callers(path)

@@ -1,0 +1,84 @@
+"""Why a request was not served, in words for whoever wrote the block."""
+
+from __future__ import annotations
+
+from tracekit.core.site import Visit
+from tracekit.errors import NeverRanError, SiteOrderError, StepError
+
+
+def too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
+    """The model has passed `visit` in this step; `last` is what the block got before."""
+    if last is None:
+        return SiteOrderError(
+            f"{visit} was asked for after the model had passed it; ask in the model's order, "
+            f"or use tracer.cache()."
+        )
+    before, line = last
+    if before == visit:
+        return SiteOrderError(
+            f"{visit} was asked for a second time, after the model had gone on ({line} had it); "
+            f"keep the first value in a name. If the module runs several times in a step, "
+            f"module.calls[1] is its second call."
+        )
+    return SiteOrderError(
+        f"{visit} was asked for after {before} ({line}), but the model runs it before; "
+        f"ask in the model's order, or use tracer.cache()."
+    )
+
+
+def step_is_over(visit: Visit, step: int, last: tuple[Visit, str] | None) -> SiteOrderError:
+    """The whole step of `visit` is over."""
+    got = f" The block's last value was {last[0]} ({last[1]})." if last else ""
+    return SiteOrderError(
+        f"{visit} was asked for after that step had ended (the run has begun or ended "
+        f"step {step - 1} since); ask for it within its step, in the model's order.{got}"
+    )
+
+
+def step_has_gone(step: int, current: int) -> StepError:
+    """A loop or next() asked to go back."""
+    return StepError(
+        f"step {step} was asked for when the model was at step {current}; "
+        f"ask for steps in ascending order, each once."
+    )
+
+
+def step_never_came(step: int) -> StepError:
+    """next() went beyond the run."""
+    return StepError(f"step {step} was asked for, but the run ended before it began.")
+
+
+def no_such_step(visit: Visit, steps: int) -> StepError:
+    """The run ended before the step of `visit`."""
+    had = {0: "no step began", 1: "the run had 1 step, step 0"}.get(
+        steps, f"the run had {steps} steps, 0 to {steps - 1}"
+    )
+    return StepError(
+        f"{visit} did not happen: {had}; ask for a step that there is, generate more tokens, "
+        f"or loop over tracer.iter[:], which ends with the run."
+    )
+
+
+def no_such_call(visit: Visit) -> NeverRanError:
+    """The module ran, but not that often."""
+    return NeverRanError(
+        f"{visit} did not happen: the module was called at most {visit.call} times in that step."
+    )
+
+
+def never_ran(visit: Visit, callers: list[str], ran: list[str]) -> NeverRanError:
+    """The module of `visit` was not called; `ran` are those of its `callers` that were."""
+    if not callers:
+        return NeverRanError(f"{visit} was asked for, but the model was never called.")
+    names = " and ".join(callers)
+    if ran:
+        ended = " and ".join(ran)
+        why = f"{ended} ran without calling it (its weights may be used directly)"
+        return NeverRanError(
+            f"{visit} was asked for, but the module was not called: {why}; "
+            f"ask for {ended} or a module that it calls."
+        )
+    return NeverRanError(
+        f"{visit} was asked for, but the module was not called, nor was {names}, which "
+        f"contains it; ask for a module that takes part in this run."
+    )

@@ -1,0 +1,156 @@
+"""Threads that run interventions; a pool, because starting a thread costs more than a trace."""
+
+# Guarantees:
+#   - a worker is back in the pool before whoever waits for it goes on, so a trace after a trace
+#     reuses its thread;
+#   - an idle worker holds nothing of the job it ran;
+#   - after a fork the pool starts empty, as the threads exist in the parent alone.
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from _thread import allocate_lock
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import final
+
+from tracekit.interleave.baton import Baton
+from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.torch_state import TorchState
+
+_idle: list[Worker] = []  # the pool; list.append and list.pop are atomic
+_local = threading.local()
+
+
+def current_mediator() -> Mediator | None:
+    """The mediator whose block runs on this thread, if one does."""
+    return getattr(_local, "mediator", None)
+
+
+def run_beside(mediator: Mediator, body: Callable[[], None], grad: bool | None = None) -> None:
+    """Attach a pooled worker to `mediator`, ready to run `body` under the caller's torch state.
+
+    `grad` overrides the grad mode, for calls that set it themselves (generate).
+    """
+    worker = _idle.pop() if _idle else Worker()
+    worker.prepare(mediator, body, TorchState(), grad)
+
+
+@final
+class Worker:
+    """One thread and the two-way hand-over to it; the Channel of one mediator at a time."""
+
+    def __init__(self) -> None:
+        self._baton = Baton()
+        self._go = allocate_lock()
+        self._go.acquire()
+        self._job: Callable[[], None] | None = None
+        self._is_running = False
+        self._was_interrupted = False
+        self._waits_for: Worker | None = None  # the worker of a trace inside this one's block
+        self._thread = threading.Thread(target=self._live, name="tracekit-worker", daemon=True)
+        self._thread.start()
+
+    def prepare(
+        self, mediator: Mediator, body: Callable[[], None], state: TorchState, grad: bool | None
+    ) -> None:
+        """Set what `resume_worker` will start."""
+
+        def job() -> None:
+            state.context.run(_run, mediator, body, state.adopted(grad))
+
+        self._job = job
+        self._was_interrupted = False
+        mediator.channel = self
+
+    # -- Channel --------------------------------------------------------------------------------
+
+    def resume_worker(self) -> None:
+        """Model's side: let the worker run until it suspends or ends."""
+        if self._is_running:
+            self._baton.give_to_worker()
+        else:
+            self._is_running = True
+            self._go.release()
+        outer: Worker | None = getattr(_local, "worker", None)
+        if outer is not None:
+            outer._waits_for = self
+        try:
+            self._wait()
+        finally:
+            if outer is not None:
+                outer._waits_for = None
+
+    def suspend_worker(self) -> None:
+        """Worker's side: let the model run until it resumes this worker."""
+        self._baton.give_to_model()
+        self._baton.wait_for_model()
+
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C came while the worker ran and it parked before its code was reached."""
+        if not self._was_interrupted:
+            return False
+        self._was_interrupted = False
+        _raise_in(self._thread, None)
+        return True
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        while True:
+            try:
+                self._baton.wait_for_worker()
+                return
+            except KeyboardInterrupt:  # it is the user's block that runs: interrupt that
+                self._was_interrupted = True
+                innermost = self
+                while innermost._waits_for is not None:
+                    innermost = innermost._waits_for
+                _raise_in(innermost._thread, KeyboardInterrupt)
+
+    def _live(self) -> None:
+        _local.worker = self
+        while True:
+            try:
+                self._go.acquire()
+                assert self._job is not None
+                self._job()
+            except KeyboardInterrupt:
+                pass  # it came when the block had ended
+            while self._is_running:
+                try:
+                    self._retire()
+                except KeyboardInterrupt:
+                    continue
+
+    def _retire(self) -> None:
+        self._job = None
+        _idle.append(self)
+        self._is_running = False
+        self._baton.give_to_model()
+
+
+def _run(mediator: Mediator, body: Callable[[], None], state: AbstractContextManager[None]) -> None:
+    _local.mediator = mediator
+    error: BaseException | None = None
+    try:
+        with state:
+            body()
+    except BaseException as caught:  # every way out of the block ends here
+        error = caught
+    finally:
+        _local.mediator = None
+        mediator.end(error)
+        del error  # the error's traceback knows this frame: a cycle
+
+
+def _raise_in(thread: threading.Thread, kind: type[BaseException] | None) -> None:
+    """Raise `kind` in `thread` at its next line of Python, or take that back."""
+    exception = ctypes.py_object(kind) if kind is not None else None
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), exception)
+
+
+os.register_at_fork(after_in_child=_idle.clear)

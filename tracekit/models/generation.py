@@ -1,0 +1,57 @@
+"""Run `generate` so that every decoding iteration is noticed, and nothing is compiled past the hooks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def generate(
+    module: Any, end_step: Callable[[], None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What `module.generate(*args, **kwargs)` returns; `end_step` is called after each iteration.
+
+    Steps are not found by counting forward passes: a prompt in chunks takes several, guidance
+    doubles them, assisted decoding runs fewer. A stopping criterion is asked exactly once in
+    each iteration.
+    """
+    if end_step is None or not _is_transformers(module):
+        return module.generate(*args, **kwargs)
+    kwargs = dict(kwargs)
+    kwargs["stopping_criteria"] = _with_end_of_step(kwargs.get("stopping_criteria"), end_step)
+    kwargs.setdefault("disable_compile", True)
+    with eager(module):
+        return module.generate(*args, **kwargs)
+
+
+def eager(module: nn.Module) -> AbstractContextManager[Any]:
+    """Run compiled parts as Python: hooks placed after a compilation do not fire in it."""
+    parts = ("_compiled_call", "_compiled_call_impl", "_orig_mod")
+    if any(getattr(module, part, None) is not None for part in parts):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
+
+
+def _is_transformers(module: Any) -> bool:
+    parameters = inspect.signature(type(module).generate).parameters
+    return "stopping_criteria" in parameters or "generation_config" in parameters or any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
+
+
+def _with_end_of_step(given: Any, end_step: Callable[[], None]) -> Any:
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class EndOfStep(StoppingCriteria):
+        """Never stops; says that an iteration has ended."""
+
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            end_step()
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    return StoppingCriteriaList([*(given or []), EndOfStep()])

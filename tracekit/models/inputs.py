@@ -1,0 +1,112 @@
+"""From what people have (text, token ids, encodings, tensors) to the keyword tensors of a forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tracekit.errors import InputError, PaddingError
+
+
+def encode(given: Any, tokenizer: Any, padding_side: str | None) -> dict[str, Any]:
+    """The `input_ids`, `attention_mask` … that `given` stands for.
+
+    `given` is a string, a list of strings, ids (a list, a list of lists, a tensor of one or two
+    dimensions) or a mapping such as a tokenizer returns. Rows of different lengths are padded.
+    """
+    if isinstance(given, Mapping):
+        return {str(key): value for key, value in cast("Mapping[Any, Any]", given).items()}
+    if isinstance(given, Tensor):
+        return _from_tensor(given)
+    if isinstance(given, str):
+        return _tokenized(given, tokenizer, padding_side)
+    items = list(cast("Sequence[Any]", given)) if isinstance(given, Sequence) else None
+    if not items:
+        raise InputError(
+            f"an input is a string, a list of strings, token ids, a tensor or an encoding, "
+            f"not {'an empty list' if items == [] else type(given).__name__}."
+        )
+    if all(isinstance(item, str) for item in items):
+        return _tokenized(items, tokenizer, padding_side)
+    if all(isinstance(item, int) for item in items):
+        return _from_tensor(torch.tensor([items]))
+    return _from_rows([_row(item) for item in items], tokenizer, padding_side)
+
+
+def with_positions(inputs: dict[str, Any], forward: Any, model_type: str) -> dict[str, Any]:
+    """`inputs`, such that every row of a padded batch is computed as it would be alone.
+
+    Adds `position_ids` counted from the first real token, where the model's forward takes them.
+    Raises PaddingError where a model reads its padding.
+    """
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return inputs
+    if model_type in READS_PADDING:
+        raise PaddingError(
+            f"{model_type} reads its padding: in a padded batch its rows would not be what each "
+            f"is alone. Trace the rows one by one, or give rows of equal length."
+        )
+    if "position_ids" in inputs or "position_ids" not in inspect.signature(forward).parameters:
+        return inputs
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return {**inputs, "position_ids": positions}
+
+
+# State-space and recurrent families: their state runs through padding, whatever the mask says.
+READS_PADDING = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma"})
+
+
+def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """`inputs` with its tensors on `device`."""
+    return {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in inputs.items()
+    }
+
+
+def _tokenized(text: str | list[str], tokenizer: Any, padding_side: str | None) -> dict[str, Any]:
+    if tokenizer is None:
+        raise InputError("text needs a tokenizer: LanguageModel(module, tokenizer=…), or give ids.")
+    options = {"padding_side": padding_side} if padding_side else {}
+    several = not isinstance(text, str)
+    return dict(tokenizer(text, return_tensors="pt", padding=several, **options))
+
+
+def _from_tensor(ids: Tensor) -> dict[str, Any]:
+    if ids.dim() not in (1, 2) or ids.is_floating_point():
+        raise InputError(
+            f"token ids are integers of shape (positions) or (batch, positions), not "
+            f"{ids.dtype} of shape {tuple(ids.shape)}; pass other tensors by keyword."
+        )
+    ids = ids if ids.dim() == 2 else ids[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _row(item: Any) -> list[int]:
+    if isinstance(item, Tensor) and item.dim() == 1:
+        return [int(token) for token in item]
+    if isinstance(item, Sequence) and all(isinstance(token, int) for token in cast("Any", item)):
+        return list(cast("Sequence[int]", item))
+    raise InputError(
+        f"a list of inputs holds strings alone or rows of token ids alone, and this one holds "
+        f"{type(item).__name__}."
+    )
+
+
+def _from_rows(rows: list[list[int]], tokenizer: Any, padding_side: str | None) -> dict[str, Any]:
+    length = max(len(row) for row in rows)
+    side = padding_side or getattr(tokenizer, "padding_side", "left")
+    pad = getattr(tokenizer, "pad_token_id", None) or 0
+    padded = [_padded(row, length, pad, side) for row in rows]
+    mask = [_padded([1] * len(row), length, 0, side) for row in rows]
+    return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+
+
+def _padded(row: list[int], length: int, value: int, side: str) -> list[int]:
+    fill = [value] * (length - len(row))
+    return fill + row if side == "left" else row + fill

@@ -1,0 +1,134 @@
+"""A LanguageModel is a Hugging Face model with its tokenizer, ready to be traced and to generate."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tracekit.errors import InputError, LoadingError
+from tracekit.models import inputs as feeding
+from tracekit.models import loading
+from tracekit.models.generation import generate
+from tracekit.models.model import Model
+from tracekit.tracing.tracer import Tracer
+
+
+class LanguageModel(Model):
+    """A Hugging Face model, by Hub id, by directory, packaged (`"tracekit/tiny"`), or live.
+
+    `dtype` (default: the checkpoint's), `device_map`, `revision`, `attn_implementation` and all
+    else go to `from_pretrained`. `dispatch=False` leaves the weights out until they are needed.
+    Batches of different lengths are padded on `padding_side` ("left" unless the model is an
+    encoder), with positions such that every row is computed as it would be alone.
+    """
+
+    __slots__ = ("_empty_from", "_padding_side", "_tokenizer")
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        *,
+        tokenizer: Any = None,
+        dispatch: bool = True,
+        padding_side: str | None = None,
+        name: str = "model",
+        **options: Any,
+    ) -> None:
+        is_live = isinstance(model, nn.Module)
+        if is_live and options:
+            raise LoadingError(f"a live model takes no loading options: {', '.join(options)}.")
+        if is_live:
+            module: Any = model
+        elif dispatch:
+            module = loading.load_model(model, **options)
+        else:
+            module = loading.load_empty(model, **options)
+        super().__init__(module, name)
+        if tokenizer is None and not is_live:
+            tokenizer = loading.load_tokenizer(model, **options)
+        elif isinstance(tokenizer, (str, Path)):
+            tokenizer = loading.load_tokenizer(tokenizer)
+        elif tokenizer is not None:
+            tokenizer = loading.with_padding(tokenizer)
+        empty_from = None if is_live or dispatch else (model, options)
+        object.__setattr__(self, "_tokenizer", tokenizer)
+        object.__setattr__(self, "_padding_side", padding_side)
+        object.__setattr__(self, "_empty_from", empty_from)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; None for a live model that was given none."""
+        return self._tokenizer
+
+    def dispatch(self) -> None:
+        """Load the weights now, if they were left out. Envoys made before stay valid."""
+        if self._empty_from is None:
+            return
+        name, options = self._empty_from
+        self._tree.replace_root(loading.load_model(name, **options))
+        object.__setattr__(self, "_empty_from", None)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Tracer:
+        """`with model.trace(input) as tracer:` runs the block beside one forward pass.
+
+        `input` is a string, a list of strings, token ids, or an encoding; keyword arguments go
+        to the model's forward. No keys and values are kept unless `use_cache=True` says so.
+        """
+        inputs = self._prepared(args, kwargs)
+        module = self.module
+        accepted = inspect.signature(module.forward).parameters
+        if "use_cache" in accepted and inputs.get("past_key_values") is None:
+            inputs.setdefault("use_cache", False)
+        return Tracer(self._tree, lambda _: module(**inputs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate from `input`; as the header of a `with`, trace all its steps.
+
+        `with model.generate(prompt, max_new_tokens=8) as tracer:` has one step for each new
+        token, and `tracer.result` is the tokens; anywhere else the tokens are returned. Takes
+        everything that `transformers.generate` takes.
+        """
+        inputs = self._prepared(args, kwargs, for_generate=True)
+        module = self.module
+        if inputs.get("pad_token_id") is None and self.tokenizer is not None:
+            if getattr(module.generation_config, "pad_token_id", None) is None:
+                inputs["pad_token_id"] = self.tokenizer.pad_token_id
+        return self._traced_or_run(
+            lambda end_step=None: generate(module, end_step, (), inputs)
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on tensors as PyTorch would, or on text."""
+        if args and not isinstance(args[0], torch.Tensor):
+            return self.module(**self._prepared(args, kwargs))
+        self.dispatch()
+        return self.module(*args, **kwargs)
+
+    def _prepared(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], for_generate: bool = False
+    ) -> dict[str, Any]:
+        if len(args) > 1:
+            raise InputError(
+                f"one input at a time: a list makes a batch, and {len(args)} inputs were given."
+            )
+        if not args and not kwargs:
+            raise InputError("an input is needed: a string, a list of strings, or token ids.")
+        self.dispatch()
+        module = self.module
+        side = self._side()
+        encoded = feeding.encode(args[0], self.tokenizer, side) if args else {}
+        inputs = {**encoded, **kwargs}
+        inputs = feeding.on_device(inputs, module.device)
+        if for_generate:
+            return inputs
+        return feeding.with_positions(inputs, module.forward, module.config.model_type)
+
+    def _side(self) -> str | None:
+        if self._padding_side is not None:
+            return self._padding_side
+        is_decoder = callable(getattr(self.module, "generate", None)) and self.module.can_generate()
+        return "left" if is_decoder and not self.module.config.is_encoder_decoder else None

@@ -1,0 +1,125 @@
+"""Find and load a Hugging Face model and its tokenizer: by Hub id, from a directory, or packaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tracekit.errors import LoadingError
+from tracekit.models.tiny import WEIGHTS
+
+PACKAGED = {"tracekit/tiny": WEIGHTS}
+
+# What a language model's config may be built as, best first: the class that the checkpoint names,
+# else the first of these families that knows the config.
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageTextToText",
+    "AutoModel",
+)
+
+
+def resolve(name: str | Path) -> str:
+    """The directory of a packaged model, else `name` itself: a local directory or a Hub id."""
+    packaged = PACKAGED.get(str(name))
+    return str(packaged) if packaged is not None else str(name)
+
+
+def load_model(name: str | Path, **options: Any) -> Any:
+    """The model with its weights, in evaluation mode. `options` go to `from_pretrained`."""
+    import transformers
+
+    config_options = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
+    config = _load(transformers.AutoConfig, name, **config_options)
+    model: Any = _load(_auto_class(config), name, **options)
+    return model.eval()
+
+
+def load_empty(name: str | Path, **options: Any) -> Any:
+    """The model with its weights on meta: shapes and modules, and no memory."""
+    import accelerate
+    import transformers
+
+    config_options = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
+    config = _load(transformers.AutoConfig, name, **config_options)
+    allowed = {key: options[key] for key in ("dtype", "attn_implementation") if key in options}
+    with accelerate.init_empty_weights():
+        model: Any = _auto_class(config).from_config(config, **allowed)
+    return model.eval()
+
+
+def load_tokenizer(name: str | Path, **options: Any) -> Any:
+    """The tokenizer; one without a padding token pads with its end-of-sequence token."""
+    import transformers
+
+    kept = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
+    return with_padding(_load(transformers.AutoTokenizer, name, **kept))
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """`tokenizer`, able to pad: padded positions are masked, so which token they hold is no matter."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+    return tokenizer
+
+
+_CONFIG_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+
+
+def _load(loader: Any, name: str | Path, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(resolve(name), **options)
+    except (OSError, ValueError) as error:
+        raise LoadingError(
+            f"{str(name)!r} can't be loaded by {loader.__name__}: {_first_line(error)} Give a "
+            f"Hub id, a directory with config.json, 'tracekit/tiny', or a live model."
+        ) from error
+
+
+def _auto_class(config: Any) -> Any:
+    import transformers
+
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None and hasattr(found, "_from_config"):
+            return _Named(found)
+    for name in _AUTO_CLASSES:
+        auto = getattr(transformers, name, None)
+        if auto is not None and type(config) in auto._model_mapping:
+            return auto
+    raise LoadingError(f"transformers has no model class for {type(config).__name__}.")
+
+
+class _Named:
+    """A concrete model class with the two constructors of an Auto class."""
+
+    def __init__(self, cls: Any) -> None:
+        self._cls = cls
+        self.__name__ = cls.__name__
+
+    def from_pretrained(self, name: str, **options: Any) -> Any:
+        return self._cls.from_pretrained(name, **options)
+
+    def from_config(self, config: Any, **options: Any) -> Any:
+        return self._cls._from_config(config, **options)
+
+
+def is_on_meta(module: nn.Module) -> bool:
+    """Whether weights are on meta without accelerate's hooks that would bring them."""
+    if hasattr(module, "hf_device_map"):
+        return False
+    return any(
+        parameter.device == torch.device("meta") and not hasattr(owner, "_hf_hook")
+        for owner in module.modules()
+        for parameter in owner._parameters.values()
+        if parameter is not None
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

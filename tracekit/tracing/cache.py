@@ -1,0 +1,158 @@
+"""A Cache holds recorded activations by path, in the order of execution; no model, no hooks."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from typing import Any, final
+
+from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
+from tracekit.tracing.entries import Entries, Entry
+
+
+@final
+class Cache(Mapping[str, Entries]):
+    """Recorded activations: `cache["model.transformer.h.0"]`, or `cache.model.transformer.h[0]`.
+
+    Filled by hooks while the model runs; complete, and frozen, when the trace has ended.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, list[Entry]] = {}
+        self._aliases: dict[str, str] = {}
+        self._asked: list[str] = []
+        self._is_complete = False
+
+    def _freeze(
+        self, entries: dict[str, list[Entry]], aliases: dict[str, str], asked: list[str]
+    ) -> None:
+        """Take what was recorded; a Recorder calls this once, at the end of its run."""
+        self._entries = entries
+        self._aliases = aliases
+        self._asked = asked
+        self._is_complete = True
+
+    # -- by key ---------------------------------------------------------------------------------
+
+    def __getitem__(self, path: str) -> Entries:
+        found = self._entries.get(self._aliases.get(path, path))
+        if found is not None:
+            return Entries(path, found)
+        if not self._is_complete:
+            raise CacheError(
+                f"the cache is complete when the trace has ended: read {path!r} after the block, "
+                f"or ask for the module's .output in it."
+            )
+        if path in self._asked:
+            raise UnknownPathError(
+                f"{path!r} was to be recorded, but the run ended before the module was called"
+            )
+        raise UnknownPathError(f"{path!r} is not in this cache{did_you_mean(path, self._entries)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # -- by attribute ---------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also while a Cache is being unpickled
+            raise AttributeError(name)
+        return _child(self, "", name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *_names_below(self, "")})
+
+    # -- for people -----------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        if not self._is_complete:
+            return "Cache(recording until the trace ends)"
+        head = f"Cache({len(self)} modules, {sum(map(len, self._entries.values()))} entries)"
+        rows = [f"  {path}: {_summary(found)}" for path, found in self._shown()]
+        more = [f"  … {len(self) - len(rows)} more"] if len(self) > len(rows) else []
+        return "\n".join([head, *rows, *more])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td style='text-align:left'><code>{html.escape(path)}</code></td>"
+            f"<td>{len(found)}</td><td style='text-align:left'>{html.escape(_summary(found))}</td></tr>"
+            for path, found in self.items()
+        )
+        return (
+            f"<div style='max-height:24em;overflow:auto'><table><thead><tr>"
+            f"<th style='text-align:left'>Cache: {len(self)} modules</th><th>entries</th>"
+            f"<th style='text-align:left'>recorded</th></tr></thead><tbody>{rows}</tbody></table></div>"
+        )
+
+    def _shown(self) -> list[tuple[str, Entries]]:
+        return list(self.items())[:12]
+
+
+@final
+class Branch:
+    """A place on the way to recorded modules: `cache.model.transformer`."""
+
+    __slots__ = ("_cache", "_path")
+
+    def __init__(self, cache: Cache, path: str) -> None:
+        self._cache = cache
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        found = self._cache.get(self._path)
+        if found is not None and hasattr(Entries, name):
+            return getattr(found, name)
+        return _child(self._cache, self._path, name)
+
+    def __getitem__(self, index: int | str) -> Any:
+        """The place below by index, as in a list of modules; or an Entry, where one was recorded."""
+        names = _names_below(self._cache, self._path)
+        if isinstance(index, str) or str(index) in names:
+            return _child(self._cache, self._path, str(index))
+        found = self._cache.get(self._path)
+        if found is not None:
+            return found[index]
+        numbers = sorted(int(name) for name in names if name.isdigit())
+        if index < 0 and -index <= len(numbers):
+            return _child(self._cache, self._path, str(numbers[index]))
+        raise IndexError(f"{self._path}[{index}] is not in this cache; it has {names}.")
+
+    def __len__(self) -> int:
+        found = self._cache.get(self._path)
+        return len(found) if found is not None else len(_names_below(self._cache, self._path))
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *_names_below(self._cache, self._path)})
+
+    def __repr__(self) -> str:
+        found = self._cache.get(self._path)
+        return repr(found) if found is not None else f"{self._path}: {_names_below(self._cache, self._path)}"
+
+
+def _child(cache: Cache, path: str, name: str) -> Branch:
+    full = f"{path}.{name}" if path else name
+    names = _names_below(cache, path)
+    if name not in names:
+        raise UnknownModuleError(
+            f"{full!r} is not in this cache{did_you_mean(name, names)} It holds: {names[:8]}"
+        )
+    return Branch(cache, full)
+
+
+def _names_below(cache: Cache, path: str) -> list[str]:
+    prefix = f"{path}." if path else ""
+    paths = [*cache, *cache._aliases]  # pyright: ignore[reportPrivateUsage] - same file
+    return list(
+        dict.fromkeys(p[len(prefix) :].partition(".")[0] for p in paths if p.startswith(prefix))
+    )
+
+
+def _summary(entries: Entries) -> str:
+    first = entries[0]
+    text = repr(first).removeprefix("Entry(").removesuffix(")")
+    return text if len(entries) == 1 else f"{text}; … {len(entries)} entries"

@@ -1,0 +1,160 @@
+"""Entry: what was recorded at one visit to a module. Entries: all visits to one module, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import Any, final, overload
+
+import torch
+
+from tracekit.core.nest import describe, first_input, first_tensor
+from tracekit.errors import CacheError
+
+
+class Absent(Enum):
+    """In the place of what was not recorded; an Enum, so that it survives pickling as itself."""
+
+    ABSENT = "absent"
+
+
+ABSENT = Absent.ABSENT
+
+
+@final
+class Entry:
+    """One visit: at which `step`, which `call` of the module in that step, inputs and output."""
+
+    __slots__ = ("_inputs", "_output", "call", "path", "step")
+
+    def __init__(self, path: str, step: int, call: int, inputs: Any, output: Any) -> None:
+        self.path = path
+        self.step = step
+        self.call = call
+        self._inputs = inputs
+        self._output = output
+
+    @property
+    def output(self) -> Any:
+        """What the module returned, after all edits."""
+        if self._output is ABSENT:
+            raise CacheError(
+                f"{self.path} has no output in this cache: "
+                f"{self._why_absent('include_output', 'its call did not return')}."
+            )
+        return self._output
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden-state tensor of the output: itself, or the first tensor of its structure."""
+        found = first_tensor(self.output)
+        if found is None:
+            raise CacheError(f"{self.path}.output is {describe(self.output)}, with no tensor.")
+        return found
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the module was called with, after all edits: `(args, kwargs)`."""
+        if self._inputs is ABSENT:
+            raise CacheError(
+                f"{self.path} has no inputs in this cache: "
+                f"{self._why_absent('include_inputs', 'they were not seen')}."
+            )
+        return self._inputs
+
+    @property
+    def input(self) -> Any:
+        """The first positional argument, or the first keyword argument if there is none."""
+        return first_input(self.inputs)
+
+    def _why_absent(self, option: str, otherwise: str) -> str:
+        recorded = self._inputs if option == "include_output" else self._output
+        if recorded is ABSENT:
+            return otherwise
+        return f"it was made without {option}=True, or {otherwise}"
+
+    def __repr__(self) -> str:
+        parts = [f"step={self.step}"]
+        if self.call:
+            parts.append(f"call={self.call}")
+        if self._inputs is not ABSENT:
+            parts.append(f"input={describe(self.input)}")
+        if self._output is not ABSENT:
+            parts.append(f"output={describe(self._output)}")
+        return f"Entry({', '.join(parts)})"
+
+
+@final
+class Entries(Sequence[Entry]):
+    """All visits to one module: one Entry for each, in order, however many there were.
+
+    With one Entry, `.output`, `.hidden`, `.input` and `.inputs` reach through to it.
+    """
+
+    __slots__ = ("_entries", "path")
+
+    def __init__(self, path: str, entries: list[Entry]) -> None:
+        self.path = path
+        self._entries = entries
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> Entries: ...
+    def __getitem__(self, index: int | slice) -> Entry | Entries:
+        if isinstance(index, slice):
+            return Entries(self.path, self._entries[index])
+        try:
+            return self._entries[index]
+        except IndexError:
+            raise IndexError(
+                f"{self.path} has {len(self)} entries in this cache; there is no [{index}]."
+            ) from None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+    def at(self, step: int) -> Entries:
+        """The entries of one step: modules may run several times in it, or not at all."""
+        return Entries(self.path, [entry for entry in self._entries if entry.step == step])
+
+    @property
+    def output(self) -> Any:
+        """The output of the only Entry."""
+        return self._only("output").output
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden-state tensor of the only Entry."""
+        return self._only("hidden").hidden
+
+    @property
+    def input(self) -> Any:
+        """The first input of the only Entry."""
+        return self._only("input").input
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The `(args, kwargs)` of the only Entry."""
+        return self._only("inputs").inputs
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The outputs of all entries, in order."""
+        return [entry.output for entry in self._entries]
+
+    def _only(self, name: str) -> Entry:
+        if len(self._entries) == 1:
+            return self._entries[0]
+        raise CacheError(
+            f"{self.path} has {len(self)} entries, so .{name} is not one value: "
+            f"name one, as in [0].{name}, or take .outputs, a list."
+        )
+
+    def __repr__(self) -> str:
+        inner = ", ".join(repr(entry) for entry in self._entries[:4])
+        more = f", … {len(self) - 4} more" if len(self) > 4 else ""
+        return f"Entries({self.path}: [{inner}{more}])"

@@ -1,0 +1,236 @@
+"""An Envoy stands for one module: its values inside a trace, its children, and the module itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tracekit.core.nest import describe, first_input, first_tensor, replace_first_tensor
+from tracekit.core.site import Site, Slot
+from tracekit.core.tree import Tree
+from tracekit.errors import (
+    LoadingError,
+    MisfitError,
+    NeverRanError,
+    OutsideTraceError,
+    UnknownModuleError,
+    did_you_mean,
+)
+from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.worker import current_mediator
+
+_VALUES = ("output", "input", "inputs", "hidden", "skip", "next", "calls", "path", "module")
+
+
+class Envoy:
+    """Stands for the module at `path`; children by attribute, index or name.
+
+    Inside a trace, `.output`, `.input`, `.inputs` and `.hidden` are the module's real values at
+    the moment the model reaches it; assigning replaces them, editing in place changes them.
+    """
+
+    __slots__ = ("_call", "_path", "_tree")
+
+    def __init__(self, tree: Tree, path: str, call: int = 0) -> None:
+        object.__setattr__(self, "_tree", tree)
+        object.__setattr__(self, "_path", path)
+        object.__setattr__(self, "_call", call)
+
+    # -- values in a trace ----------------------------------------------------------------------
+
+    @property
+    def output(self) -> Any:
+        """What the module returned: exactly that, a tensor for one family, a tuple for another."""
+        return self._mediator("output").read(self._site(Slot.OUTPUT), self._call)
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._mediator("output").write(self._site(Slot.OUTPUT), value, self._call)
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the module was called with: `(args, kwargs)`."""
+        return self._mediator("inputs").read(self._site(Slot.INPUT), self._call)  # pyright: ignore[reportReturnType] - hooks always give this pair
+
+    @inputs.setter
+    def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        self._mediator("inputs").write(self._site(Slot.INPUT), value, self._call)
+
+    @property
+    def input(self) -> Any:
+        """The first positional argument, or the first keyword argument if there is none."""
+        return first_input(self.inputs)
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        args, kwargs = self.inputs
+        if args:
+            self.inputs = ((value, *args[1:]), kwargs)
+        elif kwargs:
+            self.inputs = (args, {**kwargs, next(iter(kwargs)): value})
+        else:
+            raise MisfitError(f"{self._path} was called without arguments; there is no .input.")
+
+    @property
+    def hidden(self) -> Any:
+        """The hidden-state tensor of the output: itself, or the first tensor of its structure.
+
+        Shape is the family's own, usually `(batch, positions, model)`. Assigning puts the new
+        tensor into the same structure.
+        """
+        found = first_tensor(self.output)
+        if found is None:
+            raise MisfitError(f"{self._path}.output is {describe(self.output)}, with no tensor.")
+        return found
+
+    @hidden.setter
+    def hidden(self, value: Any) -> None:
+        output = self.output
+        self.output = value if isinstance(output, torch.Tensor) else replace_first_tensor(output, value)
+
+    def skip(self, value: Any) -> None:
+        """Do not run the module in this step; its output is `value`."""
+        self._mediator("skip()").skip(self._site(Slot.OUTPUT), value, self._call)
+
+    def next(self, steps: int = 1) -> Envoy:
+        """This module, after going on to a later step of the generation.
+
+        As in nnsight, it moves the whole block: what is asked for afterwards is about that step.
+        """
+        mediator = self._mediator("next()")
+        mediator.go_to_step(mediator.step + steps)
+        return self
+
+    @property
+    def calls(self) -> Calls:
+        """`module.calls[1]` is the module's second call within a step, if it runs several times."""
+        return Calls(self._tree, self._path)
+
+    def _site(self, slot: Slot) -> Site:
+        path = self._tree.canonical(self._path)
+        if not self._tree.is_called(path):
+            raise NeverRanError(
+                f"{self._path} is a {type(self.module).__name__}, which is never called and has "
+                f"no {slot.value}; ask one of its modules, as in {self._path}[0].{slot.value}."
+            )
+        return Site(path, slot)
+
+    def _mediator(self, name: str) -> Mediator:
+        mediator = current_mediator()
+        if mediator is None:
+            raise OutsideTraceError(
+                f"{self._path}.{name} has a value only while the model runs: ask for it in the "
+                f"block of `with model.trace(...)`, or read a tracer.cache() afterwards."
+            )
+        if mediator.model is not self._tree.root:
+            raise OutsideTraceError(
+                f"{self._path}.{name} belongs to a model that this block is not tracing; "
+                f"read it in the block of its own trace and use the name here."
+            )
+        return mediator
+
+    # -- the module -----------------------------------------------------------------------------
+
+    @property
+    def path(self) -> str:
+        """The full path, root's name first: `model.transformer.h.0`."""
+        return self._path
+
+    @property
+    def module(self) -> Any:
+        """The PyTorch module itself."""
+        return self._tree.module(self._path)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on values, in a trace or outside; no trace sees this call."""
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Envoy.__slots__ or name.startswith("__"):  # half-made, in copy or pickle
+            raise AttributeError(name)
+        module = self.module
+        if name in module._modules:
+            return self._child(name)
+        try:
+            value = getattr(module, name)
+        except AttributeError:
+            known = [*module._modules, *module._parameters, *_VALUES]
+            raise UnknownModuleError(
+                f"{name!r} is not in {type(module).__name__} ({self._path})"
+                f"{did_you_mean(name, known)}"
+            ) from None
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            raise LoadingError(
+                f"{self._path}.{name} is not in memory (offloaded, or not loaded yet): computing "
+                f"with it would give garbage. Call the module instead, as in {self._path}(x)."
+            )
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+            return
+        module = self.module
+        if not isinstance(value, nn.Module) and not hasattr(module, name):
+            raise UnknownModuleError(
+                f"{name!r} can't be assigned: {self._path} has no such value"
+                f"{did_you_mean(name, [*_VALUES, *module._modules])}"
+            )
+        setattr(module, name, value)
+        self._tree.refresh_if_changed()
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        """A child by name or, in a list of modules, by index or slice."""
+        names = list(self.module._modules)
+        if isinstance(key, str):
+            if key not in names:
+                raise UnknownModuleError(
+                    f"{key!r} is not in {self._path}{did_you_mean(key, names)}"
+                )
+            return self._child(key)
+        if isinstance(key, slice):
+            return [self._child(name) for name in names[key]]
+        if not -len(names) <= key < len(names):
+            raise IndexError(f"{self._path} has {len(names)} modules; there is no [{key}].")
+        return self._child(names[key])
+
+    def __len__(self) -> int:
+        return len(self.module._modules)
+
+    def __iter__(self) -> Iterator[Envoy]:
+        return iter([self._child(name) for name in self.module._modules])
+
+    def __bool__(self) -> bool:
+        return True  # with __len__ alone, a leaf would be false
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Envoy) and other.module is self.module
+
+    def __hash__(self) -> int:
+        return id(self.module)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*object.__dir__(self), *self.module._modules})
+
+    def __repr__(self) -> str:
+        return f"{self._path}: {self.module!r}"
+
+    def _child(self, name: str) -> Envoy:
+        return Envoy(self._tree, f"{self._path}.{name}")
+
+
+class Calls:
+    """The calls of one module within a step, by index."""
+
+    def __init__(self, tree: Tree, path: str) -> None:
+        self._tree = tree
+        self._path = path
+
+    def __getitem__(self, call: int) -> Envoy:
+        """The module's `call`-th call in a step, counted from 0."""
+        if call < 0:
+            raise IndexError("calls are counted from 0; how many there will be is not known.")
+        return Envoy(self._tree, self._path, call)

@@ -1,0 +1,161 @@
+"""One run of a model: its hooks, its interventions, its recorders, from start to clean end."""
+
+# Guarantees, on every way out (the end, stop(), an error in the block or in the model, Ctrl-C):
+#   - no hook is on the model, and no worker is parked;
+#   - nothing here refers to itself, so values live exactly as long as the user's names.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, final
+
+from tracekit.capture import caller_frame
+from tracekit.core.keep import Keep
+from tracekit.core.nest import misfit
+from tracekit.core.site import Visit
+from tracekit.core.tree import Tree
+from tracekit.core.versions import Versions
+from tracekit.errors import CacheError, OverwrittenError
+from tracekit.interleave.hooks import Hooks
+from tracekit.interleave.interleaver import Interleaver
+from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.passage import Passage
+from tracekit.interleave.protocol import Unwind
+from tracekit.interleave.worker import run_beside
+from tracekit.tracing.cache import Cache
+from tracekit.tracing.recorder import Recorder
+from tracekit.tracing.select import Selector, select
+
+# Makes the traced call; it is given what to call at the end of each decoding iteration.
+TracedCall: TypeAlias = Callable[[Callable[[], None]], Any]
+
+
+@final
+class Execution:
+    """A run of `call` on the model of `tree`; used once."""
+
+    def __init__(self, tree: Tree, call: TracedCall, grad: bool | None) -> None:
+        self._tree = tree
+        self._call = call
+        self._grad = grad
+        self._hooks = Hooks(tree.module)
+        self._passage = Passage(tree, self._hooks.watch)
+        self._versions = Versions()
+        self._recorders: list[Recorder] = []
+        self._interleaver = Interleaver(
+            self._passage,
+            make_skippable=self._hooks.make_skippable,
+            hand_out=self._hand_out,
+            take_back=self._take_back,
+            observe=self._hooks.show,
+        )
+        self._hooks.subscriber = self._interleaver
+
+    def run(self, body: Callable[[], None] | None, beside: bool) -> BaseException | None:
+        """Run the block, on a worker `beside` the model or else before it; the error, if any.
+
+        The error of the block comes before one that the model ran into because of it.
+        """
+        mediator: Mediator | None = None
+        error: BaseException | None = None
+        try:
+            self._tree.refresh_if_changed()
+            if body is not None and beside:
+                mediator = self._mediator(body)
+            elif body is not None:
+                body()
+            self._forward()
+        except Unwind:
+            pass
+        except BaseException as caught:
+            error = caught
+        finally:
+            self._close()
+        if mediator is not None and mediator.error is not None:
+            error = mediator.error
+        was_stopped = mediator is not None and mediator.has_stopped
+        return error or self._checked(was_stopped)
+
+    def record(self, modules: Selector | None, keep: Keep, inputs: bool, outputs: bool) -> Cache:
+        """Begin to record, before the model passes the modules; CacheError if it has."""
+        if self._call is _over:
+            raise CacheError("tracer.cache() belongs into the block of the trace.")
+        paths, named = select(self._tree, modules)
+        self._check_not_passed(paths, inputs)
+        cache = Cache()
+        recorder = Recorder(cache, self._tree, paths, named, keep)
+        recorder.place(self._hooks, self._step, inputs, outputs)
+        self._recorders.append(recorder)
+        return cache
+
+    def _mediator(self, body: Callable[[], None]) -> Mediator:
+        mediator = Mediator(self._tree.root, self._interleaver, misfit, _line)
+        self._interleaver.mediators.append(mediator)
+        run_beside(mediator, body, self._grad)
+        return mediator
+
+    def _forward(self) -> None:
+        self._interleaver.start()
+        result = self._call(self._interleaver.end_step)
+        self._interleaver.finish(result)
+
+    def _close(self) -> None:
+        self._call = _over
+        try:
+            self._interleaver.close()
+        finally:
+            self._hooks.remove()
+            del self._interleaver, self._passage
+
+    def _checked(self, was_stopped: bool) -> BaseException | None:
+        """Complete the caches, whatever the checks say: nothing is lost to an error."""
+        for recorder in self._recorders:
+            recorder.freeze()
+        try:
+            self._check_versions()
+            for recorder in self._recorders:
+                recorder.check(was_stopped)
+        except Exception as error:
+            return error
+        finally:
+            self._recorders.clear()
+        return None
+
+    def _check_versions(self) -> None:
+        for label in self._versions.overwritten():
+            raise OverwrittenError(
+                f"{label} was overwritten in place after the block had read it, by the model or "
+                f"by a later edit of a value that shares its memory: take {label.site}.clone() "  # pyright: ignore[reportAttributeAccessIssue] - labels are visits
+                f"where you read it."
+            )
+
+    def _check_not_passed(self, paths: list[str], inputs: bool) -> None:
+        if not self._interleaver.has_begun:
+            return
+        step = self._interleaver.step
+        passed = self._passage.has_begun if inputs else self._passage.has_ended
+        for path in paths:
+            if step > 0 or passed(path, step):
+                raise CacheError(
+                    f"tracer.cache() was called when the model had passed {path} (step {step}); "
+                    f"make the cache first in the block, or name modules that come later."
+                )
+
+    def _step(self) -> int:
+        return self._interleaver.step
+
+    def _hand_out(self, visit: Visit, value: object) -> None:
+        for recorder in self._recorders:
+            recorder.copy_what_shares(value)
+        self._versions.note(visit, value)
+
+    def _take_back(self, visit: Visit, value: object) -> None:
+        self._versions.renew(visit)
+
+
+def _over(_: Callable[[], None]) -> Any:
+    raise AssertionError("an Execution runs once")
+
+
+def _line() -> str:
+    return f"line {caller_frame().f_lineno}"

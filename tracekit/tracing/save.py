@@ -1,0 +1,18 @@
+"""`save(x)` and `x.save()`: accepted on anything; they mark what a remote run sends back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def save(value: T) -> T:
+    """`value` itself. Names bound in a block are bound after it anyway, so local runs need no mark."""
+    return value
+
+
+def save_method(value: Any) -> Any:
+    """What `value.save()` means in a block: the object's own method if it has one, else save()."""
+    own = getattr(value, "save", None)
+    return own() if callable(own) else save(value)

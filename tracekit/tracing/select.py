@@ -1,0 +1,88 @@
+"""Which modules are meant: an Envoy, a path, a glob, a predicate, or a list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, cast
+
+from tracekit.core.tree import Tree
+from tracekit.errors import CacheError, UnknownPathError, did_you_mean
+from tracekit.tracing.envoy import Envoy
+
+# A predicate takes the path and the torch module.
+Selector: TypeAlias = "Envoy | str | Callable[[str, Any], bool] | Iterable[Selector]"
+
+
+def select(tree: Tree, modules: Selector | None) -> tuple[list[str], set[str]]:
+    """The canonical paths meant, in tree order, and those among them that were named one by one.
+
+    None means every module. A container that is never called stands for the modules in it.
+    Raises UnknownPathError, with near matches, for what the model does not have.
+    """
+    if modules is None:
+        return [path for path in tree.paths() if tree.is_called(path)], set()
+    found: dict[str, bool] = {}
+    for path, is_named in _matches(tree, modules):
+        found[path] = found.get(path, False) or is_named
+    if not found:
+        raise CacheError("modules= names no module; leave it out to record every module.")
+    paths = sorted(found, key=tree.order.__getitem__)
+    return paths, {path for path in paths if found[path]}
+
+
+def _matches(tree: Tree, selector: Selector) -> list[tuple[str, bool]]:
+    if isinstance(selector, Envoy):
+        return _called(tree, _own_path(tree, selector))
+    if isinstance(selector, str):
+        return _by_text(tree, selector)
+    if callable(selector):
+        found = [path for path in tree.paths() if selector(path, tree.module(path))]
+        return _loosely(tree, found, "the predicate given as modules=")
+    if not isinstance(cast("object", selector), Iterable):
+        raise CacheError(
+            f"modules= takes modules of the model, paths, globs, predicates or a list of them, "
+            f"not {type(selector).__name__}."
+        )
+    return [match for each in selector for match in _matches(tree, each)]
+
+
+def _by_text(tree: Tree, text: str) -> list[tuple[str, bool]]:
+    if any(sign in text for sign in "*?["):
+        globs = (text, f"{tree.name}.{text}")
+        found = [path for path in tree.paths() if any(fnmatchcase(path, glob) for glob in globs)]
+        return _loosely(tree, found, f"the glob {text!r}")
+    try:
+        return _called(tree, tree.canonical(text))
+    except AttributeError:
+        raise UnknownPathError(
+            f"{text!r} is not a module of {type(tree.root).__name__}"
+            f"{did_you_mean(text, [*tree.modules, *_without_root(tree)])}"
+        ) from None
+
+
+def _own_path(tree: Tree, envoy: Envoy) -> str:
+    path = tree.modules.get(envoy.path)
+    if path is not envoy.module:
+        raise UnknownPathError(f"{envoy.path} is a module of another model than the one traced")
+    return tree.canonical(envoy.path)
+
+
+def _called(tree: Tree, path: str) -> list[tuple[str, bool]]:
+    if tree.is_called(path):
+        return [(path, True)]
+    inside = tree.called_children(path)
+    if not inside:
+        raise CacheError(f"{path} is an empty {type(tree.module(path)).__name__}, never called.")
+    return [(child, True) for child in inside]
+
+
+def _loosely(tree: Tree, paths: list[str], what: str) -> list[tuple[str, bool]]:
+    called = [path for path in paths if tree.is_called(path)]
+    if not called:
+        raise UnknownPathError(f"{what} matches no module of {type(tree.root).__name__}")
+    return [(path, False) for path in called]
+
+
+def _without_root(tree: Tree) -> list[str]:
+    return [path.removeprefix(f"{tree.name}.") for path in tree.modules]

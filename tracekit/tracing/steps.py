@@ -1,0 +1,73 @@
+"""`tracer.iter[...]`: go through the steps of a generation, each when the model gets there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast, final
+
+from tracekit.capture import caller_frame
+from tracekit.errors import ShortLoopWarning, StepError
+from tracekit.interleave.mediator import Mediator
+
+
+@final
+class Steps:
+    """Index it with a step, a slice or an ascending list of steps, and loop over that."""
+
+    def __init__(self, mediator: Callable[[], Mediator]) -> None:
+        self._mediator = mediator
+
+    def __getitem__(self, key: int | slice | Sequence[int]) -> Iterator[int]:
+        """The steps, in order; a loop without an end stops with the run, and what follows runs."""
+        if isinstance(key, slice):
+            return self._span(key)
+        steps = [key] if isinstance(key, int) else list(cast("Sequence[int]", key))
+        _check(steps)
+        return self._listed(steps)
+
+    def __iter__(self) -> Iterator[int]:
+        return self._span(slice(None))
+
+    def _span(self, key: slice) -> Iterator[int]:
+        first, stride = key.start or 0, key.step or 1
+        _check([first, stride, key.stop or 0])
+        if key.stop is not None:
+            return self._listed(range(first, key.stop, stride))
+        return self._open(first, stride)
+
+    def _listed(self, steps: Sequence[int]) -> Iterator[int]:
+        for step in steps:
+            if not self._mediator().wait_for_step(step):
+                _warn_cut_short(f"step {step} was asked for")
+                return
+            yield step
+
+    def _open(self, first: int, stride: int) -> Iterator[int]:
+        step = first
+        while self._mediator().wait_for_step(step):
+            yield step
+            step += stride
+        if step == first:
+            _warn_cut_short(f"steps from {first} on were asked for")
+
+
+def _check(steps: Sequence[int]) -> None:
+    for step in steps:
+        if step < 0:
+            raise StepError(
+                f"step {step} counts from an end that is not known while the model generates; "
+                f"count steps from 0."
+            )
+    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+        raise StepError(f"steps come in ascending order, each once, not as {list(steps)}.")
+
+
+def _warn_cut_short(what: str) -> None:
+    frame = caller_frame()
+    warnings.warn_explicit(
+        f"{what}, but the run ended before; the loop ends here.",
+        ShortLoopWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+    )

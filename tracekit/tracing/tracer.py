@@ -1,0 +1,157 @@
+"""The Tracer is the `with` context: it captures its body, runs the model, hands results back."""
+
+from __future__ import annotations
+
+from types import FrameType, TracebackType
+from typing import Any, final
+
+import torch
+
+from tracekit.capture import Block, Skip, caller_frame, capture, skip_body, user_traceback
+from tracekit.core.keep import Keep
+from tracekit.core.site import Site, Slot
+from tracekit.core.tree import Tree
+from tracekit.errors import CacheError, OutsideTraceError
+from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.worker import current_mediator
+from tracekit.tracing.cache import Cache
+from tracekit.tracing.execution import Execution, TracedCall
+from tracekit.tracing.quiet import asks_for_nothing
+from tracekit.tracing.save import save_method
+from tracekit.tracing.select import Selector
+from tracekit.tracing.steps import Steps
+
+_HELPERS = {"save": save_method}
+
+
+@final
+class Tracer:
+    """What `with model.trace(...) as tracer:` binds."""
+
+    def __init__(self, tree: Tree, call: TracedCall, grad: bool | None = None) -> None:
+        self._tree = tree
+        self._call = call
+        self._grad = grad
+        self._frame: FrameType | None = None
+        self._block: Block | None = None
+        self._skip: Skip | None = None
+        self._execution: Execution | None = None
+
+    # -- in the block ---------------------------------------------------------------------------
+
+    def cache(
+        self,
+        modules: Selector | None = None,
+        device: torch.device | str | None = "cpu",
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        *,
+        clone: bool = False,
+    ) -> Cache:
+        """Record modules while the model runs, with hooks alone; the fast way to capture.
+
+        `modules`: an Envoy, a path, a glob (`"transformer.h.*.mlp"`), a predicate of path and
+        module, or a list of them; every module by default. `device`, `dtype` and `detach` are
+        applied to each tensor as it is recorded; `device=None` leaves it where it is, and
+        `dtype` leaves integers and booleans alone. `clone=True` copies tensors even where that
+        is not needed to move them: for modules that work in place.
+
+        Raises UnknownPathError for a module that the model does not have, CacheError if the
+        model has passed one, and, when the trace ends, NeverRanError for one that did not run.
+        """
+        if self._execution is None:
+            raise CacheError("tracer.cache() belongs into the block of the trace.")
+        if not (include_output or include_inputs):
+            raise CacheError("include_output=False and include_inputs=False record nothing.")
+        place = torch.device(device) if device is not None else None
+        keep = Keep(place, dtype, detach, clone)
+        return self._execution.record(modules, keep, include_inputs, include_output)
+
+    @property
+    def result(self) -> Any:
+        """What the traced call returned; blocks until it has. For generate, the tokens."""
+        return self._mediator("result").read(Site(self._tree.name, Slot.RESULT))
+
+    def stop(self) -> None:
+        """End the block and the run: nothing after this point is computed."""
+        self._mediator("stop()").stop()
+
+    @property
+    def iter(self) -> Steps:
+        """Steps of a generation: `for step in tracer.iter[2:5]:` is steps 2, 3 and 4."""
+        return Steps(lambda: self._mediator("iter"))
+
+    def all(self) -> Steps:
+        """Every step of the generation: the same as `tracer.iter[:]`."""
+        return self.iter
+
+    def next(self, steps: int = 1) -> None:
+        """Go on to a later step: what is asked for afterwards is about that one."""
+        mediator = self._mediator("next()")
+        mediator.go_to_step(mediator.step + steps)
+
+    def explain(self) -> str:
+        """The block as it was captured: its source and its syntax tree."""
+        if self._block is None:
+            raise CacheError("there is nothing to explain before the block was captured.")
+        return self._block.explain()
+
+    def _mediator(self, name: str) -> Mediator:
+        mediator = current_mediator()
+        if mediator is None or mediator.model is not self._tree.root:
+            raise OutsideTraceError(
+                f"tracer.{name} means something only in the block of its trace; bind what you "
+                f"need there, as in `out = tracer.result`."
+            )
+        return mediator
+
+    # -- the with statement ---------------------------------------------------------------------
+
+    def __enter__(self) -> Tracer:
+        frame = caller_frame()
+        self._block = capture(frame)
+        self._frame = frame
+        if not self._block.is_empty:
+            self._skip = skip_body(self._block, frame)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if self._skip is not None:
+            self._skip.restore()
+        if error is not None and (self._skip is None or not self._skip.is_own(error)):
+            self._frame = None
+            return False
+        del error, traceback
+        failure = self._run()
+        if failure is None:
+            return True
+        # A bare raise goes on with the traceback as it stands, and does not add this frame: the
+        # user sees own lines alone. The context is the skip of the body, which is no news.
+        context = failure.__context__
+        try:
+            raise failure
+        except BaseException as shown:
+            shown.__traceback__ = user_traceback(shown)
+            shown.__context__ = context
+            raise
+        finally:
+            del failure, context
+
+    def _run(self) -> BaseException | None:
+        frame, block, self._frame = self._frame, self._block, None
+        assert frame is not None and block is not None
+        body = None if block.is_empty else block.body(frame, _HELPERS)
+        self._execution = Execution(self._tree, self._call, self._grad)
+        try:
+            return self._execution.run(body, beside=not asks_for_nothing(block))
+        finally:
+            self._execution = None
+            if body is not None:
+                body.hand_back()
