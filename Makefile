@@ -13,7 +13,7 @@ PAGE_TESTS := $(wildcard tests/page/test_*.py)
 NOTEBOOKS := $(wildcard tutorials/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format coverage notebooks bench clean
+.PHONY: help demo test suite lint format coverage notebooks bench clean
 .PHONY: test-pythons test-page test-lowest
 
 help:
@@ -23,8 +23,11 @@ help:
 demo: $(VENV)/.stamp
 	@$(BIN)/tracekit demo
 
-## make test          lint, types and the whole test suite
-test: lint
+## make test          lint, types and the whole test suite: make lint suite
+test: lint suite
+
+## make suite         the test suite only
+suite: $(VENV)/.stamp
 	$(BIN)/python -m pytest
 
 ## make lint          ruff and pyright only

@@ -8,6 +8,7 @@ The notebooks in the repository are stored without outputs, and stay so: that is
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+# Errors only: the kernel warns at every start that its loopback ports are not encrypted.
+QUIET = ["--IPKernelApp.log_level=40"]
 CELL_TIMEOUT = 300  # seconds; the longest cell of a tutorial takes a few
 
 
@@ -39,12 +42,13 @@ def problem_of(path: Path) -> str | None:
             notebook,
             timeout=CELL_TIMEOUT,
             kernel_name="python3",
+            extra_arguments=QUIET,
             resources={"metadata": {"path": str(folder)}},
         )
         try:
             client.execute()
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-            return str(error)
+            return re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # IPython colours its tracebacks
     return None
 
 
