@@ -225,6 +225,14 @@ def test_what_is_saved_loads_with_the_same_numbers(tmp_path: Path, tokenizer: To
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o644}
 
 
+def test_the_padding_of_an_earlier_call_is_not_saved(tmp_path: Path) -> None:
+    tokenizer = tokenizers.build(corpus.VOCABULARY, longest=128)
+    tokenizer(["The Louvre", "Paris"], padding=True)
+    tokenizers.save(tokenizer, tmp_path)
+    saved, shipped = (folder / "tokenizer.json" for folder in (tmp_path, WEIGHTS))
+    assert json.loads(saved.read_text()) == json.loads(shipped.read_text())
+
+
 def test_training_does_not_write_over_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--overwrite"):
         main(["--steps", "1", "--out", str(tmp_path)])

@@ -52,6 +52,7 @@ def save(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     transformers 5 would name its class "TokenizersBackend", which version 4 does not know, and
     leaves out which inputs the model takes, for which version 4 has another default.
     """
+    tokenizer.backend_tokenizer.no_padding()  # it keeps, and would store, the last call's padding
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text())

@@ -128,8 +128,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{options.out} exists; choose another --out, or say --overwrite")
     tokenizer = tokenizers.build(VOCABULARY, longest=LONG)
     model = train(tokenizer, options.seed, options.steps)
-    print(measure(model, tokenizer))
     save(model, tokenizer, options.out)
+    print(measure(model, tokenizer))
 
 
 if __name__ == "__main__":
