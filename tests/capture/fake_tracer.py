@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from threading import Thread, get_ident
 from types import FrameType, TracebackType
 from typing import Any
@@ -40,22 +41,37 @@ def run_on_a_thread(body: Body) -> BaseException | None:
     return caught[0] if caught else None
 
 
+def load(text: str, path: Path, **names: Any) -> dict[str, Any]:
+    """The names of a module made of `text` in the file `path`."""
+    path.write_text(text, "utf-8")
+    namespace: dict[str, Any] = {"__name__": path.stem, **names}
+    exec(compile(text, str(path), "exec", dont_inherit=True), namespace)
+    return namespace
+
+
 class FakeTracer:
     """What a tracer of tracekit does with tracekit.capture, and nothing else."""
 
-    def __init__(self, run: Callable[[Body], BaseException | None] = run_on_a_thread) -> None:
+    def __init__(
+        self,
+        run: Callable[[Body], BaseException | None] = run_on_a_thread,
+        helpers: Mapping[str, object] | None = None,
+        entered: object = None,
+    ) -> None:
         self.frame: FrameType | None = None
         self.block: Block | None = None
         self.skip: Skip | None = None
         self.thread = get_ident()
         self._run = run
+        self._entered: Any = self if entered is None else entered
+        self._helpers = {"save": save} if helpers is None else helpers
 
-    def __enter__(self) -> FakeTracer:
+    def __enter__(self) -> Any:
         self.frame = caller_frame()
         self.block = capture(self.frame)
         if not self.block.is_empty:
-            self.skip = skip_body(self.block, self.frame, entered=self)
-        return self
+            self.skip = skip_body(self.block, self.frame, entered=self._entered)
+        return self._entered
 
     def __exit__(
         self,
@@ -70,8 +86,9 @@ class FakeTracer:
         skip.restore()
         if not skip.is_own(error):
             return False
-        assert block is not None and frame is not None
-        body = block.body(frame, {"save": save})
+        assert block is not None
+        assert frame is not None
+        body = block.body(frame, self._helpers)
         del frame, error
         try:
             raised = self._run(body)

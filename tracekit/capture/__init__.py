@@ -1,4 +1,4 @@
-"""Lift the body of a `with` block out of its place: find it, keep it from running there, run it elsewhere.
+"""Lift the body of a `with` out: find it, keep it from running in place, run it elsewhere.
 
 Knows nothing of models and imports no torch.
 """

@@ -8,7 +8,7 @@ from collections import ChainMap
 from dataclasses import dataclass, field
 from functools import partial
 from types import CellType, CodeType, FrameType, FunctionType
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from tracekit.capture.bytecode import BodyStart, body_start
 from tracekit.capture.extract import check, is_empty
@@ -46,7 +46,8 @@ def _capture_anew(frame: FrameType) -> Block:
     check(place)
     block = _block(place, frame.f_code, frame.f_lasti)
     if not block.is_empty:
-        block.prepare(frame)
+        # Compiled now, so that what cannot be compiled is refused before anything runs.
+        block.compiled(_Form(_is_namespace(block.names, frame), (SAVE,)))
     known = _blocks.get(frame.f_code)
     if known is None:
         _blocks.put(frame.f_code, known := {})
@@ -83,10 +84,20 @@ def _body_text(place: Place) -> str:
     return textwrap.dedent("\n".join(text)) + "\n"
 
 
+class _Form(NamedTuple):
+    """What the compiled body of one place depends on besides the place."""
+
+    is_namespace: bool  # a class body, or `exec` with separate locals
+    helpers: tuple[str, ...]
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class Block:
-    """The body of one `with` statement, wherever and however often it runs. Refers to no frame and no value."""
+    """The body of one `with` statement, wherever and however often it runs.
+
+    Refers to no frame, no value and no code object of the user.
+    """
 
     filename: str
     first_line: int  # of the `with` statement, from 1
@@ -99,39 +110,20 @@ class Block:
     start: BodyStart = field(repr=False)
     place: Place = field(repr=False)
     names: FrameNames = field(repr=False)
-    _compiled: dict[tuple[str, ...], CompiledBody] = field(
-        default_factory=dict[tuple[str, ...], CompiledBody], repr=False
-    )
-    _namespaced: dict[tuple[str, ...], CodeType] = field(
-        default_factory=dict[tuple[str, ...], CodeType], repr=False
-    )
+    _compiled: dict[_Form, CompiledBody] = field(default_factory=dict["_Form", CompiledBody])
 
-    def prepare(self, frame: FrameType) -> None:
-        """Compile for a frame of this kind, so that what cannot be compiled is refused before anything runs."""
-        if _is_namespace(self.names, frame):
-            self._namespaced[(SAVE,)] = compile_namespace_body(self.place, self.names, (SAVE,))
-        else:
-            self._compiled[(SAVE,)] = compile_function_body(self.place, self.names, (SAVE,))
+    def compiled(self, form: _Form) -> CompiledBody:
+        known = self._compiled.get(form)
+        if known is None:
+            compiler = compile_namespace_body if form.is_namespace else compile_function_body
+            known = self._compiled[form] = compiler(self.place, self.names, form.helpers)
+        return known
 
     def body(self, frame: FrameType, helpers: Mapping[str, object]) -> Body:
         """The body bound to the names of `frame`, to be run once."""
-        if _is_namespace(self.names, frame):
-            return self._body_in_namespace(frame, helpers)
-        key = tuple(helpers)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = self._compiled[key] = compile_function_body(self.place, self.names, key)
-        return _body_in_function(compiled, self.names, frame, helpers)
-
-    def _body_in_namespace(self, frame: FrameType, helpers: Mapping[str, object]) -> Body:
-        key = tuple(helpers)
-        code = self._namespaced.get(key)
-        if code is None:
-            code = self._namespaced[key] = compile_namespace_body(self.place, self.names, key)
-        extra: dict[str, Any] = {helper_name(name): value for name, value in helpers.items()}
-        return Body(
-            partial(exec, code, frame.f_globals, ChainMap(frame.f_locals, extra)), frame, {}
-        )
+        form = _Form(_is_namespace(self.names, frame), tuple(helpers))
+        bind_to = _body_in_namespace if form.is_namespace else _body_in_function
+        return bind_to(self.compiled(form), frame, helpers, self.names)
 
     def explain(self) -> str:
         """The captured source and its syntax tree, for people."""
@@ -141,7 +133,8 @@ class Block:
             tree = '(for the syntax tree: pip install "astor")'
         else:
             tree = dump_tree(self.tree)
-        return f"{self.filename}:{self.first_line}-{self.last_line} in {self.function_name}\n\n{self.source}\n{tree}\n"
+        lines = f"{self.filename}:{self.first_line}-{self.last_line}"
+        return f"{lines} in {self.function_name}\n\n{self.source}\n{tree}\n"
 
 
 def _is_namespace(names: FrameNames, frame: FrameType) -> bool:
@@ -149,8 +142,16 @@ def _is_namespace(names: FrameNames, frame: FrameType) -> bool:
     return not names.is_function and frame.f_locals is not frame.f_globals
 
 
+def _body_in_namespace(
+    compiled: CompiledBody, frame: FrameType, helpers: Mapping[str, object], _: FrameNames
+) -> Body:
+    extra: dict[str, Any] = {helper_name(name): value for name, value in helpers.items()}
+    namespace = ChainMap(frame.f_locals, extra)  # writes go to the first, so helpers stay unseen
+    return Body(partial(exec, compiled.code, frame.f_globals, namespace), frame, {})
+
+
 def _body_in_function(
-    compiled: CompiledBody, names: FrameNames, frame: FrameType, helpers: Mapping[str, object]
+    compiled: CompiledBody, frame: FrameType, helpers: Mapping[str, object], names: FrameNames
 ) -> Body:
     free = compiled.code.co_freevars
     if not free:

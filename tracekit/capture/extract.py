@@ -35,7 +35,7 @@ def check(place: Place) -> None:
 def check_namespace(place: Place, around: frozenset[str]) -> None:
     """Refuse, in the body of a class, names that only code compiled inside that class can mean.
 
-    These are private names, zero-argument `super` and the names `around` (of an enclosing function).
+    These are private names, zero-argument `super` and the names `around` it (of a function).
     """
     is_in_class = any(isinstance(node, ast.ClassDef) for node in place.enclosing)
     for node in (inner for statement in place.statement.body for inner in ast.walk(statement)):

@@ -244,7 +244,7 @@ def _item(
 
 
 def _entry_rank(code: CodeType, offset: int) -> int:
-    """How many managers of that line are entered earlier in the code, where `finally` may be twice."""
+    """How many managers of that line are entered before (a `finally` may be there twice)."""
     lines = {start: line for begin, end, line in code.co_lines() for start in range(begin, end, 2)}
     return sum(
         lines[entry] == lines[offset] for entry in with_sites(code).entries if entry < offset

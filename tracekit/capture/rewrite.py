@@ -50,7 +50,8 @@ class CompiledBody:
 def compile_function_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CompiledBody:
     """The body for a frame of a function, or of a module (whose names are all global)."""
     visible = _visible(place, names)
-    statements = _rewritten(place, names, helpers)
+    first_argument = _first_argument(place) if "__class__" in names.shared else None
+    statements = _OwnScope(first_argument).rewrite(_statements(place, helpers))
     parameters = sorted(visible | {helper_name(name) for name in helpers})
     first = _body_code(_compile(place, names, parameters, statements))
     bound = {
@@ -75,14 +76,13 @@ def _visible(place: Place, names: FrameNames) -> set[str]:
     return visible - global_names(place, visible)
 
 
-def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CodeType:
+def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CompiledBody:
     """The body for a class body, or for `exec` with its own locals: it runs in that namespace."""
-    statements = _rewritten(place, names, helpers)
     check_namespace(place, names.shared)
-    code = _compile_tree(ast.Module(statements, []), place, names)
+    code = _compile_tree(ast.Module(_statements(place, helpers), []), place, names)
     code = _with_own_name(code, names.function_name, _qualified_name(place))
     remember_origin(code, place.source)
-    return code
+    return CompiledBody(code, frozenset())
 
 
 # --- the tree ------------------------------------------------------------------------------------
@@ -142,13 +142,12 @@ def _made(kind: Any, **fields: object) -> ast.stmt:
     )
 
 
-def _rewritten(place: Place, names: FrameNames, helpers: Sequence[str]) -> list[ast.stmt]:
+def _statements(place: Place, helpers: Sequence[str]) -> list[ast.stmt]:
+    """A copy of the body, calling the helpers."""
     statements = [copy.deepcopy(statement) for statement in place.statement.body]
-    has_class = "__class__" in names.shared
-    statements = _OwnScope(_first_argument(place) if has_class else None).rewrite(statements)
-    if SAVE in helpers:
-        statements = [cast("ast.stmt", _SaveCalls().visit(statement)) for statement in statements]
-    return statements
+    if SAVE not in helpers:
+        return statements
+    return [cast("ast.stmt", _SaveCalls().visit(statement)) for statement in statements]
 
 
 def _first_argument(place: Place) -> str | None:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _NOT_GIVEN: Final = object()
 _monitoring: Final[Any] = getattr(sys, "monitoring", None)
-_TOOLS: Final = (3, 4, 5, 2, 1, 0)  # the named ones last: optimizer, profiler, coverage, debugger
+# The ids with a customary owner last: optimizer, profiler, coverage, debugger.
+_TOOLS: Final = (3, 4, 5, 2, 1, 0) if sys.version_info >= (3, 12) else ()
 _caller: Final = sys._getframe  # pyright: ignore[reportPrivateUsage]
 
 
@@ -104,14 +105,22 @@ class TracingSkip(Skip):
         tracer, self._tracer = self._tracer, None
         sys.settrace(tracer)
         if tracer is not None and not isinstance(tracer, (FunctionType, MethodType)):
-            _call_event()  # a tracer in C (coverage) takes its place again at a call only
+            # A tracer in C (coverage) sees the returns of all frames, so tell it of their calls.
+            for missed in reversed(_frames_up_to(frame)):
+                tracer(missed, "call", None)
+
+
+def _frames_up_to(end: FrameType) -> list[FrameType]:
+    """The frames from the caller's out to the one that `end` called."""
+    frames: list[FrameType] = []
+    frame: FrameType | None = _caller(1)
+    while frame is not None and frame is not end:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
 
 
 def _ignore(_frame: FrameType, _event: str, _arg: object) -> None:
-    return None
-
-
-def _call_event() -> None:
     return None
 
 
@@ -140,7 +149,7 @@ class MonitoringSkip(Skip):
 
 def _take_tool() -> int | None:
     """A tool id for the few microseconds until the body would begin; None if all are taken."""
-    for tool in _TOOLS if _monitoring is not None else ():
+    for tool in _TOOLS:
         try:
             _monitoring.use_tool_id(tool, "tracekit")
         except ValueError:

@@ -9,8 +9,8 @@
 #         show_own_lines(raised, context)
 #         raise
 #
-# The bare `raise` adds no entry for its own frame on 3.11+, so what is left is the user's `with` line
-# and the user's lines of the body. On 3.10 the entry of `__exit__` itself stays, and no other.
+# The bare `raise` adds no entry for its own frame on 3.11+, so what is left is the user's `with`
+# line and the user's lines of the body. On 3.10 the entry of `__exit__` itself stays, and no other.
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from tracekit.errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+CAN_UNBIND: Final = sys.version_info < (3, 12)  # 3.12 warns and binds None instead
 HAS_LIVE_LOCALS: Final = sys.version_info >= (3, 13)  # PEP 667: frame.f_locals writes through
 _REFERENCES_TO_A_SNAPSHOT: Final = 3  # the frame, a variable here, the argument of getrefcount
 
@@ -60,17 +61,19 @@ def _slots(code: CodeType) -> dict[str, int]:
 def bind(frame: FrameType, values: Mapping[str, object], removed: Iterable[str] = ()) -> None:
     """Bind and unbind local variables of a frame that is suspended in a call.
 
-    Raises CaptureError for a name in `removed` on 3.13 and later, whose frames cannot unbind.
+    Raises CaptureError for a name in `removed` on 3.12 and later, whose frames cannot unbind.
     """
     variables = frame.f_locals
     variables.update(values)
-    if HAS_LIVE_LOCALS and frame.f_code.co_flags & CO_OPTIMIZED:
+    is_function = bool(frame.f_code.co_flags & CO_OPTIMIZED)
+    if CAN_UNBIND or not is_function:
+        for name in removed:
+            variables.pop(name, None)
+    if is_function and not HAS_LIVE_LOCALS:
+        clear = ctypes.c_int(int(CAN_UNBIND))
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), clear)
+    if is_function and not CAN_UNBIND:
         _refuse_to_unbind(frame, tuple(removed))
-        return
-    for name in removed:
-        variables.pop(name, None)
-    if frame.f_code.co_flags & CO_OPTIMIZED:
-        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(1))
 
 
 def forget_snapshot(frame: FrameType) -> None:
@@ -100,7 +103,7 @@ def _refuse_to_unbind(frame: FrameType, removed: tuple[str, ...]) -> None:
     if removed:
         raise CaptureError(
             f"{frame.f_code.co_filename}:{frame.f_lineno}: the block unbinds {', '.join(removed)}, "
-            "which was bound before it; Python 3.13 and later cannot do that to a function's "
+            "which was bound before it; Python 3.12 and later cannot do that to a function's "
             "variable from outside; assign None instead of `del` (or rename `except ... as`)"
         )
 

@@ -1,0 +1,625 @@
+"""Every form of block does what it does in place: each case runs under a plain manager and lifted."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.capture.fake_tracer import FakeTracer, load
+
+
+class InPlace:
+    """A context manager like any other, for comparison: it leaves the body where it is."""
+
+    def __enter__(self) -> InPlace:
+        return self
+
+    def __exit__(self, *_: object) -> bool:
+        return False
+
+
+FORMS = {
+    "a name bound in the block": """
+        def run(trace):
+            with trace():
+                x = 1
+            return x
+    """,
+    "the name after as": """
+        def run(trace):
+            with trace() as t:
+                same = t
+            return same is t
+    """,
+    "one line": """
+        def run(trace):
+            with trace(): x = 1; y = 2
+            return x, y
+    """,
+    "one line that reads the name after as": """
+        def run(trace):
+            with trace() as t: x = t; y = 2
+            return x is t, y
+    """,
+    "a body that begins with try": """
+        def run(trace):
+            with trace():
+                try:
+                    x = 1 / 0
+                except ZeroDivisionError as error:
+                    y = str(error)
+                finally:
+                    z = 3
+            return y, z
+    """,
+    "a body that begins with try, and a name after as": """
+        def run(trace):
+            ran = []
+            with trace() as t:
+                try:
+                    ran.append(1)
+                except BaseException:
+                    ran.append(2)
+                finally:
+                    ran.append(3)
+            return ran, t is not None
+    """,
+    "a body that begins with try, and a global name after as": """
+        def run(trace):
+            global t
+            with trace() as t:
+                try:
+                    x = t
+                finally:
+                    y = 2
+            return x is t, y
+    """,
+    "a body without code": """
+        def run(trace):
+            with trace() as t:
+                if False:
+                    x = 1
+            return t is not None
+    """,
+    "only a docstring": """
+        def run(trace):
+            with trace() as t:
+                "nothing"
+            return t is not None
+    """,
+    "a loop around the block": """
+        def run(trace):
+            total = 0
+            for i in range(3):
+                with trace():
+                    total += i
+                    for j in range(3):
+                        if j == 1:
+                            continue
+                        if j == 2:
+                            break
+                    else:
+                        total = -1
+            return total, i, j
+    """,
+    "with first": """
+        def run(trace):
+            from contextlib import nullcontext
+            with trace():
+                with nullcontext(3) as three:
+                    x = three
+            return x
+    """,
+    "the last of several managers": """
+        def run(trace):
+            from contextlib import nullcontext
+            with nullcontext(1) as one, trace() as t:
+                x = one + 1
+            with nullcontext(), nullcontext(2) as two, trace(): y = two
+            return x, y
+    """,
+    "parentheses around several managers": """
+        def run(trace):
+            from contextlib import nullcontext
+            with (
+                nullcontext(1) as one,
+                trace(
+                ) as t,
+            ):
+                x = one + 1
+            return x
+    """,
+    "two blocks a line apart": """
+        def run(trace):
+            with trace():
+                x = 1
+            with trace():
+                x += 1
+            return x
+    """,
+    "a block in a finally": """
+        def run(trace):
+            seen = []
+            for fails in (False, True):
+                try:
+                    try:
+                        if fails:
+                            raise KeyError
+                    finally:
+                        from contextlib import nullcontext
+                        with nullcontext(), trace():
+                            seen.append(fails)
+                except KeyError:
+                    seen.append("caught")
+            return seen
+    """,
+    "a block in a block in a block": """
+        def run(trace):
+            x = 1
+            with trace():
+                y = x + 1
+                with trace() as inner:
+                    x = y + 1
+                    with trace():
+                        z = x + y
+                        y = 10
+            return x, y, z
+    """,
+    "a block in a function defined in a block": """
+        def run(trace):
+            base = 1
+            with trace():
+                def inner(n):
+                    nonlocal base
+                    with trace():
+                        n += base
+                        base += 1
+                    return n
+                a = inner(1)
+                b = inner(1)
+            return a, b, base, inner.__qualname__
+    """,
+    "del of a name bound in the block": """
+        def run(trace):
+            with trace():
+                x = 1
+                y = x
+                del x
+            try:
+                x
+            except UnboundLocalError:
+                return y
+    """,
+    "names that are unbound before": """
+        def run(trace):
+            try:
+                with trace():
+                    y = x
+            except (NameError, UnboundLocalError) as error:
+                seen = type(error).__name__ in ("NameError", "UnboundLocalError")
+            x = 1
+            return seen
+    """,
+    "what was bound before an error": """
+        def run(trace):
+            try:
+                with trace():
+                    x = 1
+                    y = 1 / 0
+                    z = 2
+            except ZeroDivisionError:
+                return x, sorted(name for name in ("y", "z") if name in locals())
+    """,
+    "a variable that another function changes during the block": """
+        def run(trace):
+            count = 0
+            def bump():
+                nonlocal count
+                count += 1
+            with trace():
+                bump()
+                bump()
+                n = count
+                count = 10
+                bump()
+            return n, count
+    """,
+    "nonlocal in the block": """
+        def run(trace):
+            n = 0
+            def read():
+                return n
+            def inner():
+                with trace():
+                    nonlocal n
+                    n += 1
+                    seen = read()
+                return seen
+            return inner(), n
+    """,
+    "global in the block": """
+        total = 0
+        def run(trace):
+            with trace():
+                global total
+                total += 1
+            return total
+    """,
+    "global in the function": """
+        total = 0
+        def run(trace):
+            global total
+            with trace():
+                total = total + 2
+                def f():
+                    return total
+            total += 1
+            return f(), total
+    """,
+    "closures that outlive the block": """
+        def run(trace):
+            k = 1
+            with trace():
+                y = 2
+                def get():
+                    return y + k
+                fs = [lambda: y * i for i in range(3)]
+            y = 100
+            k = 1000
+            return get(), [f() for f in fs]
+    """,
+    "an argument in a cell": """
+        def run(trace, argument=1):
+            def get():
+                return argument
+            with trace():
+                argument += 1
+                seen = get()
+            return seen, argument
+    """,
+    "comprehensions": """
+        def run(trace):
+            xs = [1, 2]
+            with trace():
+                ys = [x + y for x in xs for y in xs if x != y]
+                zs = {x: [x for _ in xs] for x in xs}
+                gs = list(x for x in xs)
+                ss = {last := x for x in xs}
+                fs = [(lambda: x)() for x in xs]
+            return ys, zs, gs, ss, last, fs
+    """,
+    "a global that a comprehension of the function shadows": """
+        i = 77
+        def run(trace):
+            before = [i for i in range(3)]
+            with trace():
+                x = i
+                inner = [i for i in range(2)]
+                with trace():
+                    x += i
+            return before, x, inner
+    """,
+    "the forms of binding": """
+        def run(trace):
+            with trace():
+                import os.path
+                import os.path as p
+                from os import sep as s
+                (a, *b), c = [1, 2, 3], 4
+                if (w := a + c):
+                    pass
+                for f in b:
+                    pass
+                v: int = 5
+                u: int
+                class K:
+                    z = c
+                def g(n=a):
+                    return n
+                match [1, 2, {"k": 3}]:
+                    case [m, *rest] if m == 1:
+                        pass
+                xs = [0]
+                xs[0]: int = 3
+                a += 1
+            return (os.path is p, s, a, b, c, w, f, v, K.z, K.__qualname__, g(), m, rest, xs)
+    """,
+    "decorators and star arguments": """
+        def run(trace):
+            def twice(f):
+                return lambda *args, **options: f(*args, **options) * 2
+            with trace():
+                @twice
+                def f(*args, **options):
+                    return [*args, *options.values()]
+                x = f(*[1, 2], **{"a": 3})
+            return x
+    """,
+    "super and private names in a method": """
+        class Base:
+            def value(self):
+                return 1
+        class Derived(Base):
+            def __init__(self):
+                self.__private = 5
+            def value(me, trace):
+                __local = 2
+                with trace():
+                    x = super().value() + me.__private + __local
+                    __local = 3
+                    me.__private += 1
+                    name = __class__.__name__
+                return x, __local, me.__private, name
+        def run(trace):
+            return Derived().value(trace)
+    """,
+    "a class body": """
+        def run(trace):
+            class K:
+                with trace():
+                    x = 1
+                    y: int = x + 1
+                    def method(self):
+                        return 5
+                with trace() as t:
+                    z = x
+                del t
+            return K.x, K.y, K.z, K().method(), sorted(K.__annotations__)
+    """,
+    "a generator": """
+        def run(trace):
+            def numbers():
+                x = 0
+                for _ in range(3):
+                    with trace():
+                        x += 1
+                    yield x
+            return list(numbers())
+    """,
+    "an async function": """
+        def run(trace):
+            async def work(n):
+                with trace():
+                    n += 1
+                    async def later():
+                        return n
+                return n, await later()
+            try:
+                work(1).send(None)
+            except StopIteration as stop:
+                return stop.value
+    """,
+    "a function in a method of a local class": """
+        def run(trace):
+            class K:
+                def method(self):
+                    def inner():
+                        with trace():
+                            x = self.n
+                        return x
+                    self.n = 4
+                    return inner()
+            return K().method()
+    """,
+    "many locals": """
+        def run(trace):
+            """ + "; ".join(f"v{i} = {i}" for i in range(300)) + """
+            with trace() as t:
+                v299 = v298 + v3
+                w = v299
+            return w, v299, t is not None
+    """,
+    "a backslash and comments": """
+        def run(trace):
+            with \\
+                    trace() as t:  # a comment
+
+                # another
+
+                x = (1 +
+                     2)
+            return x
+    """,
+    "a decorated function": """
+        def same(f):
+            return f
+        @same
+        @same
+        def run(trace):
+            with trace():
+                x = 1
+            return x
+    """,
+    "future annotations": """
+        from __future__ import annotations
+        def run(trace):
+            with trace():
+                def f(a: Unknown) -> Unknown:
+                    return a
+            return f.__annotations__
+    """,
+    "recursion in the block": """
+        def run(trace, depth=3):
+            with trace():
+                result = depth if depth == 0 else depth + run(trace, depth - 1)
+            return result
+    """,
+    "text that is wider than a byte per character": """
+        def run(trace):
+            with trace() as é: ü = "日本" if é else ""
+            return ü
+    """,
+}  # fmt: skip
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS.keys())
+def form(request: pytest.FixtureRequest) -> str:
+    return textwrap.dedent(request.param)
+
+
+def test_a_lifted_block_does_what_it_does_in_place(form: str, tmp_path: Path) -> None:
+    expected = load(form, tmp_path / "in_place.py")["run"](InPlace)
+    run = load(form, tmp_path / "lifted.py")["run"]
+    assert run(FakeTracer) == expected
+    assert run(FakeTracer) == expected or "total" in form  # warm
+
+
+def test_a_lifted_block_really_runs_on_the_other_thread() -> None:
+    from threading import get_ident
+
+    with FakeTracer() as tracer:
+        thread = get_ident()
+    assert thread != tracer.thread
+
+
+def test_a_block_at_the_top_of_a_module_binds_global_names(tmp_path: Path) -> None:
+    text = """
+        base = 1
+        for i in range(2):
+            with trace() as t:
+                x = base + i
+                y: int = 3
+                def f():
+                    return x
+                squares = [n * base for n in range(3)]
+                class K:
+                    def method(self): ...
+                del y
+    """
+    module = load(textwrap.dedent(text), tmp_path / "top.py", trace=FakeTracer)
+    assert (module["x"], module["f"](), module["squares"]) == (2, 2, [0, 1, 2])
+    assert (module["K"].__qualname__, module["K"].method.__qualname__) == ("K", "K.method")
+    assert "y" not in module
+    assert not [name for name in module if "tracekit" in name]
+
+
+def test_a_block_under_exec_with_separate_locals_binds_them(tmp_path: Path) -> None:
+    path = tmp_path / "separate.py"
+    path.write_text("with trace():\n    x = base + 1\n    ys = [n for n in range(x)]\n")
+    names: dict[str, Any] = {"base": 1}
+    exec(compile(path.read_text(), str(path), "exec"), {"trace": FakeTracer}, names)
+    assert names == {"base": 1, "x": 2, "ys": [0, 1]}
+
+
+def test_names_after_as_in_a_tuple_are_bound(tmp_path: Path) -> None:
+    text = """
+        def run(pair):
+            with pair() as (a, (b, *c)):
+                d = a + b
+            return a, b, c, d
+    """
+    run = load(textwrap.dedent(text), tmp_path / "pair.py")["run"]
+    assert run(lambda: FakeTracer(entered=(1, (2, 3)))) == (1, 2, [3], 3)
+
+
+def test_a_target_that_is_not_a_name_is_bound(tmp_path: Path) -> None:
+    text = """
+        def run(trace, box):
+            with trace() as box["t"]:
+                x = box["t"]
+            return x
+    """
+    assert isinstance(
+        load(textwrap.dedent(text), tmp_path / "box.py")["run"](FakeTracer, {}), FakeTracer
+    )
+
+
+def test_save_becomes_the_helper_and_only_without_arguments() -> None:
+    class Box:
+        def save(self, path: str) -> str:
+            return path
+
+    with FakeTracer():
+        x = (1).save()  # type: ignore[attr-defined]
+        y = Box().save("here")
+        z = [n.save() for n in (1, 2)]  # type: ignore[attr-defined]
+        chained = (3).save()[1].save()  # type: ignore[attr-defined]
+    assert (x, y) == (("saved", 1), "here")
+    assert z == [("saved", 1), ("saved", 2)]
+    assert chained == ("saved", 3)
+
+
+def test_save_is_left_alone_where_no_helper_is_given(tmp_path: Path) -> None:
+    class Box:
+        def save(self) -> int:
+            return 7
+
+    text = "def run(trace, box):\n    with trace():\n        x = box.save()\n    return x\n"
+    run = load(text, tmp_path / "unsaved.py")["run"]
+    assert run(lambda: FakeTracer(helpers={}), Box()) == 7
+    assert run(FakeTracer, Box())[0] == "saved"
+
+
+def test_one_place_serves_many_frames_at_once() -> None:
+    def nested(depth: int, seen: list[int]) -> None:
+        with FakeTracer():
+            here = depth
+            if depth:
+                nested(depth - 1, seen)
+            seen.append(here)
+        assert here == depth
+
+    seen: list[int] = []
+    nested(5, seen)
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_threads_that_enter_the_same_block_do_not_disturb_each_other() -> None:
+    from threading import Barrier, Thread
+
+    results: list[int] = []
+    start = Barrier(8)
+
+    def work(n: int) -> None:
+        start.wait()
+        for i in range(50):
+            with FakeTracer(run=run_here):
+                x = n * 1000 + i
+            results.append(x)
+
+    threads = [Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == sorted(n * 1000 + i for n in range(8) for i in range(50))
+
+
+def run_here(body: Callable[[], None]) -> None:
+    body()
+
+
+def test_a_block_is_compiled_once_per_place() -> None:
+    blocks = []
+    for _ in range(2):
+        with FakeTracer() as tracer:
+            x = 1
+        blocks.append(tracer.block)
+    with FakeTracer() as other:
+        x = 2
+    assert x == 2
+    assert blocks[0] is blocks[1]
+    assert other.block is not blocks[0]
+
+
+def test_a_block_says_what_it_is() -> None:
+    numbers = count(1)
+    with FakeTracer() as tracer:
+        # a comment
+        x = next(numbers)
+        y = (x +
+             1)  # fmt: skip
+    assert y == 2
+    block = tracer.block
+    assert block is not None
+    assert block.source == "x = next(numbers)\ny = (x +\n     1)  # fmt: skip\n"
+    assert (block.target, block.is_empty) == ("tracer", False)
+    assert block.filename == __file__
+    assert block.function_name == "test_a_block_says_what_it_is"
+    assert block.last_line - block.first_line == 4
+    assert "next(numbers)" in block.explain()
