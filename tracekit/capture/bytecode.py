@@ -21,7 +21,7 @@ _SILENT: Final = frozenset({"NOP", "EXTENDED_ARG", "CACHE"})
 class WithSites:
     """Where a code object enters context managers, as byte offsets in the order of the code."""
 
-    calls: frozenset[int]  # instructions whose result is entered at once
+    calls: frozenset[int]  # instructions whose result is entered at once, with their caches
     entries: tuple[int, ...]  # instructions that run `__enter__`
 
 
@@ -55,11 +55,11 @@ def _find_sites(code: CodeType) -> WithSites:
     entries: list[int] = []
     for index, step in enumerate(steps):
         if step.opname in _ENTERING:
-            calls.add(steps[index - 1].offset)
+            calls.update(range(steps[index - 1].offset, step.offset, 2))
             entries.append(step.offset)
         elif step.opname == "LOAD_SPECIAL" and "enter" in step.argrepr:
             # 3.14: the call, COPY, LOAD_SPECIAL __exit__, SWAP, SWAP, LOAD_SPECIAL __enter__, CALL
-            calls.add(steps[index - 5].offset)
+            calls.update(range(steps[index - 5].offset, steps[index - 4].offset, 2))
             entries.append(steps[index + 1].offset)
     return WithSites(frozenset(calls), tuple(entries))
 

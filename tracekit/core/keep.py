@@ -56,6 +56,14 @@ class Keep:
         """`value` as it is kept."""
         return map_leaves(self._leaf, value)
 
+    def shares(self, tensor: Tensor) -> bool:
+        """Whether what is kept of `tensor` shares its memory."""
+        if self.clone or not self.detach or tensor.is_inference():
+            return not self.detach and not self.clone
+        if self.device is not None and tensor.device != self.device:
+            return False
+        return self.dtype in (None, tensor.dtype) or not tensor.is_floating_point()
+
     def tensor(self, tensor: Tensor) -> Tensor:
         """One tensor as it is kept; shares memory with it if neither device nor dtype differ."""
         kept = tensor.detach() if self.detach else tensor

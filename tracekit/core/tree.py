@@ -7,6 +7,7 @@ from typing import final
 
 from torch import nn
 
+from tracekit.core.site import Site
 from tracekit.errors import UnknownModuleError, did_you_mean
 
 
@@ -28,6 +29,9 @@ class Tree:
         self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
         self.aliases: dict[str, str] = {}  # second and later paths of shared modules
         self.order: dict[str, int] = {}  # canonical paths, in tree order
+        # Of the sites that were recorded before, by kind of run: whether the model overwrites the
+        # value in place later, as Falcon adds the attention into the output of its MLP.
+        self.overwrites: dict[object, dict[Site, bool]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -117,9 +121,5 @@ class Tree:
         return type(self.root).__name__
 
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
-
 def _has_forward(module: nn.Module) -> bool:
-    inherits = getattr(type(module), "forward", None) is getattr(nn.Module, "forward", None)
-    return not inherits and not isinstance(module, _CONTAINERS)
+    return getattr(type(module), "forward", None) is not getattr(nn.Module, "forward", None)

@@ -4,7 +4,8 @@
 #   - interventions come before the user's own hooks, observers after them: so transformers' own
 #     capture (output_hidden_states) sees an edit, and a cache sees what the model goes on with;
 #   - a hook acts only on the thread whose forward pass this run is: traces in other threads,
-#     nested traces and modules called in the block do not meet it;
+#     nested traces and modules called in the block do not meet it (observers check it themselves,
+#     with is_elsewhere);
 #   - after remove() the model is as it was.
 #
 # Hooks are put straight into the dictionaries that register_forward_hook fills: the handles that
@@ -17,7 +18,7 @@ from _thread import get_ident
 from collections.abc import Callable
 from itertools import count
 from functools import partial, update_wrapper
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeAlias, final
 
 from torch import nn
 
@@ -25,6 +26,10 @@ from tracekit.core.quirks import NO_BACKWARD, current_backward
 from tracekit.core.site import Site, Slot, Visit
 from tracekit.interleave.passage import Watch
 from tracekit.interleave.protocol import Skip
+
+
+# A hook as PyTorch calls it: `(module, args, output)`, or `(module, args, kwargs)` before the call.
+ForwardHook: TypeAlias = Callable[[nn.Module, Any, Any], None]
 
 
 class Subscriber(Protocol):
@@ -44,11 +49,11 @@ class Hooks:
 
     def __init__(self, module: Callable[[str], nn.Module]) -> None:
         self._module = module
-        self._thread = get_ident()
+        self.thread = get_ident()
         self._placed: list[tuple[dict[int, Any], int]] = []
         self._watches: dict[str, Watch] = {}
         self._forwards: dict[str, Any] = {}  # what `forward` was on instances where it is replaced
-        self._observers: list[tuple[str, Slot, Callable[[Any], None]]] = []
+        self._observers: list[tuple[str, Slot, ForwardHook]] = []
         self.subscriber: Subscriber | None = None
 
     # -- INTERVENTION ---------------------------------------------------------------------------
@@ -57,8 +62,8 @@ class Hooks:
         """Report every call of the module of `watch` to the subscriber."""
         module = self._module(watch.path)
         self._watches[watch.path] = watch
-        before = partial(_before, self._thread, self.subscriber, watch)
-        after = partial(_after, self._thread, self.subscriber, watch)
+        before = partial(_before, self.thread, self.subscriber, watch)
+        after = partial(_after, self.thread, self.subscriber, watch)
         self._put_before(module, before, is_first=True)
         self._put(module._forward_hooks, after, is_first=True)
 
@@ -73,28 +78,28 @@ class Hooks:
         module = self._module(path)
         self._forwards[path] = module.__dict__.get("forward", _NOTHING)
         skipping = partial(
-            _skip_or_run, self._thread, self.subscriber, self._watches[path], module.forward
+            _skip_or_run, self.thread, self.subscriber, self._watches[path], module.forward
         )
         module.__dict__["forward"] = update_wrapper(skipping, module.forward)
 
     # -- OBSERVER -------------------------------------------------------------------------------
 
-    def observe_outputs(self, path: str, see: Callable[[Any], None]) -> None:
-        """Show `see` every output of the module at `path`, as the model goes on with it."""
-        hook = partial(_show_output, self._thread, see)
+    def observe_outputs(self, path: str, hook: ForwardHook) -> None:
+        """Let `hook` see every output of the module at `path`, as the model goes on with it."""
         self._put(self._module(path)._forward_hooks, hook)
-        self._observers.append((path, Slot.OUTPUT, see))
+        self._observers.append((path, Slot.OUTPUT, hook))
 
-    def observe_inputs(self, path: str, see: Callable[[Any], None]) -> None:
-        """Show `see` the `(args, kwargs)` of every call of the module at `path`."""
-        self._put_before(self._module(path), partial(_show_inputs, self._thread, see))
-        self._observers.append((path, Slot.INPUT, see))
+    def observe_inputs(self, path: str, hook: ForwardHook) -> None:
+        """Let `hook` see the args and kwargs of every call of the module at `path`."""
+        self._put_before(self._module(path), hook)
+        self._observers.append((path, Slot.INPUT, hook))
 
-    def show(self, visit: Visit, value: object) -> None:
+    def show(self, visit: Visit, value: Any) -> None:
         """Show the observers of a site a value that their hooks will not be reached with."""
-        for path, slot, see in self._observers:
+        for path, slot, hook in self._observers:
             if path == visit.site.path and slot is visit.site.slot:
-                see(value)
+                module = self._module(path)
+                hook(module, *value) if slot is Slot.INPUT else hook(module, (), value)
 
     # -- on and off -----------------------------------------------------------------------------
 
@@ -129,10 +134,15 @@ class Hooks:
 _NOTHING = object()
 
 
+def is_elsewhere(thread: int) -> bool:
+    """Whether this call of a module is not part of the forward pass on `thread`."""
+    return get_ident() != thread or current_backward() != NO_BACKWARD
+
+
 def _before(
     thread: int, subscriber: Subscriber, watch: Watch, _: nn.Module, args: Any, kwargs: Any
 ) -> Any:
-    if get_ident() != thread or current_backward() != NO_BACKWARD:
+    if is_elsewhere(thread):
         return None
     inputs = (args, kwargs)
     changed = subscriber.before(watch, inputs)
@@ -142,7 +152,7 @@ def _before(
 def _after(
     thread: int, subscriber: Subscriber, watch: Watch, _: nn.Module, args: Any, output: Any
 ) -> Any:
-    if get_ident() != thread or current_backward() != NO_BACKWARD:
+    if is_elsewhere(thread):
         return None
     changed = subscriber.after(watch, output)
     return None if changed is output else changed
@@ -151,22 +161,8 @@ def _after(
 def _skip_or_run(
     thread: int, subscriber: Subscriber, watch: Watch, forward: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    if get_ident() == thread and current_backward() == NO_BACKWARD:
+    if not is_elsewhere(thread):
         request = subscriber.instead(watch)
         if request is not None:
             return request.value
     return forward(*args, **kwargs)
-
-
-def _show_output(
-    thread: int, see: Callable[[Any], None], _: nn.Module, args: Any, output: Any
-) -> None:
-    if get_ident() == thread and current_backward() == NO_BACKWARD:
-        see(output)
-
-
-def _show_inputs(
-    thread: int, see: Callable[[Any], None], _: nn.Module, args: Any, kwargs: Any
-) -> None:
-    if get_ident() == thread and current_backward() == NO_BACKWARD:
-        see((args, kwargs))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import final
 
+from tracekit.capture import user_traceback
 from tracekit.interleave.baton import Baton
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.torch_state import TorchState
@@ -139,11 +140,12 @@ def _run(mediator: Mediator, body: Callable[[], None], state: AbstractContextMan
         with state:
             body()
     except BaseException as caught:  # every way out of the block ends here
+        caught.__traceback__ = user_traceback(caught)
         error = caught
     finally:
         _local.mediator = None
         mediator.end(error)
-        del error  # the error's traceback knows this frame: a cycle
+        del error, mediator, body  # the frames of the block refer to this one, and it to nothing
 
 
 def _raise_in(thread: threading.Thread, kind: type[BaseException] | None) -> None:

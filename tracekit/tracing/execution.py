@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias, final
 
-from tracekit.capture import caller_frame
+import torch
+
+from tracekit.capture import caller_frame, user_traceback
 from tracekit.core.keep import Keep
 from tracekit.core.nest import misfit
 from tracekit.core.site import Visit
@@ -38,6 +40,7 @@ class Execution:
         self._tree = tree
         self._call = call
         self._grad = grad
+        self._kind = (grad, torch.is_grad_enabled(), tree.root.training)  # models differ by it
         self._hooks = Hooks(tree.module)
         self._passage = Passage(tree, self._hooks.watch)
         self._versions = Versions()
@@ -56,25 +59,30 @@ class Execution:
 
         The error of the block comes before one that the model ran into because of it.
         """
-        mediator: Mediator | None = None
-        error: BaseException | None = None
+        mediator = self._mediator(body) if body is not None and beside else None
+        error = self._run(body if mediator is None else None)
+        try:
+            if mediator is not None and mediator.error is not None:
+                error, mediator.error = mediator.error, None
+            checked = self._checked(mediator is not None and mediator.has_stopped)
+            return error if error is not None else checked
+        finally:  # an error refers to frames that refer to this one: it must not refer back
+            del error, mediator
+
+    def _run(self, body: Callable[[], None] | None) -> BaseException | None:
         try:
             self._tree.refresh_if_changed()
-            if body is not None and beside:
-                mediator = self._mediator(body)
-            elif body is not None:
+            if body is not None:
                 body()
             self._forward()
         except Unwind:
             pass
         except BaseException as caught:
-            error = caught
+            caught.__traceback__ = user_traceback(caught)
+            return caught
         finally:
             self._close()
-        if mediator is not None and mediator.error is not None:
-            error = mediator.error
-        was_stopped = mediator is not None and mediator.has_stopped
-        return error or self._checked(was_stopped)
+        return None
 
     def record(self, modules: Selector | None, keep: Keep, inputs: bool, outputs: bool) -> Cache:
         """Begin to record, before the model passes the modules; CacheError if it has."""
@@ -83,8 +91,8 @@ class Execution:
         paths, named = select(self._tree, modules)
         self._check_not_passed(paths, inputs)
         cache = Cache()
-        recorder = Recorder(cache, self._tree, paths, named, keep)
-        recorder.place(self._hooks, self._step, inputs, outputs)
+        recorder = Recorder(cache, self._tree, paths, named, keep, self._kind)
+        recorder.place(self._hooks, self._interleaver, inputs, outputs)
         self._recorders.append(recorder)
         return cache
 
@@ -140,9 +148,6 @@ class Execution:
                     f"tracer.cache() was called when the model had passed {path} (step {step}); "
                     f"make the cache first in the block, or name modules that come later."
                 )
-
-    def _step(self) -> int:
-        return self._interleaver.step
 
     def _hand_out(self, visit: Visit, value: object) -> None:
         for recorder in self._recorders:

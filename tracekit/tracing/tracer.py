@@ -7,7 +7,7 @@ from typing import Any, final
 
 import torch
 
-from tracekit.capture import Block, Skip, caller_frame, capture, skip_body, user_traceback
+from tracekit.capture import Block, Skip, caller_frame, capture, show_own_lines, skip_body
 from tracekit.core.keep import Keep
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -133,13 +133,12 @@ class Tracer:
         if failure is None:
             return True
         # A bare raise goes on with the traceback as it stands, and does not add this frame: the
-        # user sees own lines alone. The context is the skip of the body, which is no news.
+        # user sees own lines alone. The context was the skip of the body, which is no news.
         context = failure.__context__
         try:
             raise failure
         except BaseException as shown:
-            shown.__traceback__ = user_traceback(shown)
-            shown.__context__ = context
+            show_own_lines(shown, context)
             raise
         finally:
             del failure, context
