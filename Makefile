@@ -13,6 +13,7 @@ PAGE_TESTS := $(wildcard tests/page/test_*.py)
 NOTEBOOKS := $(wildcard tutorials/*.ipynb)
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help demo test suite lint format coverage notebooks bench clean
 .PHONY: test-pythons test-page test-lowest
 

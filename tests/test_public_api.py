@@ -16,8 +16,10 @@ PUBLIC = [
     "Envoy",
     "LanguageModel",
     "Model",
+    "Note",
     "Tracer",
-    "errors",
+    "TracekitError",
+    "TracekitWarning",
     "save",
 ]
 
