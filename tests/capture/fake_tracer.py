@@ -38,7 +38,7 @@ def run_on_a_thread(body: Body) -> BaseException | None:
     thread = Thread(target=work)
     thread.start()
     thread.join()
-    return caught[0] if caught else None
+    return caught.pop() if caught else None  # the body's frame leads back to work() and its cells
 
 
 def load(text: str, path: Path, **names: Any) -> dict[str, Any]:
@@ -63,15 +63,17 @@ class FakeTracer:
         self.skip: Skip | None = None
         self.thread = get_ident()
         self._run = run
-        self._entered: Any = self if entered is None else entered
+        self._entered = entered
         self._helpers = {"save": save} if helpers is None else helpers
 
     def __enter__(self) -> Any:
-        self.frame = caller_frame()
-        self.block = capture(self.frame)
+        frame = caller_frame()
+        entered = self if self._entered is None else self._entered
+        self.block = capture(frame)
         if not self.block.is_empty:
-            self.skip = skip_body(self.block, self.frame, entered=self._entered)
-        return self._entered
+            self.skip = skip_body(self.block, frame, entered=entered)
+            self.frame = frame
+        return entered
 
     def __exit__(
         self,

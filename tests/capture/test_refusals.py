@@ -161,7 +161,7 @@ def test_what_the_block_deletes_is_unbound() -> None:
     with FakeTracer():
         del x
     with pytest.raises(UnboundLocalError):
-        x  # noqa: B018
+        x
 
 
 def test_an_async_with_is_refused(tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ class Block:
     start: BodyStart = field(repr=False)
     place: Place = field(repr=False)
     names: FrameNames = field(repr=False)
-    _compiled: dict[_Form, CompiledBody] = field(default_factory=dict["_Form", CompiledBody])
+    _compiled: dict[_Form, CompiledBody] = field(
+        default_factory=dict["_Form", CompiledBody], repr=False
+    )
 
     def compiled(self, form: _Form) -> CompiledBody:
         known = self._compiled.get(form)
