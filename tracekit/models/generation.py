@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,13 +46,24 @@ def _is_transformers(module: Any) -> bool:
 
 
 def _with_end_of_step(given: Any, end_step: Callable[[], None]) -> Any:
-    from transformers import StoppingCriteria, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
+
+    return StoppingCriteriaList([*(given or []), _end_of_step_class()(end_step)])
+
+
+@cache
+def _end_of_step_class() -> Any:
+    """Made once, when transformers is first needed: importing it takes seconds."""
+    from transformers import StoppingCriteria
 
     class EndOfStep(StoppingCriteria):
         """Never stops; says that an iteration has ended."""
 
+        def __init__(self, end_step: Callable[[], None]) -> None:
+            self._end_step = end_step
+
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-            end_step()
+            self._end_step()
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    return StoppingCriteriaList([*(given or []), EndOfStep()])
+    return EndOfStep

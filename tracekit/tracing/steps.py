@@ -23,7 +23,7 @@ class Steps:
         if isinstance(key, slice):
             return self._span(key)
         steps = [key] if isinstance(key, int) else list(cast("Sequence[int]", key))
-        _check(steps)
+        _check_order(steps)
         return self._listed(steps)
 
     def __iter__(self) -> Iterator[int]:
@@ -31,7 +31,8 @@ class Steps:
 
     def _span(self, key: slice) -> Iterator[int]:
         first, stride = key.start or 0, key.step or 1
-        _check([first, stride, key.stop or 0])
+        for number in (first, stride, key.stop or 0):
+            _check_counts_from_start(number)
         if key.stop is not None:
             return self._listed(range(first, key.stop, stride))
         return self._open(first, stride)
@@ -52,13 +53,17 @@ class Steps:
             _warn_cut_short(f"steps from {first} on were asked for")
 
 
-def _check(steps: Sequence[int]) -> None:
+def _check_counts_from_start(step: int) -> None:
+    if step < 0:
+        raise StepError(
+            f"step {step} counts from an end that is not known while the model generates; "
+            f"count steps from 0."
+        )
+
+
+def _check_order(steps: Sequence[int]) -> None:
     for step in steps:
-        if step < 0:
-            raise StepError(
-                f"step {step} counts from an end that is not known while the model generates; "
-                f"count steps from 0."
-            )
+        _check_counts_from_start(step)
     if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
         raise StepError(f"steps come in ascending order, each once, not as {list(steps)}.")
 

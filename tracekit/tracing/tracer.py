@@ -134,7 +134,7 @@ class Tracer:
             return True
         # A bare raise goes on with the traceback as it stands, and does not add this frame: the
         # user sees own lines alone. The context was the skip of the body, which is no news.
-        context = failure.__context__
+        context = self._without_skip(failure)
         try:
             raise failure
         except BaseException as shown:
@@ -142,6 +142,16 @@ class Tracer:
             raise
         finally:
             del failure, context
+
+    def _without_skip(self, error: BaseException) -> BaseException | None:
+        """The context of `error`, with our skip taken out of its chain."""
+        link = error
+        while link.__context__ is not None:
+            if self._skip is not None and self._skip.is_own(link.__context__):
+                link.__context__ = None
+                break
+            link = link.__context__
+        return error.__context__
 
     def _run(self) -> BaseException | None:
         frame, block, self._frame = self._frame, self._block, None
