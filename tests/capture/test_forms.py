@@ -1,9 +1,11 @@
-"""Every form of block does what it does in place: each case runs under a plain manager and lifted."""
+"""Every form of block does what it does in place: each runs under a plain manager, and lifted."""
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.capture.fake_tracer import FakeTracer, load
+from tracekit.capture import variables
 
 
 class InPlace:
@@ -443,6 +446,21 @@ FORMS = {
                     return a
             return f.__annotations__
     """,
+    "what looks around in its frame": """
+        def run(trace):
+            hidden = 5
+            def shared():
+                return seen
+            with trace():
+                seen = eval("hidden"), locals()["hidden"]
+            return shared()
+    """,
+    "text about which Python warns": """
+        def run(trace):
+            with trace():
+                x = "\\d", 1 is 1
+            return x
+    """,
     "recursion in the block": """
         def run(trace, depth=3):
             with trace():
@@ -462,6 +480,7 @@ def form(request: pytest.FixtureRequest) -> str:
     return textwrap.dedent(request.param)
 
 
+@pytest.mark.filterwarnings("ignore:.*(literal|invalid escape)")
 def test_a_lifted_block_does_what_it_does_in_place(form: str, tmp_path: Path) -> None:
     expected = load(form, tmp_path / "in_place.py")["run"](InPlace)
     run = load(form, tmp_path / "lifted.py")["run"]
@@ -623,3 +642,32 @@ def test_a_block_says_what_it_is() -> None:
     assert block.function_name == "test_a_block_says_what_it_is"
     assert block.last_line - block.first_line == 4
     assert "next(numbers)" in block.explain()
+
+
+def test_a_frame_whose_memory_is_not_known_gets_copies_that_are_handed_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(variables, "_layout", None)
+    n = 1
+
+    def read() -> int:
+        return n
+
+    with FakeTracer():
+        n += 1
+        get = lambda: n + 1  # noqa: E731
+        seen = get()
+    assert (n, read(), seen, get()) == (2, 2, 3, 3)
+
+
+def test_a_frame_whose_memory_does_not_look_as_expected_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert variables._layout is not None, "this Python needs its row in the table"
+    other = replace(variables._layout, global_names=variables._layout.code)
+    n = 1
+    slots = variables.names_of(sys._getframe().f_code, 0).slots
+    assert variables.shared_cells(sys._getframe(), slots)["n"].cell_contents == n
+    monkeypatch.setattr(variables, "_layout", other)
+    assert variables.shared_cells(sys._getframe(), slots) == {}
+    assert [get() for get in [lambda: n]] == [1]

@@ -86,17 +86,17 @@ def test_a_manager_after_the_trace_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_exit_stack_is_refused() -> None:
-    with ExitStack() as stack, pytest.raises(CaptureError, match="without a `with` statement"):
+    with ExitStack() as stack, pytest.raises(CaptureError, match="without a `with`"):
         stack.enter_context(FakeTracer())
 
 
 def test_a_call_of_enter_is_refused() -> None:
-    with pytest.raises(CaptureError, match="without a `with` statement"):
+    with pytest.raises(CaptureError, match="without a `with`"):
         FakeTracer().__enter__()
 
 
 def test_code_without_source_is_refused() -> None:
-    with pytest.raises(CaptureError, match="not available.* put the block into a file"):
+    with pytest.raises(CaptureError, match=r"not available.* put the block into a file"):
         exec("with trace():\n    x = 1\n", {"trace": FakeTracer})
 
 
@@ -161,7 +161,7 @@ def test_what_the_block_deletes_is_unbound() -> None:
     with FakeTracer():
         del x
     with pytest.raises(UnboundLocalError):
-        x
+        x  # noqa: F821
 
 
 def test_an_async_with_is_refused(tmp_path: Path) -> None:
@@ -176,5 +176,5 @@ def test_an_async_with_is_refused(tmp_path: Path) -> None:
 
     Async.__aenter__ = enter  # type: ignore[attr-defined]
     Async.__aexit__ = FakeTracer.__exit__  # type: ignore[attr-defined]
-    with pytest.raises(CaptureError, match="write `with`|without a `with`"):
+    with pytest.raises(CaptureError, match=r"write `with`|without a `with`"):
         run(Async).send(None)

@@ -6,6 +6,8 @@ import __future__
 import ast
 import linecache
 import sys
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -17,7 +19,7 @@ from tracekit.capture.percode import PerCode
 from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 FUTURES: Final = sum(
     getattr(__future__, name).compiler_flag for name in __future__.all_feature_names
@@ -129,9 +131,18 @@ def _command_line_text() -> str:
     return ""
 
 
+@contextmanager
+def quiet_compiler() -> Generator[None]:
+    """Python has warned about this text already, when the user's module was compiled."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 @lru_cache(maxsize=_KEPT_FILES)
 def _parse(filename: str, text: str) -> Source:
-    return Source(filename, text, ast.parse(text, filename))
+    with quiet_compiler():
+        return Source(filename, text, ast.parse(text, filename))
 
 
 # --- is it the text that runs? -------------------------------------------------------------------
@@ -141,7 +152,7 @@ def _is_source_of(source: Source, frame: FrameType) -> bool:
     code = frame.f_code
     if _is_notebook_cell(code.co_filename):
         return True
-    is_same = _is_alike if "@pytest_ar" in frame.f_globals else _is_equal
+    is_same = _is_alike if _is_rewritten_on_import(frame) else _is_equal
     return any(
         is_same(candidate, code)
         for compiled in _compiled_forms(source, code)
@@ -155,6 +166,14 @@ def _is_notebook_cell(filename: str) -> bool:
     return filename.startswith("<ipython-input-") or "ipykernel_" in filename
 
 
+def _is_rewritten_on_import(frame: FrameType) -> bool:
+    """Has pytest, or a runtime type checker, its own loader for this module?"""
+    loader = frame.f_globals.get("__loader__")
+    plain = {"importlib._bootstrap_external", "_frozen_importlib_external", "zipimport", "builtins"}
+    owner = loader.__module__ if isinstance(loader, type) else type(loader).__module__
+    return "@pytest_ar" in frame.f_globals or owner not in plain | {"_frozen_importlib"}
+
+
 def _compiled_forms(source: Source, code: CodeType) -> Iterator[CodeType]:
     flags = code.co_flags & FUTURES
     yield _compile(source.filename, source.text, flags, "exec")
@@ -164,7 +183,8 @@ def _compiled_forms(source: Source, code: CodeType) -> Iterator[CodeType]:
 
 @lru_cache(maxsize=_KEPT_FILES)
 def _compile(filename: str, text: str, flags: int, mode: str) -> CodeType:
-    return compile(text, filename, mode, flags=flags, dont_inherit=True)
+    with quiet_compiler():
+        return compile(text, filename, mode, flags=flags, dont_inherit=True)
 
 
 def _code_objects(code: CodeType) -> Iterator[CodeType]:
@@ -190,7 +210,7 @@ def _is_equal(found: object, running: object) -> bool:
 
 
 def _is_alike(found: CodeType, running: CodeType) -> bool:
-    """The weaker test for code whose asserts pytest has rewritten: it may have added names."""
+    """The weaker test for code that was rewritten on import, which may have added names."""
     has_names = set(found.co_names) <= set(running.co_names)
     return has_names and set(found.co_varnames) <= set(running.co_varnames)
 

@@ -18,7 +18,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
 from tracekit.capture.extract import check_namespace
-from tracekit.capture.locate import remember_origin
+from tracekit.capture.locate import quiet_compiler, remember_origin
 from tracekit.capture.scope import global_names
 from tracekit.errors import CaptureError
 
@@ -32,6 +32,9 @@ _MARK: Final = "tracekit "  # with its blank no name that a user can write
 _FACTORY: Final = f"{_MARK}factory"
 _BODY: Final = f"{_MARK}body"
 SAVE: Final = "save"
+_SEE_ALL: Final = frozenset(
+    {"locals", "vars", "dir", "eval", "exec", "breakpoint", "set_trace", "embed"}
+)
 
 
 def helper_name(name: str) -> str:
@@ -62,10 +65,25 @@ def compile_function_body(place: Place, names: FrameNames, helpers: Sequence[str
         declared.append(ast.Nonlocal(sorted(bound & visible)))
     if bound - visible:
         declared.append(ast.Global(sorted(bound - visible)))
+    if _looks_around(statements):
+        declared.append(_mention(visible))
     second = _body_code(_compile(place, names, parameters, [*declared, *statements]))
     code = _with_own_name(second, names.function_name, _qualified_name(place))
     remember_origin(code, place.source)
     return CompiledBody(code, frozenset(_written(code) & visible))
+
+
+def _looks_around(statements: Iterable[ast.stmt]) -> bool:
+    nodes = [node for statement in statements for node in ast.walk(statement)]
+    return any(
+        {getattr(node, "id", None), getattr(node, "attr", None)} & _SEE_ALL for node in nodes
+    )
+
+
+def _mention(names: Iterable[str]) -> ast.stmt:
+    """Code that is dropped, but makes the names visible to what looks at the body's frame."""
+    mentioned: list[ast.expr] = [ast.Name(name, ast.Load()) for name in sorted(names)]
+    return ast.If(ast.Constant(False), [ast.Expr(ast.Tuple(mentioned, ast.Load()))], [])
 
 
 def _visible(place: Place, names: FrameNames) -> set[str]:
@@ -106,9 +124,10 @@ def _compile(
 
 def _compile_tree(tree: ast.Module, place: Place, names: FrameNames) -> CodeType:
     try:
-        return compile(
-            tree, place.source.filename, "exec", flags=names.future_flags, dont_inherit=True
-        )
+        with quiet_compiler():
+            return compile(
+                tree, place.source.filename, "exec", flags=names.future_flags, dont_inherit=True
+            )
     except SyntaxError as error:
         line = place.statement.lineno
         raise CaptureError(

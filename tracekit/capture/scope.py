@@ -7,6 +7,8 @@ import symtable
 import sys
 from typing import TYPE_CHECKING
 
+from tracekit.capture.locate import quiet_compiler
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -24,9 +26,9 @@ def global_names(place: Place, names: Iterable[str]) -> set[str]:
     function = place.enclosing[-1] if place.enclosing else None
     if sys.version_info < (3, 12) or function is None or not _has_comprehension(function):
         return set()
-    table: symtable.SymbolTable | None = symtable.symtable(
-        place.source.text, place.source.filename, "exec"
-    )
+    table: symtable.SymbolTable | None
+    with quiet_compiler():
+        table = symtable.symtable(place.source.text, place.source.filename, "exec")
     for node in place.enclosing:
         table = _child(table, node) if table is not None else None
     return {name for name in names if table is not None and _is_global(table, name)}

@@ -9,11 +9,12 @@
 #         show_own_lines(raised, context)
 #         raise
 #
-# The bare `raise` adds no entry for its own frame on 3.11+, so what is left is the user's `with`
-# line and the user's lines of the body. On 3.10 the entry of `__exit__` itself stays, and no other.
+# The bare `raise` adds no entry for its own frame, so what is left is the user's `with` line and
+# the user's lines of the body.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from types import TracebackType
 
@@ -41,8 +42,26 @@ def show_own_lines(error: BaseException, context: BaseException | None) -> None:
     """
     error.__context__ = context
     chain = user_traceback(error)
-    if sys.version_info < (3, 11) and error.__traceback__ is not None:
-        # 3.10 re-raises with this very head, whatever __traceback__ says by then
-        error.__traceback__.tb_next = chain
+    if sys.version_info < (3, 11) and error.__traceback__ is not None and chain is not None:
+        _overwrite(error.__traceback__, chain)
     else:
         error.__traceback__ = chain
+
+
+def _overwrite(head: TracebackType, entry: TracebackType) -> None:
+    """Make `head` say what `entry` says.
+
+    A bare `raise` of 3.10 goes on with the head it caught, whatever `__traceback__` says by then,
+    and of a head only `tb_next` can be written; so the rest is written into its memory, which
+    every 3.10 lays out alike: head of the object, tb_next, tb_frame, tb_lasti, tb_lineno.
+    """
+    if object.__basicsize__ != 16 or sys.implementation.name != "cpython":
+        head.tb_next = entry
+        return
+    head.tb_next = entry.tb_next
+    start, own_frame = id(head), head.tb_frame
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(entry.tb_frame))
+    ctypes.c_void_p.from_address(start + 24).value = id(entry.tb_frame)
+    ctypes.c_int.from_address(start + 32).value = entry.tb_lasti
+    ctypes.c_int.from_address(start + 36).value = entry.tb_lineno
+    ctypes.pythonapi.Py_DecRef(ctypes.py_object(own_frame))
