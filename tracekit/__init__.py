@@ -1,4 +1,4 @@
-"""tracekit: see and change what happens inside any PyTorch model, in plain Python, and trust the numbers."""
+"""See and change what happens inside any PyTorch model, in plain Python, and trust the numbers."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ __all__ = [
     "LanguageModel",
     "Model",
     "Note",
-    "Tracer",
     "TracekitError",
     "TracekitWarning",
+    "Tracer",
     "save",
 ]
 

@@ -1,4 +1,4 @@
-"""Every error and warning of tracekit: what was asked, what happened, what to write instead, and a slug to search for."""
+"""Every error and warning: what was asked, what happened, what to write instead, and a slug."""
 
 from __future__ import annotations
 

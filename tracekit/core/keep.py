@@ -1,4 +1,4 @@
-"""What a recorder keeps of a value: tensors detached, moved and cast; plain data; notes of the rest."""
+"""What a recorder keeps of a value: tensors detached, moved and cast, and notes of the rest."""
 
 from __future__ import annotations
 

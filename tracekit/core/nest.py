@@ -1,4 +1,4 @@
-"""Nested tensors: what modules take and return is a tensor, or tuples, lists, dictionaries and dataclasses of them."""
+"""What modules take and return: a tensor, or tuples, lists, dictionaries, dataclasses of them."""
 
 from __future__ import annotations
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import torch
-
+from torch import nn
 
 # The backward pass that runs on this thread, or NO_BACKWARD. Hooks inside a block under gradient
 # checkpointing fire a second time in backward, when autograd computes it again (torch 2.4 to 2.13).
 current_backward = torch._C._current_graph_task_id  # pyright: ignore[reportPrivateUsage] - no public way to tell
 NO_BACKWARD = -1
+
+
+def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The children as `module` itself holds them: by name, shared ones as often as they are named.
+
+    `named_children` leaves out repeated ones, and then indices of a list would be off.
+    """
+    return module._modules  # pyright: ignore[reportPrivateUsage] - no public way to get repeated ones

@@ -1,4 +1,4 @@
-"""Where a value appears in a model, and when: a Site is a place, a Visit is a Site at a step and call."""
+"""Where a value appears in a model, and when: a Visit is a Site at a step and a call."""
 
 from __future__ import annotations
 

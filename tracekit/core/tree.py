@@ -1,4 +1,4 @@
-"""What is known of a model's modules without running it: paths, who contains whom, who is ever called."""
+"""What is known of a model's modules without running it: paths, children, who is ever called."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import final
 
 from torch import nn
 
+from tracekit.core.quirks import own_children
 from tracekit.core.site import Site
 from tracekit.errors import UnknownModuleError, did_you_mean
 
@@ -53,7 +54,8 @@ class Tree:
         self.order = {path: index for index, path in enumerate(self.paths())}
         self._called = {path for path in self._canonical if _has_forward(self.modules[path])}
         self._shape = [
-            (self.modules[path]._modules, dict(self.modules[path]._modules)) for path in self.order
+            (own_children(module), dict(own_children(module)))
+            for module in map(self.modules.__getitem__, self.order)
         ]
 
     def replace_root(self, root: nn.Module) -> None:
@@ -92,7 +94,7 @@ class Tree:
     def called_children(self, path: str) -> list[str]:
         """The nearest modules below `path` that can be called, through lists and dictionaries."""
         found: list[str] = []
-        for name, child in self.modules[path]._modules.items():
+        for name, child in own_children(self.modules[path]).items():
             if child is None:
                 continue
             canonical = self._canonical[f"{path}.{name}"]

@@ -1,4 +1,4 @@
-"""Notice that a captured tensor was overwritten in place, by the version counter that autograd keeps."""
+"""Notice that a captured tensor was overwritten in place, by autograd's version counter."""
 
 from __future__ import annotations
 

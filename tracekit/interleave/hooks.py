@@ -12,21 +12,23 @@
 # it makes (with weak references, for the garbage collector to follow) would cost more than the
 # recording itself, and a cache of all modules would miss its row in benchmarks/overhead.py.
 
+# pyright: reportPrivateUsage=false
+# The dictionaries of hooks are private by name, and have kept their names since torch 2.0.
+
 from __future__ import annotations
 
 from _thread import get_ident
 from collections.abc import Callable
-from itertools import count
 from functools import partial, update_wrapper
+from itertools import count
 from typing import Any, Protocol, TypeAlias, final
 
 from torch import nn
 
 from tracekit.core.quirks import NO_BACKWARD, current_backward
-from tracekit.core.site import Site, Slot, Visit
+from tracekit.core.site import Slot, Visit
 from tracekit.interleave.passage import Watch
 from tracekit.interleave.protocol import Skip
-
 
 # A hook as PyTorch calls it: `(module, args, output)`, or `(module, args, kwargs)` before the call.
 ForwardHook: TypeAlias = Callable[[nn.Module, Any, Any], None]
@@ -54,7 +56,7 @@ class Hooks:
         self._watches: dict[str, Watch] = {}
         self._forwards: dict[str, Any] = {}  # what `forward` was on instances where it is replaced
         self._observers: list[tuple[str, Slot, ForwardHook]] = []
-        self.subscriber: Subscriber | None = None
+        self.subscriber: Any = None  # a Subscriber from the start of the run to its end
 
     # -- INTERVENTION ---------------------------------------------------------------------------
 

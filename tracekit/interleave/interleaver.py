@@ -7,8 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import final
+from typing import Protocol, final
 
 from tracekit.core.site import Site, Slot, Visit
 from tracekit.interleave import unserved
@@ -19,6 +18,30 @@ from tracekit.interleave.protocol import NextStep, Read, Reply, Skip, State, Unw
 _RESULT_NOT_YET = object()
 
 
+class Placement(Protocol):
+    """Reaches into the model (hooks.Hooks)."""
+
+    def make_skippable(self, path: str) -> None:
+        """Let the interleaver answer in place of a module."""
+        ...
+
+    def show(self, visit: Visit, value: object) -> None:
+        """Show the observers a value that they would not see, as the run stops there."""
+        ...
+
+
+class Witness(Protocol):
+    """Takes note of what blocks see."""
+
+    def hand_out(self, visit: Visit, value: object) -> None:
+        """A block gets to see, and may change, `value`."""
+        ...
+
+    def take_back(self, visit: Visit) -> None:
+        """The model goes on from `visit`."""
+        ...
+
+
 @final
 class Interleaver:
     """Meets what the model reaches with what the workers ask for; knows no torch, no threads."""
@@ -26,18 +49,14 @@ class Interleaver:
     def __init__(
         self,
         passage: Passage,
-        make_skippable: Callable[[str], None],
-        hand_out: Callable[[Visit, object], None],
-        take_back: Callable[[Visit, object], None],
-        observe: Callable[[Visit, object], None],
+        placement: Placement,
+        witness: Witness,
     ) -> None:
         self.step = 0
         self.mediators: list[Mediator] = []
         self._passage = passage
-        self._make_skippable = make_skippable
-        self.hand_out = hand_out
-        self.take_back = take_back
-        self._observe = observe
+        self._placement = placement
+        self._witness = witness
         self._result: object = _RESULT_NOT_YET
         self._visited: set[str] = set()  # watched modules that have run at all, for messages
         self._steps_seen = -1  # the last step in which a watched module began
@@ -59,7 +78,7 @@ class Interleaver:
     def expect_skip(self, mediator: Mediator, visit: Visit) -> None:
         """Prepare to skip the module at `visit`; SiteOrderError if it has begun."""
         self.expect(mediator, Visit(Site(visit.site.path, Slot.INPUT), visit.step, visit.call))
-        self._make_skippable(visit.site.path)
+        self._placement.make_skippable(visit.site.path)
 
     def expect_step(self, step: int) -> bool | None:
         """True if `step` is the current one, None if it may come, False if the run has ended."""
@@ -83,6 +102,14 @@ class Interleaver:
         return self._result is not _RESULT_NOT_YET
 
     # -- the model's side ---------------------------------------------------------------------
+
+    def hand_out(self, visit: Visit, value: object) -> None:
+        """A block gets to see, and may change, `value`."""
+        self._witness.hand_out(visit, value)
+
+    def take_back(self, visit: Visit) -> None:
+        """The model goes on from `visit`."""
+        self._witness.take_back(visit)
 
     def start(self) -> None:
         """Run every block to its first request."""
@@ -119,7 +146,7 @@ class Interleaver:
         self.step += 1
 
     def finish(self, result: object) -> None:
-        """The traced call has returned `result`: answer what is still asked, to the blocks' ends."""
+        """The traced call has returned `result`: answer what is still asked."""
         self._result = result
         for mediator in self.mediators:
             while mediator.state is State.WAITING:
@@ -148,7 +175,7 @@ class Interleaver:
             if mediator.awaits(visit):
                 value = mediator.offer(visit, value)
                 if mediator.has_stopped:  # the hooks of the observers will not be reached
-                    self._observe(visit, value)
+                    self._placement.show(visit, value)
                 self._raise_if_over(mediator)
         return value
 

@@ -59,11 +59,11 @@ class Run(Protocol):
         ...
 
     def hand_out(self, visit: Visit, value: object) -> None:
-        """Take note that a worker gets to see, and may change, `value`."""
+        """A block gets to see, and may change, `value`."""
         ...
 
-    def take_back(self, visit: Visit, value: object) -> None:
-        """Take note that the model goes on with `value`."""
+    def take_back(self, visit: Visit) -> None:
+        """The model goes on from `visit`."""
         ...
 
 
@@ -190,7 +190,7 @@ class Mediator:
             self._run.hand_out(visit, value)
             self.answer(Reply(value))
             value, self._value, self._at = self._value, None, None
-            self._run.take_back(visit, value)
+            self._run.take_back(visit)
         return value
 
     def answer(self, reply: Reply) -> None:

@@ -1,4 +1,4 @@
-"""What a worker may ask, what it may be told, and in which states; a table, without threads and without torch."""
+"""What a worker may ask, what it may be told, and in which states; no threads and no torch."""
 
 from __future__ import annotations
 
@@ -39,12 +39,7 @@ class NextStep:
     step: int
 
 
-@dataclass(frozen=True)
-class Stop:
-    """Compute nothing after this point."""
-
-
-Request: TypeAlias = Read | Write | Skip | NextStep | Stop
+Request: TypeAlias = Read | Write | Skip | NextStep
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any, final
 
@@ -32,7 +32,7 @@ class TorchState:
         self._cuda = _cuda_place() if torch.cuda.is_initialized() else None
 
     @contextmanager
-    def adopted(self, grad: bool | None = None) -> Iterator[None]:
+    def adopted(self, grad: bool | None = None) -> Generator[None]:
         """Run the `with` block under this state; `grad` overrides its grad mode."""
         enabled = self._grad if grad is None else grad
         with ExitStack() as stack:

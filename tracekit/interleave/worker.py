@@ -139,7 +139,7 @@ def _run(mediator: Mediator, body: Callable[[], None], state: AbstractContextMan
     try:
         with state:
             body()
-    except BaseException as caught:  # every way out of the block ends here
+    except BaseException as caught:  # noqa: BLE001 - every way out of the block ends here
         caught.__traceback__ = user_traceback(caught)
         error = caught
     finally:

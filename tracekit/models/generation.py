@@ -1,4 +1,4 @@
-"""Run `generate` so that every decoding iteration is noticed, and nothing is compiled past the hooks."""
+"""Run `generate` so that each decoding iteration is noticed, and nothing compiled hides hooks."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ def eager(module: nn.Module) -> AbstractContextManager[Any]:
 
 def _is_transformers(module: Any) -> bool:
     parameters = inspect.signature(type(module).generate).parameters
-    return "stopping_criteria" in parameters or "generation_config" in parameters or any(
-        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+    return (
+        "stopping_criteria" in parameters
+        or "generation_config" in parameters
+        or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     )
 
 

@@ -1,4 +1,4 @@
-"""From what people have (text, token ids, encodings, tensors) to the keyword tensors of a forward."""
+"""From what people have (text, ids, encodings, tensors) to the keyword tensors of a forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A LanguageModel is a Hugging Face model with its tokenizer, ready to be traced and to generate."""
+"""A LanguageModel is a Hugging Face model with its tokenizer, ready to trace and to generate."""
 
 from __future__ import annotations
 
@@ -94,12 +94,9 @@ class LanguageModel(Model):
         """
         inputs = self._prepared(args, kwargs, for_generate=True)
         module = self.module
-        if inputs.get("pad_token_id") is None and self.tokenizer is not None:
-            if getattr(module.generation_config, "pad_token_id", None) is None:
-                inputs["pad_token_id"] = self.tokenizer.pad_token_id
-        return self._traced_or_run(
-            lambda end_step=None: generate(module, end_step, (), inputs)
-        )
+        if self.tokenizer is not None and module.generation_config.pad_token_id is None:
+            inputs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        return self._traced_or_run(lambda end_step=None: generate(module, end_step, (), inputs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on tensors as PyTorch would, or on text."""

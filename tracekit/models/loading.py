@@ -1,4 +1,4 @@
-"""Find and load a Hugging Face model and its tokenizer: by Hub id, from a directory, or packaged."""
+"""Find and load a Hugging Face model and its tokenizer: by Hub id, directory, or packaged."""
 
 from __future__ import annotations
 
@@ -62,13 +62,20 @@ def load_tokenizer(name: str | Path, **options: Any) -> Any:
 
 
 def with_padding(tokenizer: Any) -> Any:
-    """`tokenizer`, able to pad: padded positions are masked, so which token they hold is no matter."""
+    """`tokenizer`, able to pad; the mask hides padding, so which token it is does not matter."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
     return tokenizer
 
 
-_CONFIG_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+_CONFIG_OPTIONS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "trust_remote_code",
+    "subfolder",
+)
 
 
 def _load(loader: Any, name: str | Path, **options: Any) -> Any:
@@ -116,8 +123,7 @@ def is_on_meta(module: nn.Module) -> bool:
     return any(
         parameter.device == torch.device("meta") and not hasattr(owner, "_hf_hook")
         for owner in module.modules()
-        for parameter in owner._parameters.values()
-        if parameter is not None
+        for parameter in owner.parameters(recurse=False)
     )
 
 

@@ -78,13 +78,15 @@ class Cache(Mapping[str, Entries]):
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><td style='text-align:left'><code>{html.escape(path)}</code></td>"
-            f"<td>{len(found)}</td><td style='text-align:left'>{html.escape(_summary(found))}</td></tr>"
+            f"<td>{len(found)}</td>"
+            f"<td style='text-align:left'>{html.escape(_summary(found))}</td></tr>"
             for path, found in self.items()
         )
         return (
             f"<div style='max-height:24em;overflow:auto'><table><thead><tr>"
             f"<th style='text-align:left'>Cache: {len(self)} modules</th><th>entries</th>"
-            f"<th style='text-align:left'>recorded</th></tr></thead><tbody>{rows}</tbody></table></div>"
+            f"<th style='text-align:left'>recorded</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table></div>"
         )
 
     def _shown(self) -> list[tuple[str, Entries]]:
@@ -110,7 +112,7 @@ class Branch:
         return _child(self._cache, self._path, name)
 
     def __getitem__(self, index: int | str) -> Any:
-        """The place below by index, as in a list of modules; or an Entry, where one was recorded."""
+        """The place below by index, as in a list of modules; or an Entry, if one was recorded."""
         names = _names_below(self._cache, self._path)
         if isinstance(index, str) or str(index) in names:
             return _child(self._cache, self._path, str(index))
@@ -131,7 +133,11 @@ class Branch:
 
     def __repr__(self) -> str:
         found = self._cache.get(self._path)
-        return repr(found) if found is not None else f"{self._path}: {_names_below(self._cache, self._path)}"
+        return (
+            repr(found)
+            if found is not None
+            else f"{self._path}: {_names_below(self._cache, self._path)}"
+        )
 
 
 def _child(cache: Cache, path: str, name: str) -> Branch:

@@ -1,4 +1,4 @@
-"""Entry: what was recorded at one visit to a module. Entries: all visits to one module, in order."""
+"""Entry: what was recorded at one visit. Entries: all visits to one module, in order."""
 
 from __future__ import annotations
 

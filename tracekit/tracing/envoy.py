@@ -1,4 +1,4 @@
-"""An Envoy stands for one module: its values inside a trace, its children, and the module itself."""
+"""An Envoy stands for one module: its values in a trace, its children, the module itself."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tracekit.core.nest import describe, first_input, first_tensor, replace_first_tensor
+from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import (
@@ -88,8 +89,7 @@ class Envoy:
 
     @hidden.setter
     def hidden(self, value: Any) -> None:
-        output = self.output
-        self.output = value if isinstance(output, torch.Tensor) else replace_first_tensor(output, value)
+        self.output = replace_first_tensor(self.output, value)
 
     def skip(self, value: Any) -> None:
         """Do not run the module in this step; its output is `value`."""
@@ -152,12 +152,12 @@ class Envoy:
         if name in Envoy.__slots__ or name.startswith("__"):  # half-made, in copy or pickle
             raise AttributeError(name)
         module = self.module
-        if name in module._modules:
+        if name in own_children(module):
             return self._child(name)
         try:
             value = getattr(module, name)
         except AttributeError:
-            known = [*module._modules, *module._parameters, *_VALUES]
+            known = [*own_children(module), *module._parameters, *_VALUES]
             raise UnknownModuleError(
                 f"{name!r} is not in {type(module).__name__} ({self._path})"
                 f"{did_you_mean(name, known)}"
@@ -177,14 +177,14 @@ class Envoy:
         if not isinstance(value, nn.Module) and not hasattr(module, name):
             raise UnknownModuleError(
                 f"{name!r} can't be assigned: {self._path} has no such value"
-                f"{did_you_mean(name, [*_VALUES, *module._modules])}"
+                f"{did_you_mean(name, [*_VALUES, *own_children(module)])}"
             )
         setattr(module, name, value)
         self._tree.refresh_if_changed()
 
     def __getitem__(self, key: int | slice | str) -> Any:
         """A child by name or, in a list of modules, by index or slice."""
-        names = list(self.module._modules)
+        names = list(own_children(self.module))
         if isinstance(key, str):
             if key not in names:
                 raise UnknownModuleError(
@@ -198,10 +198,10 @@ class Envoy:
         return self._child(names[key])
 
     def __len__(self) -> int:
-        return len(self.module._modules)
+        return len(own_children(self.module))
 
     def __iter__(self) -> Iterator[Envoy]:
-        return iter([self._child(name) for name in self.module._modules])
+        return iter([self._child(name) for name in own_children(self.module)])
 
     def __bool__(self) -> bool:
         return True  # with __len__ alone, a leaf would be false
@@ -213,7 +213,7 @@ class Envoy:
         return id(self.module)
 
     def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *self.module._modules})
+        return sorted({*object.__dir__(self), *own_children(self.module)})
 
     def __repr__(self) -> str:
         return f"{self._path}: {self.module!r}"

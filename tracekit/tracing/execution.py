@@ -17,7 +17,7 @@ from tracekit.core.nest import misfit
 from tracekit.core.site import Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import Versions
-from tracekit.errors import CacheError, OverwrittenError
+from tracekit.errors import CacheError, OverwrittenError, TracekitError
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver
 from tracekit.interleave.mediator import Mediator
@@ -45,13 +45,7 @@ class Execution:
         self._passage = Passage(tree, self._hooks.watch)
         self._versions = Versions()
         self._recorders: list[Recorder] = []
-        self._interleaver = Interleaver(
-            self._passage,
-            make_skippable=self._hooks.make_skippable,
-            hand_out=self._hand_out,
-            take_back=self._take_back,
-            observe=self._hooks.show,
-        )
+        self._interleaver = Interleaver(self._passage, self._hooks, witness=self)
         self._hooks.subscriber = self._interleaver
 
     def run(self, body: Callable[[], None] | None, beside: bool) -> BaseException | None:
@@ -77,7 +71,7 @@ class Execution:
             self._forward()
         except Unwind:
             pass
-        except BaseException as caught:
+        except BaseException as caught:  # noqa: BLE001 - it is raised again at the user's `with`
             caught.__traceback__ = user_traceback(caught)
             return caught
         finally:
@@ -123,7 +117,7 @@ class Execution:
             self._check_versions()
             for recorder in self._recorders:
                 recorder.check(was_stopped)
-        except Exception as error:
+        except TracekitError as error:
             return error
         finally:
             self._recorders.clear()
@@ -149,12 +143,14 @@ class Execution:
                     f"make the cache first in the block, or name modules that come later."
                 )
 
-    def _hand_out(self, visit: Visit, value: object) -> None:
+    def hand_out(self, visit: Visit, value: object) -> None:
+        """A block gets to see, and may change, `value`."""
         for recorder in self._recorders:
             recorder.copy_what_shares(value)
         self._versions.note(visit, value)
 
-    def _take_back(self, visit: Visit, value: object) -> None:
+    def take_back(self, visit: Visit) -> None:
+        """The model goes on from `visit`."""
         self._versions.renew(visit)
 
 

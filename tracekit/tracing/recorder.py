@@ -135,7 +135,6 @@ class Recorder:
                 f"calling it. Name modules that run: tracer.cache() shows them."
             )
 
-
     def _learn(self) -> None:
         for site, original, then in self._originals:
             overwritten = self._habits.get(site, False) or version(original) != then

@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def save(value: T) -> T:
-    """`value` itself. Names bound in a block are bound after it anyway, so local runs need no mark."""
+    """`value` itself: what a block binds is bound after it anyway, marked or not."""
     return value
 
 

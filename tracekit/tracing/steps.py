@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast, final
+from typing import final
 
 from tracekit.capture import caller_frame
 from tracekit.errors import ShortLoopWarning, StepError
@@ -22,7 +23,7 @@ class Steps:
         """The steps, in order; a loop without an end stops with the run, and what follows runs."""
         if isinstance(key, slice):
             return self._span(key)
-        steps = [key] if isinstance(key, int) else list(cast("Sequence[int]", key))
+        steps = [key] if isinstance(key, int) else list(key)
         _check_order(steps)
         return self._listed(steps)
 
@@ -64,7 +65,7 @@ def _check_counts_from_start(step: int) -> None:
 def _check_order(steps: Sequence[int]) -> None:
     for step in steps:
         _check_counts_from_start(step)
-    if any(later <= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
         raise StepError(f"steps come in ascending order, each once, not as {list(steps)}.")
 
 

@@ -155,7 +155,8 @@ class Tracer:
 
     def _run(self) -> BaseException | None:
         frame, block, self._frame = self._frame, self._block, None
-        assert frame is not None and block is not None
+        assert frame is not None
+        assert block is not None
         body = None if block.is_empty else block.body(frame, _HELPERS)
         self._execution = Execution(self._tree, self._call, self._grad)
         try:
