@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import textwrap
 from collections.abc import Callable
@@ -306,6 +307,26 @@ FORMS = {
                 with trace():
                     x += i
             return before, x, inner
+    """,
+    "a global that comprehensions shadow, in a function defined in the block": """
+        i = 77
+        async def later(): [i async for i in ()]
+        def outer(trace):
+            def run():
+                before = {i: i for i in range(3)}
+                with trace():
+                    def f():
+                        return i
+                    x = f(), {i for i in range(2)}
+                return x, before
+            return run()
+        def run(trace):
+            x = [j for j in range(2)]
+            j = 5
+            with trace():
+                y = j, [j for j in range(3)]
+                j += 1
+            return x, y, j, outer(trace)
     """,
     "the forms of binding": """
         def run(trace):
@@ -671,3 +692,57 @@ def test_a_frame_whose_memory_does_not_look_as_expected_is_left_alone(
     monkeypatch.setattr(variables, "_layout", other)
     assert variables.shared_cells(sys._getframe(), slots) == {}
     assert [get() for get in [lambda: n]] == [1]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="type parameters came in 3.12")
+def test_type_parameters_around_and_in_a_block(tmp_path: Path) -> None:
+    text = """
+        i = 5
+        def outer[T](trace, value: T):
+            ys = [i for i in range(2)]
+            with trace():
+                def inner[S](s: S) -> tuple[S, T]:
+                    return s, value, i
+                type Alias = list[T]
+                x = inner(1), Alias.__value__
+            return x
+        class K[T]:
+            def method(self, trace):
+                zs = [i for i in range(2)]
+                with trace():
+                    y = i, zs
+                return y
+    """
+    module = load(textwrap.dedent(text), tmp_path / "parameters.py")
+    assert module["outer"](FakeTracer, 2)[0] == (1, 2, 5)
+    assert module["K"]().method(FakeTracer) == (5, [0, 1])
+
+
+def test_coroutines_that_take_turns_each_have_their_block() -> None:
+    async def work(n: int) -> int:
+        total = 0
+        for i in range(3):
+            with FakeTracer():
+                total += n * i
+            await asyncio.sleep(0)
+        return total
+
+    async def main() -> list[int]:
+        return await asyncio.gather(*(work(n) for n in range(4)))
+
+    assert asyncio.run(main()) == [0, 3, 6, 9]
+
+
+def test_what_another_thread_writes_meanwhile_is_not_overwritten() -> None:
+    """Handing back writes the block's names only, not what it saw of the others."""
+    shared = 0
+
+    def bump(body: Callable[[], None]) -> None:
+        nonlocal shared
+        body()
+        shared += 1
+
+    for _ in range(3):
+        with FakeTracer(run=bump):
+            mine = 1
+    assert (shared, mine) == (3, 1)

@@ -25,7 +25,7 @@ from tracekit.capture.variables import FrameNames, bind, forget_snapshot, names_
 from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 _UNBOUND: Final = object()
 _blocks: PerCode[dict[int, Block]] = PerCode()
@@ -158,17 +158,15 @@ def _body_in_function(
     free = compiled.code.co_freevars
     if not free:
         return Body(FunctionType(compiled.code, frame.f_globals, names.function_name), frame, {})
-    values = frame.f_locals
     cells: dict[str, CellType] = {
         helper_name(name): CellType(value) for name, value in helpers.items()
     }
     cells.update(
         shared_cells(frame, {name: names.slots[name] for name in free if name in names.slots})
     )
-    copied: dict[str, CellType] = {}
-    for name in free:
-        if name not in cells:
-            cells[name] = copied[name] = CellType(values[name]) if name in values else CellType()
+    missing = [name for name in free if name not in cells]
+    copied = _copies(frame.f_locals, missing) if missing else {}
+    cells.update(copied)
     written = {name: cell for name, cell in copied.items() if name in compiled.handed_back}
     function = FunctionType(
         compiled.code,
@@ -178,6 +176,10 @@ def _body_in_function(
         tuple(cells[name] for name in free),
     )
     return Body(function, frame, written)
+
+
+def _copies(values: Mapping[str, object], names: Iterable[str]) -> dict[str, CellType]:
+    return {name: CellType(values[name]) if name in values else CellType() for name in names}
 
 
 @final

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 
 from tracekit.capture.extract import check_namespace
 from tracekit.capture.locate import quiet_compiler, remember_origin
-from tracekit.capture.scope import global_names
+from tracekit.capture.scope import own_names
 from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def _visible(place: Place, names: FrameNames) -> set[str]:
     """The frame's names that the body can mean; a module has none, as its names are global."""
     if not names.is_function:
         return set()
-    visible = {name for name in names.all if "." not in name and not name.startswith(_MARK)}
-    return visible - global_names(place, visible)
+    own = own_names(place, names)
+    return {name for name in own if "." not in name and not name.startswith(_MARK)}
 
 
 def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CompiledBody:

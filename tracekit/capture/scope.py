@@ -1,54 +1,78 @@
-"""Which names of a function are global although its frame has a variable of that name."""
+"""Which variables of a frame are its function's own, and not those of a comprehension."""
 
 from __future__ import annotations
 
 import ast
-import symtable
+import copy
 import sys
-from typing import TYPE_CHECKING
+from types import CodeType
+from typing import TYPE_CHECKING, cast, final
 
 from tracekit.capture.locate import quiet_compiler
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from tracekit.capture.locate import Place
+    from tracekit.capture.variables import FrameNames
 
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp)
 
 
-def global_names(place: Place, names: Iterable[str]) -> set[str]:
-    """Those of `names` that mean a global in the function around the block.
+def own_names(place: Place, names: FrameNames) -> frozenset[str]:
+    """The frame's names that mean its variables in the function around the block.
 
-    From 3.12 on comprehensions are compiled into their function, so a frame has variables that
-    only its comprehensions mean: in `[i for i in x]; print(i)` the second `i` is global.
+    From 3.12 on comprehensions are compiled into their function, so its frame has variables that
+    only its comprehensions mean: in `[i for i in x]; print(i)` the second `i` may be global. So the
+    function is compiled again with generators in their place, which have frames of their own.
     """
-    function = place.enclosing[-1] if place.enclosing else None
-    if sys.version_info < (3, 12) or function is None or not _has_comprehension(function):
-        return set()
-    table: symtable.SymbolTable | None
+    outermost = place.enclosing[0] if place.enclosing else None
+    if sys.version_info < (3, 12) or outermost is None or not _has_comprehension(outermost):
+        return names.all
+    statement = _Separated().visit(copy.deepcopy(outermost))
+    tree = ast.fix_missing_locations(ast.Module([cast("ast.stmt", statement)], []))
     with quiet_compiler():
-        table = symtable.symtable(place.source.text, place.source.filename, "exec")
+        code = compile(tree, place.source.filename, "exec", names.future_flags, dont_inherit=True)
     for node in place.enclosing:
-        table = _child(table, node) if table is not None else None
-    return {name for name in names if table is not None and _is_global(table, name)}
+        code = _code_of(node, code) or code
+    return names.all & {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
 
 
 def _has_comprehension(function: ast.AST) -> bool:
     return any(isinstance(node, _COMPREHENSIONS) for node in ast.walk(function))
 
 
-def _child(table: symtable.SymbolTable, node: ast.AST) -> symtable.SymbolTable | None:
-    """The table of a class or function in `table`; type parameters have one between the two."""
+def _code_of(node: ast.AST, code: CodeType) -> CodeType | None:
+    """The code object of a class or function in `code`, or in the type parameters around it."""
     assert isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-    for child in table.get_children():
-        if child.get_lineno() == node.lineno and child.get_name() == node.name:
-            return _child(child, node) or child
+    line = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            is_it = (constant.co_name, constant.co_firstlineno) == (node.name, line)
+            found = constant if is_it else None
+            if constant.co_name.startswith("<generic parameters"):
+                found = _code_of(node, constant)
+            if found is not None:
+                return found
     return None
 
 
-def _is_global(table: symtable.SymbolTable, name: str) -> bool:
-    try:
-        return table.lookup(name).is_global()
-    except KeyError:
-        return False
+@final
+class _Separated(ast.NodeTransformer):
+    """`[x for x in y]` becomes `list(x for x in y)`; only compiled, never run."""
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp) -> ast.AST:
+        self.generic_visit(node)
+        return self._generator(node, node.elt, node.generators)
+
+    def visit_SetComp(self, node: ast.SetComp) -> ast.AST:
+        return self.visit_ListComp(node)
+
+    def visit_DictComp(self, node: ast.DictComp) -> ast.AST:
+        self.generic_visit(node)
+        pair = ast.Tuple([node.key, node.value], ast.Load())
+        return self._generator(node, pair, node.generators)
+
+    def _generator(
+        self, node: ast.expr, element: ast.expr, generators: list[ast.comprehension]
+    ) -> ast.AST:
+        call = ast.Call(ast.Name("list", ast.Load()), [ast.GeneratorExp(element, generators)], [])
+        return ast.copy_location(call, node)

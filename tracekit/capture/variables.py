@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Mapping
 
 CAN_UNBIND: Final = sys.version_info < (3, 12)  # 3.12 warns and binds None instead
 HAS_LIVE_LOCALS: Final = sys.version_info >= (3, 13)  # PEP 667: frame.f_locals writes through
@@ -58,22 +58,48 @@ def _slots(code: CodeType) -> dict[str, int]:
     return {name: index for index, name in enumerate([*names, *code.co_freevars])}
 
 
-def bind(frame: FrameType, values: Mapping[str, object], removed: Iterable[str] = ()) -> None:
+def bind(frame: FrameType, values: Mapping[str, object], removed: Collection[str] = ()) -> None:
     """Bind and unbind local variables of a frame that is suspended in a call.
 
     Raises CaptureError for a name in `removed` on 3.12 and later, whose frames cannot unbind.
     """
-    variables = frame.f_locals
-    variables.update(values)
-    is_function = bool(frame.f_code.co_flags & CO_OPTIMIZED)
-    if CAN_UNBIND or not is_function:
+    if not frame.f_code.co_flags & CO_OPTIMIZED:
+        frame.f_locals.update(values)
         for name in removed:
-            variables.pop(name, None)
-    if is_function and not HAS_LIVE_LOCALS:
-        clear = ctypes.c_int(int(CAN_UNBIND))
-        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), clear)
-    if is_function and not CAN_UNBIND:
-        _refuse_to_unbind(frame, tuple(removed))
+            frame.f_locals.pop(name, None)
+        return
+    if HAS_LIVE_LOCALS:
+        frame.f_locals.update(values)
+    elif values:
+        _bind_through_snapshot(frame, values)
+    if removed:
+        _unbind(frame, removed)
+
+
+def _bind_through_snapshot(frame: FrameType, values: Mapping[str, object]) -> None:
+    """Write these names and no other.
+
+    The snapshot holds values of shared names too, which another thread may have changed by now.
+    """
+    snapshot = frame.f_locals
+    before = dict(snapshot)
+    snapshot.clear()
+    snapshot.update(values)
+    ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))
+    snapshot.update(before | dict(values))
+
+
+def _unbind(frame: FrameType, removed: Collection[str]) -> None:
+    if not CAN_UNBIND:
+        raise CaptureError(
+            f"{frame.f_code.co_filename}:{frame.f_lineno}: the block unbinds {', '.join(removed)}, "
+            "which was bound before it; Python 3.12 and later cannot do that to a function's "
+            "variable from outside; assign None instead of `del` (or rename `except ... as`)"
+        )
+    snapshot = frame.f_locals
+    for name in removed:
+        snapshot.pop(name, None)
+    ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(1))
 
 
 def forget_snapshot(frame: FrameType) -> None:
@@ -97,15 +123,6 @@ def bind_name(frame: FrameType, name: str, value: object) -> None:
         frame.f_globals[name] = value
     else:
         bind(frame, {name: value})
-
-
-def _refuse_to_unbind(frame: FrameType, removed: tuple[str, ...]) -> None:
-    if removed:
-        raise CaptureError(
-            f"{frame.f_code.co_filename}:{frame.f_lineno}: the block unbinds {', '.join(removed)}, "
-            "which was bound before it; Python 3.12 and later cannot do that to a function's "
-            "variable from outside; assign None instead of `del` (or rename `except ... as`)"
-        )
 
 
 # A variable that other functions share lives in a cell, and the body must share that very cell: a
