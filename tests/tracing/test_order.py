@@ -1,0 +1,74 @@
+"""Any two values of a model: in the model's order both are right, in the other order it is an error."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny_models import make
+from tests.tracing.plain import copied, is_same
+from tracekit import Envoy, Model
+from tracekit.errors import OverwrittenError, SiteOrderError
+
+PAIRS = 150  # of each model, drawn from a seed
+
+
+def events_of(model: nn.Module, inputs: Any) -> dict[tuple[str, str], Any]:
+    """The first value at every site, in the order in which plain hooks see them."""
+    seen: dict[tuple[str, str], Any] = {}
+    handles: list[Any] = []
+    for path, module in model.named_modules():
+
+        def before(_: Any, args: Any, kwargs: Any, path: str = path) -> None:
+            seen.setdefault((path, "inputs"), copied([*args, kwargs]))
+
+        def after(_: Any, __: Any, output: Any, path: str = path) -> None:
+            seen.setdefault((path, "output"), copied(output))
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def value_at(model: Model, site: tuple[str, str]) -> Any:
+    """What the block gets at `site`, copied at once."""
+    path, slot = site
+    envoy: Envoy = model
+    for name in path.split(".") if path else ():
+        envoy = envoy[name]
+    if slot == "output":
+        return copied(envoy.output)
+    args, kwargs = envoy.inputs
+    return copied([*args, kwargs])
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "albert", "t5", "falcon", "bert", "mixtral", "mamba", "deberta-v2"]
+)
+def test_two_values_are_right_in_the_models_order_and_refused_in_the_other(name: str) -> None:
+    model, inputs = make(name)
+    with torch.no_grad():
+        seen = events_of(model, inputs)
+        sites = list(seen)
+        pairs = [(one, other) for one in sites for other in sites if one != other]
+        traced = Model(model)
+        for one, other in random.Random(0).sample(pairs, PAIRS):
+            got: list[Any] = []
+            try:
+                with traced.trace(**inputs):
+                    got.append(value_at(traced, one))
+                    got.append(value_at(traced, other))
+            except SiteOrderError:
+                assert sites.index(one) > sites.index(other), f"{one} before {other}"
+                continue
+            except OverwrittenError:
+                pytest.fail("copies were taken at once")
+            assert sites.index(one) < sites.index(other), f"{one} after {other}"
+            assert is_same(got[0], seen[one]) and is_same(got[1], seen[other])
