@@ -86,6 +86,7 @@ class FakeTracer:
         if skip is None:
             return False
         skip.restore()
+        assert error is not None, "the body ran in place"
         if not skip.is_own(error):
             return False
         assert block is not None

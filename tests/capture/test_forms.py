@@ -96,6 +96,17 @@ FORMS = {
                 "nothing"
             return t is not None
     """,
+    "raise alone in a handler of the block": """
+        def run(trace):
+            try:
+                with trace():
+                    try:
+                        1 / 0
+                    except ZeroDivisionError:
+                        raise
+            except ZeroDivisionError as error:
+                return str(error)
+    """,
     "a loop around the block": """
         def run(trace):
             total = 0
@@ -437,6 +448,16 @@ FORMS = {
                 v299 = v298 + v3
                 w = v299
             return w, v299, t is not None
+    """,
+    "a long body": """
+        def run(trace):
+            x = 0
+            with trace() as t:
+                """ + "; ".join(f"x += {i}" for i in range(400)) + """
+            with trace():
+                for i in range(2):
+                    """ + "; ".join(f"x += {i}" for i in range(400)) + """
+            return x
     """,
     "a backslash and comments": """
         def run(trace):

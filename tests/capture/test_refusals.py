@@ -18,6 +18,7 @@ REFUSED = {
     "yield": ("yield 1", "`yield` .* move it after the block"),
     "yield from": ("yield from [1]", "`yield from`"),
     "yield in an expression": ("x = [(yield)]", "`yield`"),
+    "raise alone": ("raise", "`raise` .* name the error"),
     "break": ("break", "`break` .* the loop is outside; move it after the block"),
     "continue": ("continue", "`continue` .* the loop is outside"),
     "break in an else": ("for _ in []: pass\n        else: break", "`break`"),

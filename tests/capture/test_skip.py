@@ -13,6 +13,7 @@ import pytest
 
 from tests.capture.fake_tracer import FakeTracer, load
 from tracekit.capture import caller_frame, is_with_item, skip
+from tracekit.capture.bytecode import BodyStart
 from tracekit.capture.skip import BodySkipped
 
 needs_settrace = pytest.mark.skipif(
@@ -139,7 +140,7 @@ def test_other_errors_are_not_taken_for_the_skip() -> None:
         x = tracer.skip
     assert x is None
     first = skip.TracingSkip.__new__(skip.TracingSkip)
-    skip.Skip.__init__(first, 0, sys._getframe())
+    skip.Skip.__init__(first, BodyStart(0, 0, is_before_target=False), sys._getframe())
     assert not first.is_own(None)
     assert not first.is_own(BodySkipped(object()))
     assert not first.is_own(ValueError())

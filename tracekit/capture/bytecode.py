@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dis
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, NamedTuple, final
 
 from tracekit.capture.percode import PerCode
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from types import CodeType
 
 _ENTERING: Final = frozenset({"BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "SETUP_ASYNC_WITH"})
-_SILENT: Final = frozenset({"NOP", "EXTENDED_ARG", "CACHE"})
+_SILENT: Final = frozenset({"NOP", "CACHE"})
 
 
 @final
@@ -30,7 +31,8 @@ class WithSites:
 class BodyStart:
     """Where to raise so that exactly our `with` sees it."""
 
-    offset: int
+    first: int  # of the instruction with its EXTENDED_ARGs, whichever of them is announced
+    last: int
     is_before_target: bool  # then the name after `as` is not bound by Python
 
 
@@ -45,8 +47,34 @@ def with_sites(code: CodeType) -> WithSites:
     return sites
 
 
-def _steps(code: CodeType) -> list[dis.Instruction]:
-    return [step for step in dis.get_instructions(code) if step.opname not in _SILENT]
+class _Step(NamedTuple):
+    """An instruction that does something."""
+
+    name: str
+    detail: str
+    effect: int  # on the depth of the stack
+    first: int  # offset of its first EXTENDED_ARG
+    last: int  # its own offset
+
+    @property
+    def reported(self) -> int:
+        """What `f_lasti` is while it runs."""
+        return self.last if sys.version_info >= (3, 11) else self.first
+
+
+def _steps(code: CodeType) -> list[_Step]:
+    steps: list[_Step] = []
+    first: int | None = None
+    for item in dis.get_instructions(code):
+        if item.opname == "EXTENDED_ARG":
+            first = item.offset if first is None else first
+        elif item.opname not in _SILENT:
+            argument = item.arg if item.opcode >= dis.HAVE_ARGUMENT else None
+            effect = dis.stack_effect(item.opcode, argument)
+            start = item.offset if first is None else first
+            steps.append(_Step(item.opname, item.argrepr, effect, start, item.offset))
+            first = None
+    return steps
 
 
 def _find_sites(code: CodeType) -> WithSites:
@@ -54,13 +82,13 @@ def _find_sites(code: CodeType) -> WithSites:
     calls: set[int] = set()
     entries: list[int] = []
     for index, step in enumerate(steps):
-        if step.opname in _ENTERING:
-            calls.update(range(steps[index - 1].offset, step.offset, 2))
-            entries.append(step.offset)
-        elif step.opname == "LOAD_SPECIAL" and "enter" in step.argrepr:
+        if step.name in _ENTERING:
+            calls.update(range(steps[index - 1].reported, step.first, 2))
+            entries.append(step.reported)
+        elif step.name == "LOAD_SPECIAL" and "enter" in step.detail:
             # 3.14: the call, COPY, LOAD_SPECIAL __exit__, SWAP, SWAP, LOAD_SPECIAL __enter__, CALL
-            calls.update(range(steps[index - 5].offset, steps[index - 4].offset, 2))
-            entries.append(steps[index + 1].offset)
+            calls.update(range(steps[index - 5].reported, steps[index - 4].first, 2))
+            entries.append(steps[index + 1].reported)
     return WithSites(frozenset(calls), tuple(entries))
 
 
@@ -71,29 +99,27 @@ def body_start(code: CodeType, entry: int) -> BodyStart:
     (whose handlers and `finally` would see the exception) or behind a body that has no code.
     """
     steps = _steps(code)
-    index = next(index for index, step in enumerate(steps) if step.offset == entry) + 1
-    bound = _after_target(steps, index)
+    index = next(index for index, step in enumerate(steps) if step.reported == entry) + 1
+    target, body = steps[index], _after_target(steps, index)
     handlers = _Handlers(code)
-    first = steps[index].offset
-    if bound is not None and handlers.at(bound) == handlers.at(first):
-        return BodyStart(bound, is_before_target=False)
-    return BodyStart(first, is_before_target=steps[index].opname != "POP_TOP")
+    if body is not None and handlers.at(body.last) == handlers.at(target.last):
+        return BodyStart(body.first, body.last, is_before_target=False)
+    return BodyStart(target.first, target.last, is_before_target=target.name != "POP_TOP")
 
 
-def _after_target(steps: list[dis.Instruction], index: int) -> int | None:
-    """The offset where what `__enter__` returned has left the stack: the target is bound."""
+def _after_target(steps: list[_Step], index: int) -> _Step | None:
+    """The first instruction where what `__enter__` returned has left the stack: the target is bound."""
     depth = 1
     for position in range(index, len(steps) - 1):
         step = steps[position]
-        if "JUMP" in step.opname:
+        if "JUMP" in step.name:
             return None
-        if depth == 1 and step.opname == "STORE_FAST_LOAD_FAST":
+        if depth == 1 and step.name == "STORE_FAST_LOAD_FAST":
             depth = 0  # 3.13 joins the target with the first read of a body on the same line
         else:
-            argument = step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
-            depth += dis.stack_effect(step.opcode, argument)
+            depth += step.effect
         if depth == 0:
-            return steps[position + 1].offset
+            return steps[position + 1]
     return None
 
 

@@ -68,6 +68,7 @@ class _Checker(ast.NodeVisitor):
     def __init__(self, filename: str) -> None:
         self._filename = filename
         self._is_in_loop = False
+        self._is_in_handler = False
 
     def _refuse(self, node: ast.stmt | ast.expr, construct: str, way_out: str) -> None:
         raise CaptureError(
@@ -96,6 +97,17 @@ class _Checker(ast.NodeVisitor):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         if any(alias.name == "*" for alias in node.names):
             self._refuse(node, "import *", "move it before the block")
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        """What is being handled around the block is not being handled where the body runs."""
+        if node.exc is None and not self._is_in_handler:
+            self._refuse(node, "raise", "name the error: `except ... as error`, `raise error`")
+        self.generic_visit(node)
+
+    def visit_ExceptHandler(self, node: ast.ExceptHandler) -> None:
+        was_in_handler, self._is_in_handler = self._is_in_handler, True
+        self.generic_visit(node)
+        self._is_in_handler = was_in_handler
 
     def visit_Break(self, node: ast.Break) -> None:
         if not self._is_in_loop:

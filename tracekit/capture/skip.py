@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tracekit.capture.block import Block
+    from tracekit.capture.bytecode import BodyStart
 
 _NOT_GIVEN: Final = object()
 _monitoring: Final[Any] = getattr(sys, "monitoring", None)
@@ -39,9 +40,9 @@ class BodySkipped(BaseException):
 class Skip(ABC):
     """One body that does not run in place."""
 
-    def __init__(self, offset: int, frame: FrameType) -> None:
+    def __init__(self, start: BodyStart, frame: FrameType) -> None:
         self._token = object()  # not the exception itself: its traceback leads back to the frame
-        self._offset = offset
+        self._first, self._last = start.first, start.last
         self._frame: FrameType | None = frame
 
     def is_own(self, error: BaseException | None) -> bool:
@@ -69,8 +70,8 @@ def skip_body(block: Block, frame: FrameType, entered: object = _NOT_GIVEN) -> S
         _bind_target(block, frame, entered)
     tool = _take_tool()
     if tool is not None:
-        return MonitoringSkip(start.offset, frame, tool)
-    return TracingSkip(start.offset, frame)
+        return MonitoringSkip(start, frame, tool)
+    return TracingSkip(start, frame)
 
 
 def _bind_target(block: Block, frame: FrameType, entered: object) -> None:
@@ -86,8 +87,8 @@ def _bind_target(block: Block, frame: FrameType, entered: object) -> None:
 class TracingSkip(Skip):
     """Skips through the opcode events of `sys.settrace` (up to 3.11, and if no tool is free)."""
 
-    def __init__(self, offset: int, frame: FrameType) -> None:
-        super().__init__(offset, frame)
+    def __init__(self, start: BodyStart, frame: FrameType) -> None:
+        super().__init__(start, frame)
         self._tracer: Any = sys.gettrace()
         self._before = (frame.f_trace, frame.f_trace_opcodes, frame.f_trace_lines)
         frame.f_trace = self._on_event
@@ -96,7 +97,7 @@ class TracingSkip(Skip):
         sys.settrace(_ignore)
 
     def _on_event(self, frame: FrameType, event: str, _: object) -> Callable[..., Any]:
-        if event == "opcode" and frame.f_lasti == self._offset:
+        if event == "opcode" and self._first <= frame.f_lasti <= self._last:
             raise BodySkipped(self._token)
         return self._on_event
 
@@ -131,14 +132,14 @@ class MonitoringSkip(Skip):
     Events come from every thread that runs this code; a frame runs in one, so the frame tells.
     """
 
-    def __init__(self, offset: int, frame: FrameType, tool: int) -> None:
-        super().__init__(offset, frame)
+    def __init__(self, start: BodyStart, frame: FrameType, tool: int) -> None:
+        super().__init__(start, frame)
         self._tool = tool
         _monitoring.register_callback(tool, _monitoring.events.INSTRUCTION, self._on_instruction)
         _monitoring.set_local_events(tool, frame.f_code, _monitoring.events.INSTRUCTION)
 
     def _on_instruction(self, _: CodeType, offset: int) -> None:
-        if offset == self._offset and _caller(1) is self._frame:
+        if self._first <= offset <= self._last and _caller(1) is self._frame:
             raise BodySkipped(self._token)
 
     def _uninstall(self, frame: FrameType) -> None:
