@@ -1,0 +1,214 @@
+"""A value that something overwrites in place later is never handed back as if it were the value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny_models import make
+from tests.tracing.plain import X, plain_hooks, small
+from tracekit import Model
+from tracekit.errors import OverwrittenError
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    return small(nn.ReLU(inplace=True))
+
+
+def test_a_value_that_the_model_overwrites_is_refused(net: nn.Sequential) -> None:
+    model = Model(net)
+    with pytest.raises(OverwrittenError, match=r"model\.0\.output .*clone\(\)"):
+        with model.trace(X):
+            value = model[0].output
+    assert "value" in dir()
+
+
+def test_a_clone_of_a_value_that_the_model_overwrites_is_right(net: nn.Sequential) -> None:
+    model = Model(net)
+    with model.trace(X):
+        value = model[0].output.clone()
+    assert torch.equal(value, net[0](X))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[:, 0],
+        lambda t: t.detach(),
+        lambda t: t.data,
+        lambda t: t.detach()[:, 0],
+        lambda t: t.detach().numpy(),
+        lambda t: t.detach().cpu().float().view(-1),
+    ],
+    ids=["slice", "detach", "data", "slice of detached", "numpy", "moves that copy nothing"],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_view_of_a_value_that_the_model_overwrites_is_refused(
+    view: Any, grad: bool, net: nn.Sequential
+) -> None:
+    model = Model(net)
+    with pytest.raises(OverwrittenError):
+        with torch.set_grad_enabled(grad):
+            with model.trace(X):
+                value = view(model[0].output)
+    assert "value" in dir()
+
+
+def test_a_value_overwritten_under_inference_mode_is_refused_or_right(net: nn.Sequential) -> None:
+    model = Model(net)
+    value = None
+    try:
+        with torch.inference_mode():
+            with model.trace(X):
+                value = model[0].output
+    except OverwrittenError:
+        return
+    assert value is not None and torch.equal(value, net[0](X))
+
+
+def test_a_value_read_and_used_at_once_is_right_though_it_is_overwritten_later(
+    net: nn.Sequential,
+) -> None:
+    model = Model(net)
+    with model.trace(X):
+        mean = model[0].output.mean()
+    assert torch.equal(mean, net[0](X).mean())
+
+
+def test_the_users_own_edit_in_place_is_no_overwriting() -> None:
+    net = small()
+    model = Model(net)
+    with torch.no_grad(), model.trace(X) as tracer:
+        value = model[0].output
+        value[:, 0] = 7
+        value += 1
+        got = tracer.result
+    assert (value[:, 0] == 8).all()
+    expected = net[0](X)
+    expected[:, 0] = 7
+    assert torch.equal(got, net[2](net[1](expected + 1)))
+
+
+def test_falcon_reads_of_what_it_overwrites_are_refused() -> None:
+    model, inputs = make("falcon")
+    traced = Model(model)
+    with pytest.raises(OverwrittenError), torch.no_grad():
+        with traced.trace(**inputs):
+            value = traced.transformer.h[0].mlp.output
+    assert "value" in dir()
+
+
+def test_a_value_changed_by_an_edit_further_on_that_shares_its_memory_is_refused() -> None:
+    model, inputs = make("gpt2")  # in eval mode the dropout returns what it was given
+    traced = Model(model)
+    with pytest.raises(OverwrittenError, match=r"mlp\.c_proj"), torch.no_grad():
+        with traced.trace(**inputs):
+            value = traced.transformer.h[0].mlp.c_proj.output
+            traced.transformer.h[0].mlp.output[:] = 0
+    assert "value" in dir()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("runs", [1, 2, 3])
+def test_a_cache_holds_what_was_there_before_it_was_overwritten(
+    runs: int, grad: bool, net: nn.Sequential
+) -> None:
+    model = Model(net)
+    with torch.set_grad_enabled(grad):
+        for _ in range(runs):
+            with model.trace(X) as tracer:
+                cache = tracer.cache(include_inputs=True)
+    assert torch.equal(cache["model.0"].output, net[0](X))
+    assert torch.equal(cache["model.1"].input, net[0](X))
+    assert torch.equal(cache["model.1"].output, net[0](X).relu())
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_cache_under_inference_mode_holds_what_was_there(runs: int, net: nn.Sequential) -> None:
+    model = Model(net)
+    with torch.inference_mode():
+        for _ in range(runs):
+            with model.trace(X) as tracer:
+                cache = tracer.cache()
+    assert torch.equal(cache["model.0"].output, net[0](X))
+
+
+def test_a_cache_after_a_run_that_was_stopped_before_the_overwriting_is_right(
+    net: nn.Sequential,
+) -> None:
+    model = Model(net)
+    with model.trace(X) as tracer:
+        tracer.cache(modules=[model[0]])
+        model[0].output.sum()
+        tracer.stop()
+    with model.trace(X) as tracer:
+        cache = tracer.cache(modules=[model[0]])
+    assert torch.equal(cache["model.0"].output, net[0](X))
+
+
+def test_a_cache_after_a_run_whose_overwriting_module_was_skipped_is_right(
+    net: nn.Sequential,
+) -> None:
+    model = Model(net)
+    with model.trace(X) as tracer:
+        tracer.cache(modules=[model[0]])
+        model[1].skip(torch.zeros(3, 4))
+    with model.trace(X) as tracer:
+        cache = tracer.cache(modules=[model[0]])
+    assert torch.equal(cache["model.0"].output, net[0](X))
+
+
+def test_a_cache_after_a_run_that_failed_before_the_overwriting_is_right(
+    net: nn.Sequential,
+) -> None:
+    model = Model(net)
+    with pytest.raises(ZeroDivisionError):
+        with model.trace(X) as tracer:
+            tracer.cache(modules=[model[0]])
+            model[0].output.sum()
+            1 / 0
+    with model.trace(X) as tracer:
+        cache = tracer.cache(modules=[model[0]])
+    assert torch.equal(cache["model.0"].output, net[0](X))
+
+
+def test_a_model_that_begins_to_overwrite_is_refused_once_and_right_from_then_on() -> None:
+    net = small(nn.ReLU())
+    model = Model(net)
+    with model.trace(X) as tracer:
+        tracer.cache()
+    net[1].inplace = True
+    with pytest.raises(OverwrittenError, match="clone=True"):
+        with model.trace(X) as tracer:
+            tracer.cache()
+    with model.trace(X) as tracer:
+        cache = tracer.cache()
+    assert torch.equal(cache["model.0"].output, net[0](X))
+
+
+def test_copies_are_right_whatever_the_model_does() -> None:
+    model, inputs = make("falcon")
+    traced = Model(model)
+    with torch.no_grad():
+        with plain_hooks(model) as seen:
+            model(**inputs)
+        with traced.trace(**inputs) as tracer:
+            cache = tracer.cache(modules="transformer.h.*.mlp", clone=True)
+    for path in cache:
+        assert torch.equal(cache[path].output, seen[path][0])
+
+
+def test_a_value_kept_by_the_user_and_changed_after_the_trace_leaves_the_cache_alone() -> None:
+    net = small()
+    model = Model(net)
+    with torch.no_grad():
+        for _ in range(2):
+            with model.trace(X) as tracer:
+                cache = tracer.cache()
+                value = model[0].output
+        value -= value.mean()
+    assert torch.equal(cache["model.0"].output, net[0](X))
