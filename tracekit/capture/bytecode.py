@@ -29,9 +29,13 @@ class WithSites:
 @final
 @dataclass(frozen=True)
 class BodyStart:
-    """Where to raise so that exactly our `with` sees it."""
+    """Where to raise so that exactly our `with` sees it: at the first event from `first` to `last`.
 
-    first: int  # of the instruction with its EXTENDED_ARGs, whichever of them is announced
+    One instruction would do, but CPython 3.12 and 3.13 lose the event of an instruction whose line
+    event was just switched off (coverage does that): so the one after it counts too.
+    """
+
+    first: int
     last: int
     is_before_target: bool  # then the name after `as` is not bound by Python
 
@@ -95,20 +99,25 @@ def _find_sites(code: CodeType) -> WithSites:
 def body_start(code: CodeType, entry: int) -> BodyStart:
     """Where the body begins of the `with` that is entered at `entry`.
 
-    The instruction after the target is bound will do, unless it lies in a `try` that opens the body
-    (whose handlers and `finally` would see the exception) or behind a body that has no code.
+    Without `as`, it is where the value of `__enter__` is dropped. Else the instruction after the
+    target is bound will do, unless it lies in a `try` that opens the body (whose handlers and
+    `finally` would see the exception) or behind a body that has no code.
     """
     steps = _steps(code)
     index = next(index for index, step in enumerate(steps) if step.reported == entry) + 1
-    target, body = steps[index], _after_target(steps, index)
+    target, body = index, _after_target(steps, index)
     handlers = _Handlers(code)
-    if body is not None and handlers.at(body.last) == handlers.at(target.last):
-        return BodyStart(body.first, body.last, is_before_target=False)
-    return BodyStart(target.first, target.last, is_before_target=target.name != "POP_TOP")
+    is_dropped = steps[target].name == "POP_TOP"
+    is_ours = body is not None and handlers.at(steps[body].last) == handlers.at(steps[target].last)
+    start = body if body is not None and is_ours and not is_dropped else target
+    following = steps[start + 1] if start + 1 < len(steps) else steps[start]
+    is_same = handlers.at(following.last) == handlers.at(steps[start].last)
+    last = following if is_same and start != target else steps[start]
+    return BodyStart(steps[start].first, last.last, start == target and not is_dropped)
 
 
-def _after_target(steps: list[_Step], index: int) -> _Step | None:
-    """The first instruction where what `__enter__` returned has left the stack: the target is bound."""
+def _after_target(steps: list[_Step], index: int) -> int | None:
+    """The index of the first step after what `__enter__` returned has left the stack."""
     depth = 1
     for position in range(index, len(steps) - 1):
         step = steps[position]
@@ -119,7 +128,7 @@ def _after_target(steps: list[_Step], index: int) -> _Step | None:
         else:
             depth += step.effect
         if depth == 0:
-            return steps[position + 1]
+            return position + 1
     return None
 
 
