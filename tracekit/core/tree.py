@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import final
 
 from torch import nn
@@ -26,6 +26,7 @@ class Tree:
         self.modules: dict[str, nn.Module] = {}  # every path, aliases included, in tree order
         self._canonical: dict[str, str] = {}
         self._parents: dict[str, list[str]] = {}  # canonical path -> canonical parents
+        self._relatives: dict[tuple[str, str], list[str]] = {}  # what was found out before
         self._called: set[str] = set()
         self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
         self.aliases: dict[str, str] = {}  # second and later paths of shared modules
@@ -40,6 +41,7 @@ class Tree:
         self.modules.clear()
         self._canonical.clear()
         self._parents.clear()
+        self._relatives.clear()
         first: dict[int, str] = {}
         for relative, module in self.root.named_modules(remove_duplicate=False):
             path = f"{self.name}.{relative}" if relative else self.name
@@ -93,6 +95,23 @@ class Tree:
 
     def called_children(self, path: str) -> list[str]:
         """The nearest modules below `path` that can be called, through lists and dictionaries."""
+        return self._known("called_children", path, self._called_children)
+
+    def ancestors(self, path: str) -> list[str]:
+        """Every callable module that contains `path`, over all its parents, nearest first."""
+        return self._known("ancestors", path, self._ancestors)
+
+    def callers(self, path: str) -> list[str]:
+        """The nearest callable modules that contain `path`, one for each way up."""
+        return self._known("callers", path, self._callers)
+
+    def _known(self, kind: str, path: str, find: Callable[[str], list[str]]) -> list[str]:
+        found = self._relatives.get((kind, path))
+        if found is None:
+            found = self._relatives[kind, path] = find(path)
+        return found
+
+    def _called_children(self, path: str) -> list[str]:
         found: list[str] = []
         for name, child in own_children(self.modules[path]).items():
             if child is None:
@@ -101,8 +120,7 @@ class Tree:
             found += [canonical] if self.is_called(canonical) else self.called_children(canonical)
         return found
 
-    def ancestors(self, path: str) -> list[str]:
-        """Every callable module that contains `path`, over all its parents, nearest first."""
+    def _ancestors(self, path: str) -> list[str]:
         found: list[str] = []
         queue = list(self._parents[path])
         while queue:
@@ -112,8 +130,7 @@ class Tree:
                 queue += self._parents[parent]
         return [parent for parent in found if self.is_called(parent)]
 
-    def callers(self, path: str) -> list[str]:
-        """The nearest callable modules that contain `path`, one for each way up."""
+    def _callers(self, path: str) -> list[str]:
         found: list[str] = []
         for parent in self._parents[path]:
             found += [parent] if self.is_called(parent) else self.callers(parent)

@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-from _thread import get_ident
 from collections.abc import Callable
 from functools import partial, update_wrapper
 from itertools import count
@@ -29,6 +28,7 @@ from tracekit.core.quirks import NO_BACKWARD, current_backward
 from tracekit.core.site import Slot, Visit
 from tracekit.interleave.passage import Watch
 from tracekit.interleave.protocol import Skip
+from tracekit.interleave.worker import this_thread
 
 # A hook as PyTorch calls it: `(module, args, output)`, or `(module, args, kwargs)` before the call.
 ForwardHook: TypeAlias = Callable[[nn.Module, Any, Any], None]
@@ -51,7 +51,7 @@ class Hooks:
 
     def __init__(self, module: Callable[[str], nn.Module]) -> None:
         self._module = module
-        self.thread = get_ident()
+        self.thread = this_thread()
         self._placed: list[tuple[dict[int, Any], int]] = []
         self._watches: dict[str, Watch] = {}
         self._forwards: dict[str, Any] = {}  # what `forward` was on instances where it is replaced
@@ -138,7 +138,7 @@ _NOTHING = object()
 
 def is_elsewhere(thread: int) -> bool:
     """Whether this call of a module is not part of the forward pass on `thread`."""
-    return get_ident() != thread or current_backward() != NO_BACKWARD
+    return this_thread() != thread or current_backward() != NO_BACKWARD
 
 
 def _before(

@@ -142,11 +142,19 @@ class Mediator:
         raise Unwind
 
     def _ask(self, request: Request) -> object:
+        line = self._line()
+        self.submit(request)
+        assert self.channel is not None
+        self.channel.suspend_worker()
+        return self.collect(request, line)
+
+    def submit(self, request: Request) -> None:
+        """Leave a request for the model's side, just before the worker suspends."""
         self.request = request
         self._move(Move.ASK)
-        assert self.channel is not None
-        line = self._line()
-        self.channel.suspend_worker()
+
+    def collect(self, request: Request, line: str) -> object:
+        """Take the reply to `request`, just after the worker was resumed."""
         reply, self._reply = self._reply, None
         assert reply is not None
         if reply.error is not None:
@@ -202,8 +210,12 @@ class Mediator:
 
     def close(self) -> None:
         """Unwind the block, wherever it waits."""
-        while self.state is State.WAITING:
-            self.answer(Reply(error=Unwind()))
+        while self.state is State.WAITING or self.state is State.RUNNING:
+            if self.state is State.RUNNING:  # an interrupt came just before it was resumed
+                self._reply = Reply(error=Unwind())
+                self._resume()
+            else:
+                self.answer(Reply(error=Unwind()))
 
     def end(self, error: BaseException | None) -> None:
         """Worker's side, as its last act: the block has ended."""

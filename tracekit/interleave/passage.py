@@ -80,13 +80,16 @@ class Passage:
         self._modules = modules
         self._place = place
         self._watches: dict[str, Watch] = {}
+        self._expected: set[str] = set()  # paths with everything on the way watched
 
     def expect(self, path: str, step: int) -> Watch:
         """The Watch of the module at `path`, with everything on the way to it watched as well."""
-        for ancestor in reversed(self._modules.ancestors(path)):
-            self._watch(ancestor, step)
-            for child in self._modules.called_children(ancestor):
-                self._watch(child, step)
+        if path not in self._expected:
+            self._expected.add(path)
+            for ancestor in reversed(self._modules.ancestors(path)):
+                self._watch(ancestor, step)
+                for child in self._modules.called_children(ancestor):
+                    self._watch(child, step)
         return self._watch(path, step)
 
     def expect_any_call(self, step: int) -> None:

@@ -1,8 +1,8 @@
 """Threads that run interventions; a pool, because starting a thread costs more than a trace."""
 
 # Guarantees:
-#   - a worker is back in the pool before whoever waits for it goes on, so a trace after a trace
-#     reuses its thread;
+#   - whoever waited for a worker puts it back into the pool, so a trace after a trace reuses its
+#     thread, and nobody else gets it before it has handed back;
 #   - an idle worker holds nothing of the job it ran;
 #   - after a fork the pool starts empty, as the threads exist in the parent alone.
 
@@ -11,18 +11,22 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from _thread import allocate_lock
+from _thread import get_ident
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import final
 
 from tracekit.capture import user_traceback
 from tracekit.interleave.baton import Baton
 from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.protocol import State
 from tracekit.interleave.torch_state import TorchState
 
 _idle: list[Worker] = []  # the pool; list.append and list.pop are atomic
 _local = threading.local()
+
+
+this_thread = get_ident  # a number that no two threads have at the same time
 
 
 def current_mediator() -> Mediator | None:
@@ -45,10 +49,8 @@ class Worker:
 
     def __init__(self) -> None:
         self._baton = Baton()
-        self._go = allocate_lock()
-        self._go.acquire()
         self._job: Callable[[], None] | None = None
-        self._is_running = False
+        self._mediator: Mediator | None = None
         self._was_interrupted = False
         self._waits_for: Worker | None = None  # the worker of a trace inside this one's block
         self._thread = threading.Thread(target=self._live, name="tracekit-worker", daemon=True)
@@ -63,6 +65,7 @@ class Worker:
             state.context.run(_run, mediator, body, state.adopted(grad))
 
         self._job = job
+        self._mediator = mediator
         self._was_interrupted = False
         mediator.channel = self
 
@@ -70,24 +73,25 @@ class Worker:
 
     def resume_worker(self) -> None:
         """Model's side: let the worker run until it suspends or ends."""
-        if self._is_running:
-            self._baton.give_to_worker()
-        else:
-            self._is_running = True
-            self._go.release()
         outer: Worker | None = getattr(_local, "worker", None)
         if outer is not None:
             outer._waits_for = self
         try:
-            self._wait()
+            self._baton.give_to_worker()
+        except KeyboardInterrupt:
+            self._interrupt()
         finally:
             if outer is not None:
                 outer._waits_for = None
+            if self._job is None:
+                _idle.append(self)
 
     def suspend_worker(self) -> None:
         """Worker's side: let the model run until it resumes this worker."""
-        self._baton.give_to_model()
+        was_interrupted = self._baton.give_to_model()
         self._baton.wait_for_model()
+        if was_interrupted:
+            raise KeyboardInterrupt
 
     def interrupted(self) -> bool:
         """Whether Ctrl-C came while the worker ran and it parked before its code was reached."""
@@ -99,38 +103,34 @@ class Worker:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _wait(self) -> None:
-        while True:
-            try:
+    def _interrupt(self) -> None:
+        """Ctrl-C came to the model's side: raise it in the user's block if that is what runs."""
+        self._was_interrupted = True
+        while self._baton.is_with_worker():
+            innermost = self
+            while innermost._waits_for is not None:
+                innermost = innermost._waits_for
+            _raise_in(innermost._thread, KeyboardInterrupt)
+            with suppress(KeyboardInterrupt):  # pressed again: raise it again
                 self._baton.wait_for_worker()
-                return
-            except KeyboardInterrupt:  # it is the user's block that runs: interrupt that
-                self._was_interrupted = True
-                innermost = self
-                while innermost._waits_for is not None:
-                    innermost = innermost._waits_for
-                _raise_in(innermost._thread, KeyboardInterrupt)
 
     def _live(self) -> None:
         _local.worker = self
         while True:
-            try:
-                self._go.acquire()
+            with suppress(KeyboardInterrupt):  # one that came when the block had ended
+                self._baton.wait_for_model()
                 assert self._job is not None
                 self._job()
-            except KeyboardInterrupt:
-                pass  # it came when the block had ended
-            while self._is_running:
-                try:
-                    self._retire()
-                except KeyboardInterrupt:
-                    continue
+            while self._job is not None:
+                with suppress(KeyboardInterrupt):
+                    self._end_job()
+            self._baton.give_to_model()
 
-    def _retire(self) -> None:
+    def _end_job(self) -> None:
+        if self._mediator is not None and self._mediator.state is State.RUNNING:
+            self._mediator.end(KeyboardInterrupt())  # it came between the block and its end
+        self._mediator = None
         self._job = None
-        _idle.append(self)
-        self._is_running = False
-        self._baton.give_to_model()
 
 
 def _run(mediator: Mediator, body: Callable[[], None], state: AbstractContextManager[None]) -> None:
