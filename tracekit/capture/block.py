@@ -7,7 +7,7 @@ import textwrap
 from collections import ChainMap
 from dataclasses import dataclass, field
 from functools import partial
-from types import CellType, CodeType, FrameType, FunctionType
+from types import CellType, FrameType, FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from tracekit.capture.bytecode import BodyStart, body_start
@@ -26,7 +26,9 @@ from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from types import CodeType
 
+EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 _UNBOUND: Final = object()
 _blocks: PerCode[dict[int, Block]] = PerCode()
 
@@ -175,7 +177,8 @@ def _body_in_function(
         None,
         tuple(cells[name] for name in free),
     )
-    return Body(function, frame, written)
+    guarded = {name: _contents(cell) for name, cell in copied.items() if name in names.shared}
+    return Body(function, frame, written, guarded)
 
 
 def _copies(values: Mapping[str, object], names: Iterable[str]) -> dict[str, CellType]:
@@ -187,12 +190,17 @@ class Body:
     """One run of a block. Drops the frame and the values in hand_back()."""
 
     def __init__(
-        self, run: Callable[[], object], frame: FrameType, written: Mapping[str, CellType]
+        self,
+        run: Callable[[], object],
+        frame: FrameType,
+        written: Mapping[str, CellType],
+        guarded: Mapping[str, object] = EMPTY,
     ) -> None:
         self._run: Callable[[], object] | None = run
         self._frame: FrameType | None = frame
         self._written = written
         self._before = {name: _contents(cell) for name, cell in written.items()}
+        self._guarded = guarded  # shared names whose cell is out of reach: the body had a copy
 
     def __call__(self) -> None:
         """Run the statements of the block, on whatever thread; the user's exceptions propagate."""
@@ -210,6 +218,7 @@ class Body:
         self._run, self._frame, self._written, self._before = None, None, {}, {}
         if frame is None:
             return
+        self._refuse_stale(frame)
         after = {name: _contents(cell) for name, cell in written.items()}
         changed = {name: value for name, value in after.items() if value is not before[name]}
         bound = {name: value for name, value in changed.items() if value is not _UNBOUND}
@@ -218,6 +227,16 @@ class Body:
                 bind(frame, bound, [name for name in changed if name not in bound])
         finally:
             forget_snapshot(frame)
+
+    def _refuse_stale(self, frame: FrameType) -> None:
+        guarded, self._guarded = self._guarded, EMPTY
+        values = frame.f_locals if guarded else EMPTY
+        for name, before in guarded.items():
+            if values.get(name, _UNBOUND) is not before:
+                raise CaptureError(
+                    f"{name!r} was changed by another function while the block ran, and on this "
+                    f"Python the block works on a copy of it: pass it in and out explicitly"
+                )
 
 
 def _contents(cell: CellType) -> object:

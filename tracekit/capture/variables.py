@@ -186,7 +186,7 @@ def _cell_at(address: int) -> CellType | None:
     pointer = _word(address)
     if not pointer or _word(pointer + _WORD) != id(CellType):
         return None
-    found: Any = ctypes.cast(ctypes.c_void_p(pointer), ctypes.py_object).value
+    found: Any = ctypes.py_object.from_address(address).value  # ctypes.cast would leave a cycle
     return found
 
 

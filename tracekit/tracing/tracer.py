@@ -11,7 +11,7 @@ from tracekit.capture import Block, Skip, caller_frame, capture, show_own_lines,
 from tracekit.core.keep import Keep
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.errors import CacheError, OutsideTraceError
+from tracekit.errors import CacheError, CaptureError, OutsideTraceError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.cache import Cache
@@ -114,7 +114,7 @@ class Tracer:
         self._block = capture(frame)
         self._frame = frame
         if not self._block.is_empty:
-            self._skip = skip_body(self._block, frame)
+            self._skip = skip_body(self._block, frame, entered=self)
         return self
 
     def __exit__(
@@ -122,16 +122,23 @@ class Tracer:
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool:
+    ) -> None:
+        # To a type checker, as to a reader, this `with` swallows nothing: what it binds is bound.
         if self._skip is not None:
             self._skip.restore()
+        if error is None and self._skip is not None:
+            self._frame = None
+            raise CaptureError(
+                "the block ran in place, where its values do not exist: something (a debugger, a "
+                "coverage tool) took the trace function away while tracekit kept it from running."
+            )
         if error is not None and (self._skip is None or not self._skip.is_own(error)):
             self._frame = None
-            return False
+            return None
         del error, traceback
         failure = self._run()
         if failure is None:
-            return True
+            return True  # pyright: ignore[reportReturnType] - it swallows the skip of the body
         # A bare raise goes on with the traceback as it stands, and does not add this frame: the
         # user sees own lines alone. The context was the skip of the body, which is no news.
         context = self._without_skip(failure)
