@@ -14,7 +14,13 @@ import torch
 from tests.tiny_models import make
 from tests.tracing.plain import X, small, state_of
 from tracekit import Model
-from tracekit.errors import MisfitError, NeverRanError, SiteOrderError, TracekitError
+from tracekit.errors import (
+    MisfitError,
+    NeverRanError,
+    OverwrittenError,
+    SiteOrderError,
+    TracekitError,
+)
 
 TIMES = 100
 
@@ -161,6 +167,25 @@ def skip_after_an_error(model: Model) -> None:
             1 / 0
 
 
+def cache_of_what_never_ran(model: Model) -> None:
+    model.module.spare = torch.nn.Identity()
+    model.module.forward = lambda value: model.module[0](value)
+    try:
+        with pytest.raises(NeverRanError):
+            with model.trace(X) as tracer:
+                tracer.cache(modules="spare")
+    finally:
+        del model.module.spare, model.module.forward
+
+
+def overwritten(model: Model) -> None:
+    with pytest.raises(OverwrittenError), torch.no_grad():
+        with model.trace(X) as tracer:
+            value = model[0].output
+            tracer.result.sum()
+            value += 1
+
+
 def caught_in_the_block(model: Model) -> None:
     with model.trace(X) as tracer:
         late = model[1].output
@@ -191,13 +216,15 @@ KINDS = [
     error_in_a_nested_block,
     skip,
     skip_after_an_error,
+    cache_of_what_never_ran,
+    overwritten,
     caught_in_the_block,
 ]
 
 
 def living() -> tuple[int, int, int]:
     """Tensors, threads and open files."""
-    tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    tensors = sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
     return tensors, threading.active_count(), len(os.listdir("/proc/self/fd"))
 
 
@@ -221,9 +248,8 @@ def found_by_collecting() -> list[Any]:
 
 
 def _is_ours(thing: Any) -> bool:
-    if isinstance(thing, BaseException):
-        return True
-    return isinstance(thing, torch.Tensor) or type(thing).__module__.startswith("tracekit")
+    kind = type(thing)  # isinstance() would ask lazy modules for their __class__
+    return issubclass(kind, (BaseException, torch.Tensor)) or kind.__module__.startswith("tracekit")
 
 
 @pytest.mark.usefixtures("without_collector")
