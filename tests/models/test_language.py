@@ -35,7 +35,7 @@ def tiny() -> LanguageModel:
 
 
 def result_of(model: LanguageModel, given: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The first value that the model returns (logits or hidden states), and the mask it was given."""
+    """The first value that the model returns (logits, hidden states), and the mask it got."""
     with model.trace(given, **kwargs) as tracer:
         mask = model.inputs[1]["attention_mask"]
         result = tracer.result

@@ -1,4 +1,4 @@
-"""The independent way: what plain PyTorch hooks see, and a model's state as nothing may change it."""
+"""The independent way: what plain PyTorch hooks see, and the state that nothing may change."""
 
 from __future__ import annotations
 

@@ -377,7 +377,9 @@ def test_a_list_of_recorded_modules_is_iterated_whatever_its_first_index() -> No
         cache = tracer.cache(modules=model.transformer.h[2:])
     blocks = list(cache.model.transformer.h)
     assert len(blocks) == 2
-    assert all(block.output is cache[path].output for block, path in zip(blocks, cache, strict=True))
+    assert all(
+        block.output is cache[path].output for block, path in zip(blocks, cache, strict=True)
+    )
 
 
 def test_a_negative_index_means_the_same_children_as_a_positive_one() -> None:
@@ -450,9 +452,7 @@ def test_a_cache_travels_without_the_model(way: str, made: tuple[Cache, Any]) ->
         other = torch.load(buffer, weights_only=False)
     assert list(other) == list(cache)
     assert all(
-        torch.equal(other[path].hidden, cache[path].hidden)
-        for path in cache
-        if path != "model"
+        torch.equal(other[path].hidden, cache[path].hidden) for path in cache if path != "model"
     )
     assert torch.equal(other["model"].output.logits, cache["model"].output.logits)
     assert other.model.transformer.h[0].output is other[BLOCKS[0]].output

@@ -1,4 +1,4 @@
-"""Any two values of a model: in the model's order both are right, in the other order it is an error."""
+"""Any two values: in the model's order both are right, in the other order it is an error."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_a_value_that_the_model_overwrites_is_refused(net: nn.Sequential) -> Non
     with pytest.raises(OverwrittenError, match=r"model\.0\.output .*clone\(\)"):
         with model.trace(X):
             value = model[0].output
-    assert "value" in dir()
+    assert value is not None  # bound all the same
 
 
 def test_a_clone_of_a_value_that_the_model_overwrites_is_right(net: nn.Sequential) -> None:
@@ -55,7 +55,7 @@ def test_a_view_of_a_value_that_the_model_overwrites_is_refused(
         with torch.set_grad_enabled(grad):
             with model.trace(X):
                 value = view(model[0].output)
-    assert "value" in dir()
+    assert value is not None  # bound all the same
 
 
 def test_a_value_overwritten_under_inference_mode_is_refused_or_right(net: nn.Sequential) -> None:
@@ -99,7 +99,7 @@ def test_falcon_reads_of_what_it_overwrites_are_refused() -> None:
     with pytest.raises(OverwrittenError), torch.no_grad():
         with traced.trace(**inputs):
             value = traced.transformer.h[0].mlp.output
-    assert "value" in dir()
+    assert value is not None  # bound all the same
 
 
 def test_a_value_changed_by_an_edit_further_on_that_shares_its_memory_is_refused() -> None:
@@ -109,7 +109,7 @@ def test_a_value_changed_by_an_edit_further_on_that_shares_its_memory_is_refused
         with traced.trace(**inputs):
             value = traced.transformer.h[0].mlp.c_proj.output
             traced.transformer.h[0].mlp.output[:] = 0
-    assert "value" in dir()
+    assert value is not None  # bound all the same
 
 
 @pytest.mark.parametrize("grad", [True, False])

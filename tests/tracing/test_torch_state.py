@@ -1,4 +1,4 @@
-"""Inside the block torch's state is the user's, and what the block does to it stays in the block."""
+"""Inside the block torch's state is the user's, and what the block does to it stays there."""
 
 from __future__ import annotations
 
