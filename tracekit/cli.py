@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tracekit import Cache, LanguageModel, __version__
+from tracekit.models.language import LanguageModel
+from tracekit.tracing.cache import Cache
 
 PROMPT = "The Eiffel Tower is in the city of"
 OTHER_PROMPT = "The Colosseum is in the city of"
@@ -23,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tracekit", description="See and change what happens inside PyTorch models."
     )
-    parser.add_argument("--version", action="version", version=f"tracekit {__version__}")
+    # The package's __init__ is above this floor, so it is looked up and not imported from.
+    version = importlib.import_module("tracekit").__version__
+    parser.add_argument("--version", action="version", version=f"tracekit {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("demo", help="what the packaged model thinks, layer by layer, and an edit")
     parser.parse_args(arguments)
