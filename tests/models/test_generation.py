@@ -281,11 +281,14 @@ def of_characters(net: Any) -> Any:
 def test_stop_strings_stop(net: Any) -> None:
     tokenizer = of_characters(net)
     traced = LanguageModel(net, tokenizer=tokenizer)
-    whole = traced.generate("abcdef", max_new_tokens=8, do_sample=False)[0, 6:]
-    stops = dict(stop_strings=[tokenizer.decode(whole[1:3])], tokenizer=tokenizer)
-    with traced.generate("abcdef", max_new_tokens=8, do_sample=False, **stops) as tracer:
+    options = dict(max_new_tokens=8, do_sample=False, tokenizer=tokenizer)
+    word = tokenizer.decode(traced.generate("abcdef", **options)[0, 6:9])
+    ids = tokenizer("abcdef", return_tensors="pt")["input_ids"]
+    expected = net.generate(ids, **options, stop_strings=[word])
+    with traced.generate("abcdef", **options, stop_strings=[word]) as tracer:
         tokens = tracer.result
-    assert torch.equal(tokens[0, 6:], whole[:3])
+    assert torch.equal(tokens, expected)
+    assert 6 < tokens.shape[1] < 14
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
