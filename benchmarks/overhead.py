@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -126,7 +127,8 @@ def main() -> None:
     print(f"{_versions()}\nclock: {clock.__name__}, torch on one thread")
     for name in options.model:
         with torch.no_grad():
-            report["models"][name] = _compare(SUBJECTS[name](), options.rounds, clock)
+            subject = SUBJECTS[name]()
+            report["models"][name] = _compare(subject, options.rounds, clock, options.forwards)
     report["import"] = _print_imports()
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -140,6 +142,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", choices=names, action="append", help="default: all of them")
     parser.add_argument("--rounds", type=int, default=200, help="of forwards (default: 200)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there as well")
+    forwards = "leave out the generations, which take most of the time"
+    parser.add_argument("--forwards", action="store_true", help=forwards)
     cpu = "count the time on the processor: less noise, but no waits between threads (live reads)"
     parser.add_argument("--cpu", action="store_true", help=cpu)
     options = parser.parse_args()
@@ -163,22 +167,23 @@ def _version(package: str) -> str:
 # -- one model ------------------------------------------------------------------------------------
 
 
-def _compare(subject: Subject, rounds: int, clock: Clock) -> dict[str, Any]:
+def _compare(subject: Subject, rounds: int, clock: Clock, forwards_only: bool) -> dict[str, Any]:
     everybody, absent = contenders(subject)
     agree(subject, everybody)
-    rare = max(GENERATION_ROUNDS, rounds // GENERATION_SHARE)
+    rare = 0 if forwards_only else max(GENERATION_ROUNDS, rounds // GENERATION_SHARE)
     forwards, usual_forward = _measure(everybody, Work.FORWARD, rounds, clock)
-    generations, usual_generation = _measure(everybody, Work.GENERATE, rare, clock)
+    generations, usual_generation = (
+        _measure(everybody, Work.GENERATE, rare, clock) if rare else ({}, math.nan)
+    )
     overheads = forwards | generations
     print(f"\n{subject.title}: {rounds} rounds of forwards, {rare} of generations")
     for line in absent:
         print(f"  {line}")
-    print(
-        f"  bare: forward {1e3 * usual_forward:.3f} ms, "
-        f"generation of {NEW_TOKENS} tokens {1e3 * usual_generation:.1f} ms"
-    )
+    print(f"  bare: forward {1e3 * usual_forward:.3f} ms")
+    if rare:
+        print(f"  bare: generation of {NEW_TOKENS} tokens {1e3 * usual_generation:.1f} ms")
     return {
-        "bare": {"forward": usual_forward, "generation": usual_generation},
+        "bare": {"forward": usual_forward, "generation": usual_generation if rare else None},
         "overheads": _print_overheads(overheads),
         "rows": [
             _print_outside(overheads, usual_forward),
@@ -268,7 +273,8 @@ def _print_each(overheads: Overheads, visits: int) -> list[dict[str, Any]]:
             low, middle, high = (1e6 * second / count for second in quartiles(series))
             parts.append(f"{who} {middle:.1f} [{low:.1f}, {high:.1f}]")
             told.append({"what": what, "who": who, "low": low, "median": middle, "high": high})
-        print(f"  {what}, µs: {'; '.join(parts)}")
+        if parts:
+            print(f"  {what}, µs: {'; '.join(parts)}")
     return told
 
 
