@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tracekit import errors
+
 if TYPE_CHECKING:
     from tracekit.core.keep import Note
     from tracekit.errors import TracekitError, TracekitWarning
@@ -45,6 +47,7 @@ __all__ = [
     "TracekitError",
     "TracekitWarning",
     "Tracer",
+    "errors",
     "save",
 ]
 

@@ -93,6 +93,12 @@ class PaddingError(InputError):
     slug = "padding"
 
 
+class UnsupportedError(TracekitError):
+    """What was asked cannot be done rightly here."""
+
+    slug = "unsupported"
+
+
 class LoadingError(TracekitError):
     """A model or its tokenizer cannot be loaded from what was given."""
 

@@ -77,7 +77,7 @@ class Stage:
     def hand_out(self, visit: Visit, value: object) -> None:
         """Strings are never overwritten in place."""
 
-    def take_back(self, visit: Visit) -> None:
+    def take_back(self, visit: Visit, is_other: bool) -> None:
         """Strings are never overwritten in place."""
 
     def add_block(self, script: Callable[[Actor], Block]) -> Mediator:

@@ -44,7 +44,8 @@ class Note:
 class Keep:
     """How values are kept; `device=None` leaves a tensor where it is, `dtype=None` as it is.
 
-    `dtype` casts floating-point and complex tensors; integers and booleans stay what they are.
+    `dtype` casts floating-point tensors; integers, booleans and complex numbers stay what they
+    are.
     """
 
     device: torch.device | None
@@ -69,7 +70,7 @@ class Keep:
         kept = tensor.detach() if self.detach else tensor
         if self.device is not None and kept.device != self.device:
             kept = kept.to(self.device)
-        if self.dtype is not None and (kept.is_floating_point() or kept.is_complex()):
+        if self.dtype is not None and kept.is_floating_point():
             kept = kept.to(self.dtype)
         # inference tensors keep no version, so nobody could notice that one was overwritten
         if (self.clone or tensor.is_inference()) and kept.data_ptr() == tensor.data_ptr():

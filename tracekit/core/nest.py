@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -74,13 +74,17 @@ def misfit(new: Nest, old: Nest, where: str = "the value") -> str | None:
     """Why `new` cannot stand in the place of `old`, in words; None if it can."""
     if isinstance(old, Tensor):
         return _tensor_misfit(new, old, where)
+    if old is None:
+        return None  # an optional value, left out: a mask may be given, for one
     if isinstance(new, Tensor):
         return f"{where} was {describe(old)}, not a tensor"
-    olds, news = list(_children(old)), list(_children(new))
+    olds, news = _named_children(old), _named_children(new)
     if (olds or news) and (type(new) is not type(old) or len(olds) != len(news)):
         return f"{where} was {describe(old)}, and {describe(new)} was written"
-    for index, (new_child, old_child) in enumerate(zip(news, olds, strict=True)):
-        found = misfit(new_child, old_child, f"item {index} of {where}")
+    for name in olds:
+        if name not in news:
+            return f"{where} had {name!r}, and what was written has not"
+        found = misfit(news[name], olds[name], f"{name!r} of {where}")
         if found is not None:
             return found
     return None
@@ -94,13 +98,20 @@ def _tensor_misfit(new: object, old: Tensor, where: str) -> str | None:
     return f"{where} was {describe(old)}, and {describe(new)} was written"
 
 
-def _children(nest: Nest) -> Iterator[Nest]:
+def _children(nest: Nest) -> Iterable[Nest]:
     if isinstance(nest, (list, tuple, set, frozenset)):
-        yield from _items(nest)
-    elif isinstance(nest, Mapping):
-        yield from cast("Mapping[Any, Any]", nest).values()
-    elif _is_dataclass(nest):
-        yield from (getattr(nest, name) for name in _field_names(nest))
+        return _items(nest)
+    return _named_children(nest).values()
+
+
+def _named_children(nest: Nest) -> dict[Any, Nest]:
+    if isinstance(nest, (list, tuple, set, frozenset)):
+        return dict(enumerate(_items(nest)))
+    if isinstance(nest, Mapping):
+        return dict(cast("Mapping[Any, Any]", nest))
+    if _is_dataclass(nest):
+        return {name: getattr(nest, name) for name in _field_names(nest)}
+    return {}
 
 
 def _items(nest: Any) -> list[Any]:

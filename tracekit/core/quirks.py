@@ -17,3 +17,10 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     `named_children` leaves out repeated ones, and then indices of a list would be off.
     """
     return module._modules  # pyright: ignore[reportPrivateUsage] - no public way to get repeated ones
+
+
+def is_checkpointing(module: nn.Module) -> bool:
+    """Whether backward computes this layer again (transformers 4.53 to 5: a class of layers)."""
+    kinds = (kind.__name__ for kind in type(module).__mro__)
+    is_on = module.training and getattr(module, "gradient_checkpointing", False)
+    return bool(is_on) and "GradientCheckpointingLayer" in kinds

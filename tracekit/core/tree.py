@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import final
+from typing import Any, final
 
 from torch import nn
 
@@ -23,6 +23,7 @@ class Tree:
     def __init__(self, root: nn.Module, name: str) -> None:
         self.root = root
         self.name = name
+        self._depth = name.count(".") + 1
         self.modules: dict[str, nn.Module] = {}  # every path, aliases included, in tree order
         self._canonical: dict[str, str] = {}
         self._parents: dict[str, list[str]] = {}  # canonical path -> canonical parents
@@ -86,8 +87,11 @@ class Tree:
         return self._canonical[full]
 
     def module(self, path: str) -> nn.Module:
-        """The module at a full path."""
-        return self.modules[path]
+        """The module at a full path, as it is now."""
+        module: Any = self.root
+        for name in path.split(".")[self._depth :]:
+            module = own_children(module)[name]
+        return module
 
     def is_called(self, path: str) -> bool:
         """Whether the module has a forward of its own; a ModuleList, for one, has none."""

@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, update_wrapper
+from functools import partial
 from itertools import count
 from typing import Any, Protocol, TypeAlias, final
 
@@ -28,6 +28,7 @@ from tracekit.core.quirks import NO_BACKWARD, current_backward
 from tracekit.core.site import Slot, Visit
 from tracekit.interleave.passage import Watch
 from tracekit.interleave.protocol import Skip
+from tracekit.interleave.skipping import skippable
 from tracekit.interleave.worker import this_thread
 
 # A hook as PyTorch calls it: `(module, args, output)`, or `(module, args, kwargs)` before the call.
@@ -54,7 +55,7 @@ class Hooks:
         self.thread = this_thread()
         self._placed: list[tuple[dict[int, Any], int]] = []
         self._watches: dict[str, Watch] = {}
-        self._forwards: dict[str, Any] = {}  # what `forward` was on instances where it is replaced
+        self._skippables: dict[str, Callable[[], None]] = {}  # what takes each of them back
         self._observers: list[tuple[str, Slot, ForwardHook]] = []
         self.subscriber: Any = None  # a Subscriber from the start of the run to its end
 
@@ -75,14 +76,9 @@ class Hooks:
         PyTorch's hooks can't keep a module from running, so its `forward` is replaced for the
         run: on the instance, where accelerate and tensor parallelism put theirs as well.
         """
-        if path in self._forwards:
-            return
-        module = self._module(path)
-        self._forwards[path] = module.__dict__.get("forward", _NOTHING)
-        skipping = partial(
-            _skip_or_run, self.thread, self.subscriber, self._watches[path], module.forward
-        )
-        module.__dict__["forward"] = update_wrapper(skipping, module.forward)
+        if path not in self._skippables:
+            answer = partial(_instead, self.thread, self.subscriber, self._watches[path])
+            self._skippables[path] = skippable(self._module(path), answer)
 
     # -- OBSERVER -------------------------------------------------------------------------------
 
@@ -109,13 +105,9 @@ class Hooks:
         """Take everything off the model."""
         for where, key in self._placed:
             where.pop(key, None)
-        for path, forward in self._forwards.items():
-            own = self._module(path).__dict__
-            if forward is _NOTHING:
-                own.pop("forward", None)
-            else:
-                own["forward"] = forward
-        for held in (self._placed, self._watches, self._forwards, self._observers):
+        for undo in self._skippables.values():
+            undo()
+        for held in (self._placed, self._watches, self._skippables, self._observers):
             held.clear()
         self.subscriber = None
 
@@ -131,9 +123,6 @@ class Hooks:
             where.move_to_end(key, last=False)
         self._placed.append((where, key))
         return key
-
-
-_NOTHING = object()
 
 
 def is_elsewhere(thread: int) -> bool:
@@ -160,11 +149,5 @@ def _after(
     return None if changed is output else changed
 
 
-def _skip_or_run(
-    thread: int, subscriber: Subscriber, watch: Watch, forward: Any, *args: Any, **kwargs: Any
-) -> Any:
-    if not is_elsewhere(thread):
-        request = subscriber.instead(watch)
-        if request is not None:
-            return request.value
-    return forward(*args, **kwargs)
+def _instead(thread: int, subscriber: Subscriber, watch: Watch) -> Skip | None:
+    return None if is_elsewhere(thread) else subscriber.instead(watch)

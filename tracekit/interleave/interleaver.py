@@ -37,8 +37,8 @@ class Witness(Protocol):
         """A block gets to see, and may change, `value`."""
         ...
 
-    def take_back(self, visit: Visit) -> None:
-        """The model goes on from `visit`."""
+    def take_back(self, visit: Visit, is_other: bool) -> None:
+        """The model goes on from `visit`, with another value if `is_other`."""
         ...
 
 
@@ -74,11 +74,12 @@ class Interleaver:
             raise unserved.too_late(visit, mediator.last)
         if self.has_ended:
             raise self._unserved(visit)
+        if visit.site.slot is Slot.INPUT:  # whoever sees the input may yet skip the module
+            self._placement.make_skippable(visit.site.path)
 
     def expect_skip(self, mediator: Mediator, visit: Visit) -> None:
         """Prepare to skip the module at `visit`; SiteOrderError if it has begun."""
         self.expect(mediator, Visit(Site(visit.site.path, Slot.INPUT), visit.step, visit.call))
-        self._placement.make_skippable(visit.site.path)
 
     def expect_step(self, step: int) -> bool | None:
         """True if `step` is the current one, None if it may come, False if the run has ended."""
@@ -107,9 +108,9 @@ class Interleaver:
         """A block gets to see, and may change, `value`."""
         self._witness.hand_out(visit, value)
 
-    def take_back(self, visit: Visit) -> None:
-        """The model goes on from `visit`."""
-        self._witness.take_back(visit)
+    def take_back(self, visit: Visit, is_other: bool) -> None:
+        """The model goes on from `visit`, with another value if `is_other`."""
+        self._witness.take_back(visit, is_other)
 
     def start(self) -> None:
         """Run every block to its first request."""

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 from tracekit.core.site import Site, Slot, Visit
 from tracekit.errors import MisfitError
@@ -39,7 +39,7 @@ class Channel(Protocol):
         ...
 
     def interrupted(self) -> bool:
-        """Whether Ctrl-C came while the worker ran and did not reach its code."""
+        """Whether Ctrl-C came while the worker ran, and its code has not seen it."""
         ...
 
 
@@ -62,8 +62,8 @@ class Run(Protocol):
         """A block gets to see, and may change, `value`."""
         ...
 
-    def take_back(self, visit: Visit) -> None:
-        """The model goes on from `visit`."""
+    def take_back(self, visit: Visit, is_other: bool) -> None:
+        """The model goes on from `visit`, with another value if `is_other`."""
         ...
 
 
@@ -73,12 +73,12 @@ class Mediator:
 
     def __init__(
         self,
-        model: object,
+        model: Any,
         run: Run,
         misfit: Callable[[object, object], str | None],
         line: Callable[[], str],
     ) -> None:
-        self.model = model
+        self.model = model  # whose run it is; nothing here looks into it
         self._run = run
         self._misfit = misfit
         self._line = line
@@ -88,6 +88,7 @@ class Mediator:
         self.step = 0  # the step that the block's next request is about
         self.error: BaseException | None = None  # what the block ended with
         self.has_stopped = False  # tracer.stop() was called
+        self.has_skipped = False
         self.last: tuple[Visit, str] | None = None  # served last, and the line that asked
         self._reply: Reply | None = None
         self._at: Visit | None = None  # where the model is paused for this worker
@@ -119,7 +120,9 @@ class Mediator:
     def skip(self, site: Site, value: object, call: int = 0) -> None:
         """Do not run the module of `site`; blocks until the model gets there."""
         visit = Visit(site, self.step, call)
-        self._run.expect_skip(self, visit)
+        if self._at != Visit(Site(site.path, Slot.INPUT), self.step, call):
+            self._run.expect_skip(self, visit)
+        self.has_skipped = True
         self._ask(Skip(visit, value))
 
     def wait_for_step(self, step: int) -> bool:
@@ -197,8 +200,8 @@ class Mediator:
                 value = request.value
             self._run.hand_out(visit, value)
             self.answer(Reply(value))
-            value, self._value, self._at = self._value, None, None
-            self._run.take_back(visit)
+            given, value, self._value, self._at = value, self._value, None, None
+            self._run.take_back(visit, is_other=value is not given or isinstance(request, Write))
         return value
 
     def answer(self, reply: Reply) -> None:
@@ -226,7 +229,7 @@ class Mediator:
     def _resume(self) -> None:
         assert self.channel is not None
         self.channel.resume_worker()
-        if self.state is State.WAITING and self.channel.interrupted():
+        if self.channel.interrupted():
             raise KeyboardInterrupt
 
     def _move(self, move: Move) -> None:

@@ -26,6 +26,7 @@ _idle: list[Worker] = []  # the pool; list.append and list.pop are atomic
 _local = threading.local()
 
 
+exclusively = threading.Lock()  # for what several runs change on one module
 this_thread = get_ident  # a number that no two threads have at the same time
 
 
@@ -51,7 +52,8 @@ class Worker:
         self._baton = Baton()
         self._job: Callable[[], None] | None = None
         self._mediator: Mediator | None = None
-        self._was_interrupted = False
+        self._was_interrupted = False  # Ctrl-C came while the block ran …
+        self._is_seen = False  # … and was raised in the block
         self._waits_for: Worker | None = None  # the worker of a trace inside this one's block
         self._thread = threading.Thread(target=self._live, name="tracekit-worker", daemon=True)
         self._thread.start()
@@ -88,49 +90,67 @@ class Worker:
 
     def suspend_worker(self) -> None:
         """Worker's side: let the model run until it resumes this worker."""
-        was_interrupted = self._baton.give_to_model()
+        self._give_back()
         self._baton.wait_for_model()
-        if was_interrupted:
-            raise KeyboardInterrupt
 
     def interrupted(self) -> bool:
-        """Whether Ctrl-C came while the worker ran and it parked before its code was reached."""
+        """Whether Ctrl-C came while the worker ran, and the user's code has not seen it."""
         if not self._was_interrupted:
             return False
-        self._was_interrupted = False
         _raise_in(self._thread, None)
-        return True
+        self._was_interrupted = False
+        return not self._is_seen
 
     # -- inside ---------------------------------------------------------------------------------
 
     def _interrupt(self) -> None:
         """Ctrl-C came to the model's side: raise it in the user's block if that is what runs."""
         self._was_interrupted = True
+        self._is_seen = False
         while self._baton.is_with_worker():
             innermost = self
             while innermost._waits_for is not None:
                 innermost = innermost._waits_for
-            _raise_in(innermost._thread, KeyboardInterrupt)
+            _raise_in(innermost._thread, _BlockInterrupt)
             with suppress(KeyboardInterrupt):  # pressed again: raise it again
                 self._baton.wait_for_worker()
 
     def _live(self) -> None:
         _local.worker = self
         while True:
-            with suppress(KeyboardInterrupt):  # one that came when the block had ended
+            try:
                 self._baton.wait_for_model()
                 assert self._job is not None
                 self._job()
+            except KeyboardInterrupt:  # it came when the block had ended
+                self._is_seen = False
             while self._job is not None:
-                with suppress(KeyboardInterrupt):
+                try:
                     self._end_job()
-            self._baton.give_to_model()
+                except KeyboardInterrupt:
+                    self._is_seen = False
+            self._give_back()
+
+    def _give_back(self) -> None:
+        try:
+            if self._baton.give_to_model():
+                self._is_seen = False
+        except KeyboardInterrupt:  # behind the last line of it
+            self._is_seen = False
 
     def _end_job(self) -> None:
         if self._mediator is not None and self._mediator.state is State.RUNNING:
             self._mediator.end(KeyboardInterrupt())  # it came between the block and its end
         self._mediator = None
         self._job = None
+
+
+class _BlockInterrupt(KeyboardInterrupt):
+    """Ctrl-C on its way into a block; notes that it was raised there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _local.worker._is_seen = True
 
 
 def _run(mediator: Mediator, body: Callable[[], None], state: AbstractContextManager[None]) -> None:
@@ -140,8 +160,8 @@ def _run(mediator: Mediator, body: Callable[[], None], state: AbstractContextMan
         with state:
             body()
     except BaseException as caught:  # noqa: BLE001 - every way out of the block ends here
-        caught.__traceback__ = user_traceback(caught)
-        error = caught
+        error = KeyboardInterrupt() if isinstance(caught, _BlockInterrupt) else caught
+        error.__traceback__ = user_traceback(caught)
     finally:
         _local.mediator = None
         mediator.end(error)

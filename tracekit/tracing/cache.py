@@ -38,11 +38,7 @@ class Cache(Mapping[str, Entries]):
         found = self._entries.get(self._aliases.get(path, path))
         if found is not None:
             return Entries(path, found)
-        if not self._is_complete:
-            raise CacheError(
-                f"the cache is complete when the trace has ended: read {path!r} after the block, "
-                f"or ask for the module's .output in it."
-            )
+        self._check_complete(repr(path))
         if path in self._asked:
             raise UnknownPathError(
                 f"{path!r} was to be recorded, but the run ended before the module was called"
@@ -50,20 +46,35 @@ class Cache(Mapping[str, Entries]):
         raise UnknownPathError(f"{path!r} is not in this cache{did_you_mean(path, self._entries)}")
 
     def __iter__(self) -> Iterator[str]:
+        self._check_complete("its keys")
         return iter(self._entries)
 
     def __len__(self) -> int:
+        self._check_complete("its length")
         return len(self._entries)
+
+    def __bool__(self) -> bool:
+        return not self._is_complete or bool(self._entries)
+
+    def _check_complete(self, what: str) -> None:
+        if not self._is_complete:
+            raise CacheError(
+                f"the cache is complete when the trace has ended: read {what} after the block, "
+                f"or ask for a module's .output in it."
+            )
 
     # -- by attribute ---------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # also while a Cache is being unpickled
             raise AttributeError(name)
+        self._check_complete(repr(name))
         return _child(self, "", name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *_names_below(self, "")})
+        return sorted(
+            {*object.__dir__(self), *(_names_below(self, "") if self._is_complete else ())}
+        )
 
     # -- for people -----------------------------------------------------------------------------
 
@@ -112,17 +123,23 @@ class Branch:
         return _child(self._cache, self._path, name)
 
     def __getitem__(self, index: int | str) -> Any:
-        """The place below by index, as in a list of modules; or an Entry, if one was recorded."""
+        """The place below by index, as in a list of modules; an Entry where none is numbered."""
         names = _names_below(self._cache, self._path)
         if isinstance(index, str) or str(index) in names:
             return _child(self._cache, self._path, str(index))
-        found = self._cache.get(self._path)
-        if found is not None:
-            return found[index]
         numbers = sorted(int(name) for name in names if name.isdigit())
+        found = self._cache.get(self._path)
+        if found is not None and not numbers:
+            return found[index]
         if index < 0 and -index <= len(numbers):
             return _child(self._cache, self._path, str(numbers[index]))
         raise IndexError(f"{self._path}[{index}] is not in this cache; it has {names}.")
+
+    def __iter__(self) -> Iterator[Any]:
+        names = _names_below(self._cache, self._path)
+        if any(name.isdigit() for name in names):
+            return iter([_child(self._cache, self._path, name) for name in names if name.isdigit()])
+        return iter(self._cache[self._path])
 
     def __len__(self) -> int:
         found = self._cache.get(self._path)

@@ -45,20 +45,24 @@ class Envoy:
     @property
     def output(self) -> Any:
         """What the module returned: exactly that, a tensor for one family, a tuple for another."""
-        return self._mediator("output").read(self._site(Slot.OUTPUT), self._call)
+        mediator, site = self._at(Slot.OUTPUT, "output")
+        return mediator.read(site, self._call)
 
     @output.setter
     def output(self, value: Any) -> None:
-        self._mediator("output").write(self._site(Slot.OUTPUT), value, self._call)
+        mediator, site = self._at(Slot.OUTPUT, "output")
+        mediator.write(site, value, self._call)
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the module was called with: `(args, kwargs)`."""
-        return self._mediator("inputs").read(self._site(Slot.INPUT), self._call)  # pyright: ignore[reportReturnType] - hooks always give this pair
+        mediator, site = self._at(Slot.INPUT, "inputs")
+        return mediator.read(site, self._call)  # pyright: ignore[reportReturnType] - hooks always give this pair
 
     @inputs.setter
     def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        self._mediator("inputs").write(self._site(Slot.INPUT), value, self._call)
+        mediator, site = self._at(Slot.INPUT, "inputs")
+        mediator.write(site, value, self._call)
 
     @property
     def input(self) -> Any:
@@ -93,7 +97,8 @@ class Envoy:
 
     def skip(self, value: Any) -> None:
         """Do not run the module in this step; its output is `value`."""
-        self._mediator("skip()").skip(self._site(Slot.OUTPUT), value, self._call)
+        mediator, site = self._at(Slot.OUTPUT, "skip()")
+        mediator.skip(site, value, self._call)
 
     def next(self, steps: int = 1) -> Envoy:
         """This module, after going on to a later step of the generation.
@@ -109,14 +114,17 @@ class Envoy:
         """`module.calls[1]` is the module's second call within a step, if it runs several times."""
         return Calls(self._tree, self._path)
 
-    def _site(self, slot: Slot) -> Site:
-        path = self._tree.canonical(self._path)
-        if not self._tree.is_called(path):
+    def _at(self, slot: Slot, name: str) -> tuple[Mediator, Site]:
+        """Whom to ask for a value of this module, and for what."""
+        mediator = self._mediator(name)
+        tree: Tree = mediator.model
+        path = tree.canonical(tree.name + self._path.removeprefix(self._tree.name))
+        if not tree.is_called(path):
             raise NeverRanError(
                 f"{self._path} is a {type(self.module).__name__}, which is never called and has "
                 f"no {slot.value}; ask one of its modules, as in {self._path}[0].{slot.value}."
             )
-        return Site(path, slot)
+        return mediator, Site(path, slot)
 
     def _mediator(self, name: str) -> Mediator:
         mediator = current_mediator()
@@ -125,7 +133,7 @@ class Envoy:
                 f"{self._path}.{name} has a value only while the model runs: ask for it in the "
                 f"block of `with model.trace(...)`, or read a tracer.cache() afterwards."
             )
-        if mediator.model is not self._tree.root:
+        if mediator.model.root is not self._tree.root:
             raise OutsideTraceError(
                 f"{self._path}.{name} belongs to a model that this block is not tracing; "
                 f"read it in the block of its own trace and use the name here."
@@ -152,7 +160,7 @@ class Envoy:
         if name in Envoy.__slots__ or name.startswith("__"):  # half-made, in copy or pickle
             raise AttributeError(name)
         module = self.module
-        if name in own_children(module):
+        if own_children(module).get(name) is not None:
             return self._child(name)
         try:
             value = getattr(module, name)
@@ -184,7 +192,7 @@ class Envoy:
 
     def __getitem__(self, key: int | slice | str) -> Any:
         """A child by name or, in a list of modules, by index or slice."""
-        names = list(own_children(self.module))
+        names = self._names()
         if isinstance(key, str):
             if key not in names:
                 raise UnknownModuleError(
@@ -198,10 +206,10 @@ class Envoy:
         return self._child(names[key])
 
     def __len__(self) -> int:
-        return len(own_children(self.module))
+        return len(self._names())
 
     def __iter__(self) -> Iterator[Envoy]:
-        return iter([self._child(name) for name in own_children(self.module)])
+        return iter([self._child(name) for name in self._names()])
 
     def __bool__(self) -> bool:
         return True  # with __len__ alone, a leaf would be false
@@ -217,6 +225,9 @@ class Envoy:
 
     def __repr__(self) -> str:
         return f"{self._path}: {self.module!r}"
+
+    def _names(self) -> list[str]:
+        return [name for name, child in own_children(self.module).items() if child is not None]
 
     def _child(self, name: str) -> Envoy:
         return Envoy(self._tree, f"{self._path}.{name}")

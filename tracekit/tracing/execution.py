@@ -14,10 +14,11 @@ import torch
 from tracekit.capture import caller_frame, user_traceback
 from tracekit.core.keep import Keep
 from tracekit.core.nest import misfit
+from tracekit.core.quirks import is_checkpointing
 from tracekit.core.site import Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import Versions
-from tracekit.errors import CacheError, OverwrittenError, TracekitError
+from tracekit.errors import CacheError, OverwrittenError, TracekitError, UnsupportedError
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver
 from tracekit.interleave.mediator import Mediator
@@ -40,10 +41,12 @@ class Execution:
         self._tree = tree
         self._call = call
         self._grad = grad
+        self._has_grad = torch.is_grad_enabled() and grad is not False
         self._kind = (grad, torch.is_grad_enabled(), tree.root.training)  # models differ by it
         self._hooks = Hooks(tree.module)
         self._passage = Passage(tree, self._hooks.watch)
         self._versions = Versions()
+        self.mediator: Mediator | None = None
         self._recorders: list[Recorder] = []
         self._interleaver = Interleaver(self._passage, self._hooks, witness=self)
         self._hooks.subscriber = self._interleaver
@@ -53,15 +56,18 @@ class Execution:
 
         The error of the block comes before one that the model ran into because of it.
         """
-        mediator = self._mediator(body) if body is not None and beside else None
-        error = self._run(body if mediator is None else None)
+        if body is not None and beside:
+            self.mediator = self._new_mediator(body)
+        error = self._run(body if self.mediator is None else None)
+        checked: BaseException | None = None
         try:
-            if mediator is not None and mediator.error is not None:
-                error, mediator.error = mediator.error, None
-            checked = self._checked(mediator is not None and mediator.has_stopped)
+            if self.mediator is not None and self.mediator.error is not None:
+                error, self.mediator.error = self.mediator.error, None
+            checked = self._checked(is_whole=error is None)
             return error if error is not None else checked
         finally:  # an error refers to frames that refer to this one: it must not refer back
-            del error, mediator
+            self.mediator = None
+            del error, checked
 
     def _run(self, body: Callable[[], None] | None) -> BaseException | None:
         try:
@@ -90,8 +96,8 @@ class Execution:
         self._recorders.append(recorder)
         return cache
 
-    def _mediator(self, body: Callable[[], None]) -> Mediator:
-        mediator = Mediator(self._tree.root, self._interleaver, misfit, _line)
+    def _new_mediator(self, body: Callable[[], None]) -> Mediator:
+        mediator = Mediator(self._tree, self._interleaver, misfit, _line)
         self._interleaver.mediators.append(mediator)
         run_beside(mediator, body, self._grad)
         return mediator
@@ -109,14 +115,16 @@ class Execution:
             self._hooks.remove()
             del self._interleaver, self._passage
 
-    def _checked(self, was_stopped: bool) -> BaseException | None:
+    def _checked(self, is_whole: bool) -> BaseException | None:
         """Complete the caches, whatever the checks say: nothing is lost to an error."""
+        if self.mediator is not None and (self.mediator.has_stopped or self.mediator.has_skipped):
+            is_whole = False
         for recorder in self._recorders:
             recorder.freeze()
         try:
             self._check_versions()
             for recorder in self._recorders:
-                recorder.check(was_stopped)
+                recorder.check(is_whole)
         except TracekitError as error:
             return error
         finally:
@@ -149,9 +157,19 @@ class Execution:
             recorder.copy_what_shares(value)
         self._versions.note(visit, value)
 
-    def take_back(self, visit: Visit) -> None:
-        """The model goes on from `visit`."""
-        self._versions.renew(visit)
+    def take_back(self, visit: Visit, is_other: bool) -> None:
+        """The model goes on from `visit`, with another value if `is_other`."""
+        is_changed = self._versions.renew(visit) or is_other
+        if is_changed and self._has_grad and self._is_recomputed(visit.site.path):
+            raise UnsupportedError(
+                f"{visit} was edited inside a layer under gradient checkpointing: backward would "
+                f"compute the layer again without the edit, and give other gradients. Call "
+                f"gradient_checkpointing_disable(), or edit the layer's own output."
+            )
+
+    def _is_recomputed(self, path: str) -> bool:
+        above = (self._tree.module(ancestor) for ancestor in self._tree.ancestors(path))
+        return any(is_checkpointing(module) for module in above)
 
 
 def _over(_: Callable[[], None]) -> Any:

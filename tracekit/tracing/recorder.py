@@ -52,19 +52,20 @@ class Recorder:
         self._tree = tree
         self._paths = paths
         self._named = named
-        self._keep = keep
+        self.keep = keep
         self._habits = tree.overwrites.setdefault(kind, {})
         self._originals: list[tuple[Site, Tensor, int]] = []  # of sites recorded for the first time
-        self._entries: dict[str, list[Entry]] = {}
+        self.entries: dict[str, list[Entry]] = {}
         # Every tensor recorded, in order, with its entry and its version then.
-        self._seen: list[tuple[Entry, Tensor, int]] = []
+        self.seen: list[tuple[Entry, Tensor, int]] = []
         self._sharing: dict[int, list[int]] = {}  # storage -> indices in _seen, as far as _indexed
         self._indexed = 0
+        self.handed_out: set[int] = set()  # storages that blocks have seen
 
     def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool) -> None:
         """Put the hooks on; `run` tells the step."""
         for path in self._paths:
-            log = _Log(path, self._keep, hooks.thread, run, self._entries, self._seen)
+            log = _Log(path, self, hooks.thread, run)
             if inputs:
                 hooks.observe_inputs(path, self._safely(Site(path, Slot.INPUT), log.see_inputs))
             if outputs:
@@ -73,29 +74,47 @@ class Recorder:
     def _safely(self, site: Site, hook: ForwardHook) -> ForwardHook:
         """`hook`, given copies of what will be overwritten, or might be."""
         overwrites = self._habits.get(site)
-        if overwrites is False or not self._keep.detach:
+        if overwrites is False or not self.keep.detach:
             return hook
         originals = self._originals if overwrites is None else None
-        return partial(_see_copy, hook, self._keep, site, originals)
+        return partial(_see_copy, hook, self.keep, site, originals)
 
     # -- edits in place -------------------------------------------------------------------------
 
     def copy_what_shares(self, value: Any) -> None:
-        """Give every record that shares memory with `value` its own copy, while it is right."""
-        for index in range(self._indexed, len(self._seen)):
-            key = storage_key(self._seen[index][1])
+        """Give every record that shares memory with `value` its own copy, while it is right.
+
+        And those that are still to come: the block may keep the value, and edit it any time.
+        """
+        if not self.keep.detach:
+            return  # a copy would have no gradient; should it be overwritten, that is refused
+        for index in range(self._indexed, len(self.seen)):
+            key = storage_key(self.seen[index][1])
             if key is not None:
                 self._sharing.setdefault(key, []).append(index)
-        self._indexed = len(self._seen)
+        self._indexed = len(self.seen)
         for tensor in tensors(value):
-            for index in self._sharing.pop(storage_key(tensor) or -1, ()):
-                self._check(*self._seen[index])
+            key = storage_key(tensor)
+            if key is None:
+                continue
+            self.handed_out.add(key)
+            for index in self._sharing.pop(key, ()):
+                self._check(*self.seen[index])
                 self._copy(index)
 
+    def apart(self, kept: Any) -> Any:
+        """`kept`, with copies of what a block has in its hands."""
+
+        def own(leaf: Any) -> Any:
+            is_shared = isinstance(leaf, Tensor) and storage_key(leaf) in self.handed_out
+            return leaf.clone() if is_shared and self.keep.detach else leaf
+
+        return map_leaves(own, kept) if self.handed_out else kept
+
     def _copy(self, index: int) -> None:
-        entry, tensor, _ = self._seen[index]
+        entry, tensor, _ = self.seen[index]
         copy = tensor.clone()
-        self._seen[index] = (entry, copy, version(copy))
+        self.seen[index] = (entry, copy, version(copy))
 
         def own(leaf: Any) -> Any:
             return copy if leaf is tensor else leaf
@@ -103,9 +122,10 @@ class Recorder:
         entry._output = map_leaves(own, entry._output)  # pyright: ignore[reportPrivateUsage] - it is being made
         entry._inputs = map_leaves(own, entry._inputs)  # pyright: ignore[reportPrivateUsage] - it is being made
 
-    @staticmethod
-    def _check(entry: Entry, tensor: Tensor, then: int) -> None:
+    def _check(self, entry: Entry, tensor: Tensor, then: int) -> None:
         if version(tensor) != then:
+            for slot in (Slot.INPUT, Slot.OUTPUT):  # it is copied from now on
+                self._habits[Site(entry.path, slot)] = True
             raise OverwrittenError(
                 f"{entry.path} (step {entry.step}) was overwritten in place after it was "
                 f"recorded, which it was not in an earlier run; record copies of everything, "
@@ -116,17 +136,20 @@ class Recorder:
 
     def freeze(self) -> None:
         """Complete the cache with what was recorded."""
-        self.cache._freeze(self._entries, self._tree.aliases, self._paths)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        self.cache._freeze(self.entries, self._tree.aliases, self._paths)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
-    def check(self, was_stopped: bool) -> None:
-        """Raise if a record is not what was seen, or if a module that was named did not run."""
-        self._learn()
-        for entry, tensor, then in self._seen:
-            if tensor._version != then and then >= 0:
-                self._check(entry, tensor, then)
-        if was_stopped or len(self._entries) == len(self._paths):
+    def check(self, was_whole: bool) -> None:
+        """Raise if a record is not what was seen, or if a module that was named did not run.
+
+        `was_whole` says that the run was neither stopped nor made to skip a module: what such a
+        run did not overwrite may yet be overwritten by another.
+        """
+        self._learn(was_whole)
+        for entry, tensor, then in self.seen:
+            self._check(entry, tensor, then)
+        if not was_whole or len(self.entries) == len(self._paths):
             return
-        missing = [path for path in self._paths if path not in self._entries]
+        missing = [path for path in self._paths if path not in self.entries]
         named = [path for path in missing if path in self._named]
         if named or len(missing) == len(self._paths):
             raise NeverRanError(
@@ -135,10 +158,12 @@ class Recorder:
                 f"calling it. Name modules that run: tracer.cache() shows them."
             )
 
-    def _learn(self) -> None:
+    def _learn(self, was_whole: bool) -> None:
         for site, original, then in self._originals:
-            overwritten = self._habits.get(site, False) or version(original) != then
-            self._habits[site] = overwritten
+            if version(original) != then:
+                self._habits[site] = True
+            elif was_whole:
+                self._habits.setdefault(site, False)
         self._originals.clear()
 
 
@@ -169,23 +194,13 @@ class _Log:
 
     # One small object for each module, and no closures: what is made here for every module of a
     # model is what wakes the garbage collector, which costs more than the recording.
-    __slots__ = ("_begun", "_cache", "_entries", "_keep", "_path", "_run", "_seen", "_thread")
+    __slots__ = ("_begun", "_entries", "_path", "_recorder", "_run", "_thread")
 
-    def __init__(
-        self,
-        path: str,
-        keep: Keep,
-        thread: int,
-        run: Clock,
-        cache: dict[str, list[Entry]],
-        seen: list[tuple[Entry, Tensor, int]],
-    ) -> None:
+    def __init__(self, path: str, recorder: Recorder, thread: int, run: Clock) -> None:
         self._path = path
-        self._keep = keep
+        self._recorder = recorder
         self._thread = thread
         self._run = run
-        self._cache = cache
-        self._seen = seen
         self._entries: list[Entry] | None = None
         self._begun: list[Entry] | None = None  # with inputs, and still without output
 
@@ -193,33 +208,37 @@ class _Log:
         """A forward hook."""
         if is_elsewhere(self._thread):
             return
+        recorder = self._recorder
         is_tensor = isinstance(output, Tensor)
-        kept = self._keep.tensor(output) if is_tensor else self._keep(output)
+        kept = recorder.keep.tensor(output) if is_tensor else recorder.keep(output)
+        if recorder.handed_out:
+            kept = recorder.apart(kept)
         if self._begun:
             entry = self._begun.pop()
             entry._output = kept  # pyright: ignore[reportPrivateUsage] - it is being made
         else:
             entry = self._new(ABSENT, kept)
         if is_tensor:
-            self._seen.append((entry, kept, version(kept)))
+            recorder.seen.append((entry, kept, version(kept)))
         else:
-            self._seen.extend((entry, tensor, version(tensor)) for tensor in tensors(kept))
+            recorder.seen.extend((entry, tensor, version(tensor)) for tensor in tensors(kept))
 
     def see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward pre-hook."""
         if is_elsewhere(self._thread):
             return
-        kept = (self._keep(args), self._keep(kwargs))
+        recorder = self._recorder
+        kept = recorder.apart((recorder.keep(args), recorder.keep(kwargs)))
         entry = self._new(kept, ABSENT)
         self._begun = self._begun or []
         self._begun.append(entry)
-        self._seen.extend((entry, tensor, version(tensor)) for tensor in tensors(kept))
+        recorder.seen.extend((entry, tensor, version(tensor)) for tensor in tensors(kept))
 
     def _new(self, inputs: Any, output: Any) -> Entry:
         step, entries = self._run.step, self._entries
         if entries is None:
             entry = Entry(self._path, step, 0, inputs, output)
-            self._entries = self._cache[self._path] = [entry]
+            self._entries = self._recorder.entries[self._path] = [entry]
             return entry
         last = entries[-1]
         entry = Entry(self._path, step, last.call + 1 if last.step == step else 0, inputs, output)

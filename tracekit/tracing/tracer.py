@@ -100,7 +100,8 @@ class Tracer:
 
     def _mediator(self, name: str) -> Mediator:
         mediator = current_mediator()
-        if mediator is None or mediator.model is not self._tree.root:
+        own = self._execution.mediator if self._execution is not None else None
+        if mediator is None or mediator is not own:
             raise OutsideTraceError(
                 f"tracer.{name} means something only in the block of its trace; bind what you "
                 f"need there, as in `out = tracer.result`."
