@@ -24,6 +24,7 @@ class Tree:
         self.root = root
         self.name = name
         self._depth = name.count(".") + 1
+        self.load_first: Callable[[], None] | None = None  # brings weights that were left out
         self.modules: dict[str, nn.Module] = {}  # every path, aliases included, in tree order
         self._canonical: dict[str, str] = {}
         self._parents: dict[str, list[str]] = {}  # canonical path -> canonical parents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -30,11 +31,20 @@ def generate(
         return module.generate(*args, **kwargs)
 
 
+def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward pass, run as Python."""
+    with eager(module):
+        return module(*args, **kwargs)
+
+
 def eager(module: nn.Module) -> AbstractContextManager[Any]:
     """Run compiled parts as Python: hooks placed after a compilation do not fire in it."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()  # nothing can have been compiled
     parts = ("_compiled_call", "_compiled_call_impl", "_orig_mod")
-    if any(getattr(module, part, None) is not None for part in parts):
-        return torch.compiler.set_stance("force_eager")
+    for inner in module.modules():
+        if any(getattr(inner, part, None) is not None for part in parts):
+            return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 

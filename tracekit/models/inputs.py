@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tracekit.errors import InputError, PaddingError
+from tracekit.errors import InputError
 
 
-def encode(given: Any, tokenizer: Any, padding_side: str | None) -> dict[str, Any]:
+def encode(given: Any, tokenizer: Any, padding_side: str) -> dict[str, Any]:
     """The `input_ids`, `attention_mask` … that `given` stands for.
 
     `given` is a string, a list of strings, ids (a list, a list of lists, a tensor of one or two
@@ -37,30 +36,6 @@ def encode(given: Any, tokenizer: Any, padding_side: str | None) -> dict[str, An
     return _from_rows([_row(item) for item in items], tokenizer, padding_side)
 
 
-def with_positions(inputs: dict[str, Any], forward: Any, model_type: str) -> dict[str, Any]:
-    """`inputs`, such that every row of a padded batch is computed as it would be alone.
-
-    Adds `position_ids` counted from the first real token, where the model's forward takes them.
-    Raises PaddingError where a model reads its padding.
-    """
-    mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
-        return inputs
-    if model_type in READS_PADDING:
-        raise PaddingError(
-            f"{model_type} reads its padding: in a padded batch its rows would not be what each "
-            f"is alone. Trace the rows one by one, or give rows of equal length."
-        )
-    if "position_ids" in inputs or "position_ids" not in inspect.signature(forward).parameters:
-        return inputs
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return {**inputs, "position_ids": positions}
-
-
-# State-space and recurrent families: their state runs through padding, whatever the mask says.
-READS_PADDING = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma"})
-
-
 def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """`inputs` with its tensors on `device`."""
     return {
@@ -69,12 +44,11 @@ def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _tokenized(text: str | list[str], tokenizer: Any, padding_side: str | None) -> dict[str, Any]:
+def _tokenized(text: str | list[str], tokenizer: Any, padding_side: str) -> dict[str, Any]:
     if tokenizer is None:
         raise InputError("text needs a tokenizer: LanguageModel(module, tokenizer=…), or give ids.")
-    options = {"padding_side": padding_side} if padding_side else {}
     several = not isinstance(text, str)
-    return dict(tokenizer(text, return_tensors="pt", padding=several, **options))
+    return dict(tokenizer(text, return_tensors="pt", padding=several, padding_side=padding_side))
 
 
 def _from_tensor(ids: Tensor) -> dict[str, Any]:
@@ -98,12 +72,11 @@ def _row(item: Any) -> list[int]:
     )
 
 
-def _from_rows(rows: list[list[int]], tokenizer: Any, padding_side: str | None) -> dict[str, Any]:
+def _from_rows(rows: list[list[int]], tokenizer: Any, padding_side: str) -> dict[str, Any]:
     length = max(len(row) for row in rows)
-    side = padding_side or getattr(tokenizer, "padding_side", "left")
     pad = getattr(tokenizer, "pad_token_id", None) or 0
-    padded = [_padded(row, length, pad, side) for row in rows]
-    mask = [_padded([1] * len(row), length, 0, side) for row in rows]
+    padded = [_padded(row, length, pad, padding_side) for row in rows]
+    mask = [_padded([1] * len(row), length, 0, padding_side) for row in rows]
     return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
-from tracekit.models.generation import generate
+from tracekit.models.generation import generate, run
 from tracekit.models.model import Model
+from tracekit.models.padding import fit_padding
 from tracekit.tracing.tracer import Tracer
 
 
@@ -22,8 +23,8 @@ class LanguageModel(Model):
 
     `dtype` (default: the checkpoint's), `device_map`, `revision`, `attn_implementation` and all
     else go to `from_pretrained`. `dispatch=False` leaves the weights out until they are needed.
-    Batches of different lengths are padded on `padding_side` ("left" unless the model is an
-    encoder), with positions such that every row is computed as it would be alone.
+    Batches of different lengths are padded on `padding_side` ("left" for decoders, else
+    "right"), with positions such that every row is computed as it would be alone.
     """
 
     __slots__ = ("_empty_from", "_padding_side", "_tokenizer")
@@ -58,6 +59,8 @@ class LanguageModel(Model):
         object.__setattr__(self, "_tokenizer", tokenizer)
         object.__setattr__(self, "_padding_side", padding_side)
         object.__setattr__(self, "_empty_from", empty_from)
+        if empty_from is not None:
+            self._tree.load_first = self.dispatch
 
     @property
     def tokenizer(self) -> Any:
@@ -70,6 +73,7 @@ class LanguageModel(Model):
             return
         name, options = self._empty_from
         self._tree.replace_root(loading.load_model(name, **options))
+        self._tree.load_first = None
         object.__setattr__(self, "_empty_from", None)
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -83,7 +87,7 @@ class LanguageModel(Model):
         accepted = inspect.signature(module.forward).parameters
         if "use_cache" in accepted and inputs.get("past_key_values") is None:
             inputs.setdefault("use_cache", False)
-        return Tracer(self._tree, lambda _: module(**inputs))
+        return Tracer(self._tree, lambda _: run(module, (), inputs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate from `input`; as the header of a `with`, trace all its steps.
@@ -116,16 +120,14 @@ class LanguageModel(Model):
             raise InputError("an input is needed: a string, a list of strings, or token ids.")
         self.dispatch()
         module = self.module
-        side = self._side()
-        encoded = feeding.encode(args[0], self.tokenizer, side) if args else {}
+        encoded = feeding.encode(args[0], self.tokenizer, self._side()) if args else {}
         inputs = {**encoded, **kwargs}
         inputs = feeding.on_device(inputs, module.device)
-        if for_generate:
-            return inputs
-        return feeding.with_positions(inputs, module.forward, module.config.model_type)
+        return fit_padding(inputs, module, for_generate)
 
-    def _side(self) -> str | None:
+    def _side(self) -> str:
         if self._padding_side is not None:
             return self._padding_side
-        is_decoder = callable(getattr(self.module, "generate", None)) and self.module.can_generate()
-        return "left" if is_decoder and not self.module.config.is_encoder_decoder else None
+        module = self.module
+        is_decoder = callable(getattr(module, "can_generate", None)) and module.can_generate()
+        return "left" if is_decoder and not module.config.is_encoder_decoder else "right"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tracekit.errors import LoadingError
+from tracekit.errors import LoadingError, did_you_mean
 from tracekit.models.tiny import WEIGHTS
 
 PACKAGED = {"tracekit/tiny": WEIGHTS}
@@ -27,6 +28,10 @@ _AUTO_CLASSES = (
 def resolve(name: str | Path) -> str:
     """The directory of a packaged model, else `name` itself: a local directory or a Hub id."""
     packaged = PACKAGED.get(str(name))
+    if packaged is None and str(name).startswith("tracekit/") and not Path(name).exists():
+        raise LoadingError(
+            f"{str(name)!r} is not packaged with tracekit{did_you_mean(str(name), PACKAGED)}"
+        )
     return str(packaged) if packaged is not None else str(name)
 
 
@@ -64,6 +69,7 @@ def load_tokenizer(name: str | Path, **options: Any) -> Any:
 def with_padding(tokenizer: Any) -> Any:
     """`tokenizer`, able to pad; the mask hides padding, so which token it is does not matter."""
     if tokenizer.pad_token_id is None:
+        tokenizer = copy.deepcopy(tokenizer)  # the user's own stays as it is
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
     return tokenizer
 

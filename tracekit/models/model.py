@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from tracekit.capture import caller_frame, is_with_item
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
-from tracekit.models.generation import generate
+from tracekit.models.generation import generate, run
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.tracer import Tracer
 
@@ -32,10 +33,13 @@ class Model(Envoy):
 
         Takes what the module's forward takes.
         """
-        if not args and not kwargs:
-            raise InputError(f"trace() needs an input for {type(self.module).__name__}.")
         module = self.module
-        return Tracer(self._tree, lambda _: module(*args, **kwargs))
+        if not args and not kwargs and _needs_input(module):
+            raise InputError(
+                f"trace() needs what {type(module).__name__}.forward takes: "
+                f"{inspect.signature(module.forward)}."
+            )
+        return Tracer(self._tree, lambda _: run(module, args, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; as the header of a `with`, trace all its steps, else return the tokens.
@@ -57,3 +61,9 @@ class Model(Envoy):
 
     def __repr__(self) -> str:
         return repr(self.module)
+
+
+def _needs_input(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is p.empty and p.kind not in optional for p in parameters)

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
 from tracekit.tracing.entries import Entries, Entry
+from tracekit.tracing.envoy import Envoy
 
 
 @final
@@ -21,6 +22,7 @@ class Cache(Mapping[str, Entries]):
         self._entries: dict[str, list[Entry]] = {}
         self._aliases: dict[str, str] = {}
         self._asked: list[str] = []
+        self._root = ""
         self._is_complete = False
 
     def _freeze(
@@ -31,13 +33,18 @@ class Cache(Mapping[str, Entries]):
         self._aliases = aliases
         self._asked = asked
         self._is_complete = True
+        self._root = next(iter(asked), "").partition(".")[0]
 
     # -- by key ---------------------------------------------------------------------------------
 
-    def __getitem__(self, path: str) -> Entries:
-        found = self._entries.get(self._aliases.get(path, path))
-        if found is not None:
-            return Entries(path, found)
+    def __getitem__(self, path: str | Envoy) -> Entries:
+        """By full path, by path without the root's name, or by the Envoy itself."""
+        if isinstance(path, Envoy):
+            path = path.path
+        for key in (path, f"{self._root}.{path}"):
+            found = self._entries.get(self._aliases.get(key, key))
+            if found is not None:
+                return Entries(key, found)
         self._check_complete(repr(path))
         if path in self._asked:
             raise UnknownPathError(
@@ -162,7 +169,7 @@ def _child(cache: Cache, path: str, name: str) -> Branch:
     names = _names_below(cache, path)
     if name not in names:
         raise UnknownModuleError(
-            f"{full!r} is not in this cache{did_you_mean(name, names)} It holds: {names[:8]}"
+            f"{full!r} is not in this cache{did_you_mean(name, names)} (there: {names[:8]})"
         )
     return Branch(cache, full)
 

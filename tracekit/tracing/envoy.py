@@ -154,10 +154,12 @@ class Envoy:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module on values, in a trace or outside; no trace sees this call."""
+        if self._tree.load_first is not None:
+            self._tree.load_first()
         return self.module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in Envoy.__slots__ or name.startswith("__"):  # half-made, in copy or pickle
+        if name.startswith("__") or hasattr(type(self), name):  # half-made, in copy or pickle
             raise AttributeError(name)
         module = self.module
         if own_children(module).get(name) is not None:
@@ -171,9 +173,12 @@ class Envoy:
                 f"{did_you_mean(name, known)}"
             ) from None
         if isinstance(value, torch.Tensor) and value.is_meta:
+            if self._tree.load_first is not None:
+                self._tree.load_first()
+                return getattr(self.module, name)
             raise LoadingError(
-                f"{self._path}.{name} is not in memory (offloaded, or not loaded yet): computing "
-                f"with it would give garbage. Call the module instead, as in {self._path}(x)."
+                f"{self._path}.{name} is offloaded, not in memory: computing with it would give "
+                f"garbage. Call the module instead, as in {self._path}(x)."
             )
         return value
 
@@ -189,6 +194,10 @@ class Envoy:
             )
         setattr(module, name, value)
         self._tree.refresh_if_changed()
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():  # what copy and pickle took from the slots
+            object.__setattr__(self, name, value)
 
     def __getitem__(self, key: int | slice | str) -> Any:
         """A child by name or, in a list of modules, by index or slice."""

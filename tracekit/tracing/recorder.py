@@ -154,8 +154,8 @@ class Recorder:
         if named or len(missing) == len(self._paths):
             raise NeverRanError(
                 f"{(named or missing)[0]} was to be recorded, but was not called in this run "
-                f"(nor were {len(named or missing) - 1} more); its weights may be used without "
-                f"calling it. Name modules that run: tracer.cache() shows them."
+                f"({len(named or missing)} such of {len(self._paths)}); its weights may be used "
+                f"without calling it. Name modules that run: tracer.cache() shows them."
             )
 
     def _learn(self, was_whole: bool) -> None:

@@ -112,10 +112,14 @@ class Tracer:
 
     def __enter__(self) -> Tracer:
         frame = caller_frame()
-        self._block = capture(frame)
+        try:
+            self._block = capture(frame)
+            if not self._block.is_empty:
+                self._skip = skip_body(self._block, frame, entered=self)
+        except CaptureError as error:
+            show_own_lines(error, error.__context__)
+            raise
         self._frame = frame
-        if not self._block.is_empty:
-            self._skip = skip_body(self._block, frame, entered=self)
         return self
 
     def __exit__(
