@@ -30,6 +30,7 @@ class Tree:
         self._parents: dict[str, list[str]] = {}  # canonical path -> canonical parents
         self._relatives: dict[tuple[str, str], list[str]] = {}  # what was found out before
         self._called: set[str] = set()
+        self._states: list[dict[str, Any]] = []  # each module's __dict__
         self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
         self.aliases: dict[str, str] = {}  # second and later paths of shared modules
         self.order: dict[str, int] = {}  # canonical paths, in tree order
@@ -57,6 +58,7 @@ class Tree:
         self.aliases = {path: first for path, first in self._canonical.items() if path != first}
         self.order = {path: index for index, path in enumerate(self.paths())}
         self._called = {path for path in self._canonical if _has_forward(self.modules[path])}
+        self._states = [vars(self.modules[path]) for path in self.order]
         self._shape = [
             (own_children(module), dict(own_children(module)))
             for module in map(self.modules.__getitem__, self.order)
@@ -73,6 +75,11 @@ class Tree:
             if children != known:  # modules compare by identity
                 self.refresh()
                 return
+
+    def is_compiled(self) -> bool:
+        """Whether anything here runs compiled by torch; hooks placed since do not fire in it."""
+        marks = ("_compiled_call_impl", "_compiled_call", "dynamo_ctx")
+        return any(mark in state for state in self._states for mark in marks)
 
     def paths(self) -> Iterator[str]:
         """Every canonical path, in tree order."""

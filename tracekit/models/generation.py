@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+
+from tracekit.core.tree import Tree
 
 
 def generate(
-    module: Any, end_step: Callable[[], None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tree: Tree, end_step: Callable[[], None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """What `module.generate(*args, **kwargs)` returns; `end_step` is called after each iteration.
+    """What the root's `generate(*args, **kwargs)` returns; `end_step` is called in each iteration.
 
     Steps are not found by counting forward passes: a prompt in chunks takes several, guidance
     doubles them, assisted decoding runs fewer. A stopping criterion is asked exactly once in
     each iteration.
     """
+    module: Any = tree.root
     if end_step is None or not _is_transformers(module):
         return module.generate(*args, **kwargs)
     kwargs = dict(kwargs)
     kwargs["stopping_criteria"] = _with_end_of_step(kwargs.get("stopping_criteria"), end_step)
     kwargs.setdefault("disable_compile", True)
-    with eager(module):
+    with eager(tree):
         return module.generate(*args, **kwargs)
 
 
-def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward pass, run as Python."""
-    with eager(module):
-        return module(*args, **kwargs)
+    with eager(tree):
+        return tree.root(*args, **kwargs)
 
 
-def eager(module: nn.Module) -> AbstractContextManager[Any]:
+def eager(tree: Tree) -> AbstractContextManager[Any]:
     """Run compiled parts as Python: hooks placed after a compilation do not fire in it."""
-    if "torch._dynamo" not in sys.modules:
-        return nullcontext()  # nothing can have been compiled
-    parts = ("_compiled_call", "_compiled_call_impl", "_orig_mod")
-    for inner in module.modules():
-        if any(getattr(inner, part, None) is not None for part in parts):
-            return torch.compiler.set_stance("force_eager")
-    return nullcontext()
+    return torch.compiler.set_stance("force_eager") if tree.is_compiled() else nullcontext()
 
 
 def _is_transformers(module: Any) -> bool:

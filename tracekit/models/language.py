@@ -87,7 +87,7 @@ class LanguageModel(Model):
         accepted = inspect.signature(module.forward).parameters
         if "use_cache" in accepted and inputs.get("past_key_values") is None:
             inputs.setdefault("use_cache", False)
-        return Tracer(self._tree, lambda _: run(module, (), inputs))
+        return Tracer(self._tree, lambda _: run(self._tree, (), inputs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate from `input`; as the header of a `with`, trace all its steps.
@@ -100,7 +100,7 @@ class LanguageModel(Model):
         module = self.module
         if self.tokenizer is not None and module.generation_config.pad_token_id is None:
             inputs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        return self._traced_or_run(lambda end_step=None: generate(module, end_step, (), inputs))
+        return self._traced_or_run(lambda end_step=None: generate(self._tree, end_step, (), inputs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on tensors as PyTorch would, or on text."""

@@ -39,7 +39,7 @@ class Model(Envoy):
                 f"trace() needs what {type(module).__name__}.forward takes: "
                 f"{inspect.signature(module.forward)}."
             )
-        return Tracer(self._tree, lambda _: run(module, args, kwargs))
+        return Tracer(self._tree, lambda _: run(self._tree, args, kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; as the header of a `with`, trace all its steps, else return the tokens.
@@ -52,7 +52,7 @@ class Model(Envoy):
         module = self.module
         if not callable(getattr(module, "generate", None)):
             raise InputError(f"{type(module).__name__} has no generate().")
-        return lambda end_step=None: generate(module, end_step, args, kwargs)
+        return lambda end_step=None: generate(self._tree, end_step, args, kwargs)
 
     def _traced_or_run(self, call: Callable[..., Any]) -> Any:
         if is_with_item(caller_frame()):
