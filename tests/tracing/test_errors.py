@@ -345,13 +345,6 @@ def a_value_of_another_model(model: Model) -> None:
         other.output  # here
 
 
-@mistake(NeverRanError, r"h\.1\.mlp was to be recorded, but was not called")
-def a_cache_of_what_a_skip_leaves_out(model: Model) -> None:
-    with model.trace(IDS) as tracer:
-        tracer.cache(model.transformer.h[1].mlp)
-        model.transformer.h[1].skip(model.transformer.h[0].output)
-
-
 @pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.make.__name__)
 def test_a_mistake_is_an_error_at_its_line_and_leaves_the_model_as_it_was(
     case: Mistake, model: Model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,10 +134,28 @@ def test_a_language_model_without_an_input_is_refused(given: str) -> None:
         getattr(model, given)()
 
 
-def test_the_wrong_arguments_for_a_forward_are_the_models_own_error(model: Model) -> None:
-    with pytest.raises(TypeError, match=r"required|missing"):
+def test_a_trace_without_what_the_forward_takes_is_refused(model: Model) -> None:
+    with pytest.raises(
+        InputError, match=r"trace\(\) needs what Sequential\.forward takes: \(input"
+    ):
         with model.trace():
             model.output
+
+
+def test_the_wrong_arguments_for_a_forward_are_the_models_own_error(model: Model) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'inputs'") as caught:
+        with model.trace(inputs=X):
+            model.output
+    assert lines_of(caught.value)[-1] == "with model.trace(inputs=X):"
+
+
+def test_a_record_of_what_a_skip_left_out_is_no_key(net: nn.Sequential) -> None:
+    model = Model(nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)))
+    with model.trace(X) as tracer:
+        cache = tracer.cache(model[0][0])
+        model[0].skip(X)
+    with pytest.raises(UnknownPathError, match=r"'model\.0\.0' was to be recorded"):
+        cache["model.0.0"]
 
 
 # -- names ----------------------------------------------------------------------------------------
@@ -292,18 +309,6 @@ def test_an_error_in_the_users_stopping_criterion_goes_through() -> None:
             for _ in tracer.iter[:]:
                 model.lm_head.output
     lines_of(caught.value)
-
-
-def test_a_warning_of_the_model_is_the_models() -> None:
-    class Warning_(nn.Module):
-        def forward(self, value: Tensor) -> Tensor:
-            warnings.warn("from the model", UserWarning, stacklevel=1)
-            return value
-
-    model = Model(nn.Sequential(Warning_()))
-    with pytest.warns(UserWarning, match="from the model"):
-        with model.trace(X):
-            model.output
 
 
 # -- after an error that the block catches --------------------------------------------------------
