@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ import torch
 
 from tests.interleave.stage import Module, Stage, misfit, output
 from tracekit.interleave import worker
+from tracekit.interleave.baton import Baton
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.protocol import State, Unwind
 
@@ -129,3 +131,26 @@ def test_after_a_fork_the_pool_is_empty_and_a_new_worker_serves() -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_baton_is_never_lost_however_the_threads_are_switched() -> None:
+    baton, rounds = Baton(), 20_000
+    turns: list[int] = []
+
+    def other() -> None:
+        for number in range(rounds):
+            baton.wait_for_model()
+            turns.append(number)
+            baton.give_to_model()
+
+    thread = threading.Thread(target=other, daemon=True)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for number in range(rounds):
+            assert len(turns) == number
+            baton.give_to_worker()
+    finally:
+        sys.setswitchinterval(interval)
+    assert turns == list(range(rounds))

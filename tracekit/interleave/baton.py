@@ -65,12 +65,13 @@ class Baton:
     def give_to_model(self) -> bool:
         """Let the model run; whether an interrupt came on the way. `wait_for_model` comes next."""
         was_interrupted = False
-        while self._returned != self._given:
+        given = self._given  # read once: behind the release the model may give again
+        while self._returned != given:
             try:
-                if self._returning != self._given:
-                    self._returning = self._given
+                if self._returning != given:
+                    self._returning = given
                     self._model_may_run.release()
-                self._returned = self._given
+                self._returned = given
             except KeyboardInterrupt:
                 was_interrupted = True
         return was_interrupted
