@@ -6,10 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from tracekit import errors
+from tests.tiny_models import make
+from tracekit import LanguageModel, Model, errors
 from tracekit.errors import TracekitError, TracekitWarning, did_you_mean
 
 IN_ERRORS = [value for value in vars(errors).values() if isinstance(value, type)]
@@ -26,9 +30,180 @@ class Case:
     text: str
 
 
-# One line for each class of errors.py, at least:
-#     Case(lambda: model.transformer.hh, errors.UnknownModuleError, "'hh' is not in ... 'h'? [...]")
-CASES: list[Case] = []
+NET = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
+MODEL = Model(NET)
+X = torch.ones(1, 2)
+
+
+def return_in_a_block() -> Any:
+    with MODEL.trace(X):
+        return MODEL.output
+
+
+def a_value_outside_a_trace() -> None:
+    MODEL[0].output
+
+
+def a_misspelled_value() -> None:
+    MODEL[0].ouput
+
+
+def a_misspelled_path() -> None:
+    with MODEL.trace(X) as tracer:
+        cache = tracer.cache()
+    cache["model.O"]
+
+
+def the_wrong_order() -> None:
+    with MODEL.trace(X):
+        MODEL[1].output
+        MODEL[0].output
+
+
+def the_output_of_a_list() -> None:
+    gpt2 = Model(make("gpt2")[0])
+    with gpt2.trace(torch.tensor([[11]])):
+        gpt2.transformer.h.output
+
+
+def a_step_counted_from_the_end() -> None:
+    with MODEL.trace(X) as tracer:
+        for _ in tracer.iter[-1]:
+            MODEL.output
+
+
+def a_value_of_another_shape() -> None:
+    with MODEL.trace(X):
+        MODEL[0].output = torch.ones(1, 3)
+
+
+def a_value_that_the_model_overwrites() -> None:
+    with torch.no_grad(), MODEL.trace(X):
+        value = MODEL[0].output
+    del value
+
+
+def a_cache_that_comes_too_late() -> None:
+    with MODEL.trace(X) as tracer:
+        MODEL[1].output
+        tracer.cache(MODEL[0])
+
+
+def no_input() -> None:
+    MODEL.trace()
+
+
+def padding_that_is_read() -> None:
+    model = LanguageModel(make("rwkv")[0])
+    model.trace([[11, 12], [13]])
+
+
+def an_edit_that_backward_would_not_make() -> None:
+    llama = make("llama")[0].train()
+    enable = getattr(llama, "activation_checkpointing_enable", None)  # its name since 5.23
+    (enable or llama.gradient_checkpointing_enable)()
+    model = Model(llama)
+    with model.trace(torch.tensor([[11, 12]])):
+        model.model.layers[0].mlp.output *= 2
+
+
+def a_misspelled_name_of_a_model() -> None:
+    LanguageModel("tracekit/tny")
+
+
+def line(function: Callable[[], object], number: int) -> str:
+    """The how-manieth line of a function, as messages name it; the line of its `def` is 0."""
+    return f"line {function.__code__.co_firstlineno + number}"
+
+
+CASES = [
+    Case(
+        return_in_a_block,
+        errors.CaptureError,
+        f"{__file__}:{return_in_a_block.__code__.co_firstlineno + 2}: `return` cannot be lifted "
+        "out of the block; move it after the block [capture]",
+    ),
+    Case(
+        a_value_outside_a_trace,
+        errors.OutsideTraceError,
+        "model.0.output has a value only while the model runs: ask for it in the block of "
+        "`with model.trace(...)`, or read a tracer.cache() afterwards. [outside-trace]",
+    ),
+    Case(
+        a_misspelled_value,
+        errors.UnknownModuleError,
+        "'ouput' is not in Linear (model.0); did you mean 'output' or 'input'? [unknown-module]",
+    ),
+    Case(
+        a_misspelled_path,
+        errors.UnknownPathError,
+        "'model.O' is not in this cache; did you mean 'model.1' or 'model.0' or 'model'? "
+        "[unknown-path]",
+    ),
+    Case(
+        the_wrong_order,
+        errors.SiteOrderError,
+        "model.0.output (step 0) was asked for after model.1.output (step 0) "
+        f"({line(the_wrong_order, 2)}), but the model runs it before; ask in the model's order, "
+        "or use tracer.cache(). [site-order]",
+    ),
+    Case(
+        the_output_of_a_list,
+        errors.NeverRanError,
+        "model.transformer.h is a ModuleList, which is never called and has no output; ask one "
+        "of its modules, as in model.transformer.h[0].output. [never-ran]",
+    ),
+    Case(
+        a_step_counted_from_the_end,
+        errors.StepError,
+        "step -1 counts from an end that is not known while the model generates; count steps "
+        "from 0. [step]",
+    ),
+    Case(
+        a_value_of_another_shape,
+        errors.MisfitError,
+        "model.0.output cannot be replaced so: the value was Tensor[1, 2] float32 cpu, and "
+        "Tensor[1, 3] float32 cpu was written; write a value of the same structure, shape, dtype "
+        "and device. [misfit]",
+    ),
+    Case(
+        a_value_that_the_model_overwrites,
+        errors.OverwrittenError,
+        "model.0.output (step 0) was overwritten in place after the block had read it, by the "
+        "model or by a later edit of a value that shares its memory: take "
+        "model.0.output.clone() where you read it. [overwritten]",
+    ),
+    Case(
+        a_cache_that_comes_too_late,
+        errors.CacheError,
+        "tracer.cache() was called when the model had passed model.0 (step 0); make the cache "
+        "first in the block, or name modules that come later. [cache]",
+    ),
+    Case(
+        no_input,
+        errors.InputError,
+        "trace() needs what Sequential.forward takes: (input). [input]",
+    ),
+    Case(
+        padding_that_is_read,
+        errors.PaddingError,
+        "rwkv reads its padding: in a padded batch its rows would not be what each is alone. "
+        "Trace the rows one by one, or give rows of equal length. [padding]",
+    ),
+    Case(
+        an_edit_that_backward_would_not_make,
+        errors.UnsupportedError,
+        "model.model.layers.0.mlp.output (step 0) was edited inside a layer under gradient "
+        "checkpointing: backward would compute the layer again without the edit, and give other "
+        "gradients. Call gradient_checkpointing_disable(), or edit the layer's own output. "
+        "[unsupported]",
+    ),
+    Case(
+        a_misspelled_name_of_a_model,
+        errors.LoadingError,
+        "'tracekit/tny' is not packaged with tracekit; did you mean 'tracekit/tiny'? [loading]",
+    ),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.error.slug)
