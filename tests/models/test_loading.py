@@ -9,12 +9,13 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertForMaskedLM, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.tiny_models import make
 from tests.tracing.plain import plain_hooks, state_of
-from tracekit import LanguageModel, Model
+from tracekit import LanguageModel, Model, TracekitWarning
 from tracekit.errors import LoadingError
 from tracekit.models.tiny import WEIGHTS
 
@@ -249,19 +250,80 @@ def test_reading_a_weight_brings_the_weights(places: dict[str, Path]) -> None:
     assert model.module.lm_head.weight is weight
 
 
-def test_an_edit_of_the_structure_before_the_weights_come_is_refused_or_kept(
-    places: dict[str, Path],
+def replaced(model: LanguageModel) -> bool:
+    model.transformer.h[1].mlp = nn.Identity()
+    logits_of(model)
+    return isinstance(model.module.transformer.h[1].mlp, nn.Identity)
+
+
+def trained(model: LanguageModel) -> bool:
+    model.module.train()
+    model.dispatch()
+    return model.module.training
+
+
+def cast(model: LanguageModel) -> bool:
+    model.to(torch.float64)
+    return logits_of(model).dtype == torch.float64
+
+
+def hooked(model: LanguageModel) -> bool:
+    calls: list[int] = []
+    model.module.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    logits_of(model)
+    return len(calls) == 1
+
+
+def configured(model: LanguageModel) -> bool:
+    model.module.generation_config.max_new_tokens = 2
+    return model.generate(IDS, do_sample=False).shape == (1, 7)
+
+
+@pytest.mark.parametrize("change", [replaced, trained, cast, hooked, configured])
+def test_what_is_done_to_a_model_before_its_weights_come_is_kept_or_refused(
+    change: Any, places: dict[str, Path]
 ) -> None:
     model = LanguageModel(places["gpt2"], dispatch=False)
     try:
-        model.transformer.h[1].mlp = nn.Identity()
+        is_kept = change(model)
     except LoadingError:
         return
-    with model.trace(IDS) as tracer:
-        cache = tracer.cache()
-        tracer.result
-    assert isinstance(model.module.transformer.h[1].mlp, nn.Identity)
-    assert "model.transformer.h.1.mlp" in cache
+    assert is_kept
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda head: next(iter(head.parameters())),
+        lambda head: dict(head.named_parameters())["weight"],
+        lambda head: head.state_dict()["weight"],
+    ],
+)
+def test_weights_by_whatever_way_are_there_or_refused(read: Any, places: dict[str, Path]) -> None:
+    model = LanguageModel(places["llama"], dispatch=False)
+    try:
+        weight = read(model.lm_head)
+    except LoadingError:
+        return
+    assert not weight.is_meta
+
+
+def test_weights_that_cannot_be_read_are_refused(places: dict[str, Path], tmp_path: Path) -> None:
+    path = shutil.copytree(places["llama"], tmp_path / "llama")
+    (path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(LoadingError, match="can't be loaded"):
+        LanguageModel(path)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_or_warned_of(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(places["llama"], tmp_path / "llama")
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((LoadingError, TracekitWarning), match="up_proj"):  # random otherwise
+        LanguageModel(path)
 
 
 # -- offloaded weights ----------------------------------------------------------------------------
@@ -329,15 +391,3 @@ def test_an_offloaded_weight_is_refused(offloaded: Any) -> None:
     with pytest.raises(LoadingError, match="not in memory"):
         with model.trace(input_ids=IDS):
             model.model.norm.output @ model.lm_head.weight.T
-
-
-def test_a_checkpoint_without_architectures_loads_as_what_its_config_is(
-    places: dict[str, Path], tmp_path: Path
-) -> None:
-    path = shutil.copytree(places["bert"], tmp_path / "bert")
-    config = path / "config.json"
-    config.write_text(config.read_text().replace('"architectures"', '"once_architectures"'))
-    assert isinstance(LanguageModel(path).module, (BertForMaskedLM, nn.Module))
-    assert torch.equal(
-        logits_of(LanguageModel(path)), logits_of(LanguageModel(path, dispatch=False))
-    )
