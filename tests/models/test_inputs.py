@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import UserDict
 from typing import Any
 
@@ -14,7 +15,6 @@ from tests.tiny_models import make
 from tests.tracing.plain import is_same, plain_hooks
 from tracekit import LanguageModel, Model
 from tracekit.errors import InputError
-from tracekit.models.inputs import encode
 from tracekit.models.tiny import WEIGHTS
 
 TEXT = "The Eiffel Tower is in the city of"
@@ -40,6 +40,19 @@ def tiny() -> LanguageModel:
 @pytest.fixture(scope="module")
 def gpt2() -> LanguageModel:
     return LanguageModel(make("gpt2")[0])
+
+
+@functools.cache
+def packaged() -> Any:
+    return LanguageModel("tracekit/tiny").module
+
+
+def encode(given: Any, tokenizer: Any, side: str) -> dict[str, Any]:
+    """What the model's forward gets for `given`, positions aside."""
+    model = LanguageModel(packaged(), tokenizer=tokenizer, padding_side=side)
+    with model.trace(given):
+        inputs = dict(model.inputs[1])
+    return {key: inputs[key] for key in inputs if key not in ("position_ids", "use_cache")}
 
 
 # -- what is given becomes ids and a mask ---------------------------------------------------------
