@@ -195,7 +195,7 @@ CASES = [
         errors.UnsupportedError,
         "model.model.layers.0.mlp.output (step 0) was edited inside a layer under gradient "
         "checkpointing: backward would compute the layer again without the edit, and give other "
-        "gradients. Call gradient_checkpointing_disable(), or edit the layer's own output. "
+        "gradients. Switch checkpointing off, or edit the layer's own output. "
         "[unsupported]",
     ),
     Case(

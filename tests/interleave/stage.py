@@ -1,4 +1,4 @@
-"""A stage for the protocol without threads and without torch: a model as a tree of calls on strings.
+"""A stage for the protocol, without threads or torch: a model as a tree of calls on strings.
 
 A block is a generator that yields wherever a worker would be suspended.
 """
@@ -61,12 +61,18 @@ class Stage:
     def __init__(self, root: Module) -> None:
         self.modules = Modules(root)
         self.watches: dict[str, Watch] = {}
-        self.interleaver = Interleaver(Passage(self.modules, self.watch), self, self)
+        self.interleaver = Interleaver(
+            Passage(self.modules, self.watch_ends, self.watch_begins), self, self
+        )
+        self.begins: set[str] = set()
         self.mediators: list[Mediator] = []
         self.result: str | None = None
 
-    def watch(self, watch: Watch) -> None:
+    def watch_ends(self, watch: Watch) -> None:
         self.watches[watch.path] = watch
+
+    def watch_begins(self, watch: Watch) -> None:
+        self.begins.add(watch.path)
 
     def make_skippable(self, path: str) -> None:
         """Every module of the stage can be skipped."""
@@ -105,7 +111,7 @@ class Stage:
     def _call(self, path: str, value: Any) -> Any:
         watch = self.watches.get(path)
         skip = None
-        if watch is not None:
+        if watch is not None and path in self.begins:
             value = self.interleaver.before(watch, value)
             skip = self.interleaver.instead(watch)
         if skip is None:
@@ -114,6 +120,7 @@ class Stage:
             value = f"{value}>{path.rpartition('.')[2]}"
         else:
             value = skip.value
+        watch = self.watches.get(path)
         return value if watch is None else self.interleaver.after(watch, value)
 
 

@@ -52,8 +52,11 @@ MLPS = [f"{block}.mlp" for block in BLOCKS]
         (lambda m: [m.transformer.h[0], "transformer.h.1", "transformer.h.0"], BLOCKS),
         (lambda m: (block.mlp for block in m.transformer.h), MLPS),
     ],
-    ids=["envoy", "list", "full path", "path", "glob", "glob of a full path", "predicate of paths"]
-    + ["predicate of modules", "container", "path of a container", "slice", "mixed", "generator"],
+    ids=[
+        *("envoy", "list", "full path", "path", "glob", "glob of a full path"),
+        *("predicate of paths", "predicate of modules", "container", "path of a container"),
+        *("slice", "mixed", "generator"),
+    ],
 )
 def test_modules_are_named_in_every_way(choose: Any, paths: list[str] | None) -> None:
     model, inputs = gpt2()

@@ -88,7 +88,7 @@ def error_in_the_model_caught_by_a_name(model: Model) -> None:
             given + 1
             model[1].output
     except RuntimeError as error:
-        assert error.__traceback__ is not None
+        assert error.__traceback__ is not None  # noqa: PT017 - caught as a user would
 
 
 def order_error(model: Model) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -29,12 +29,13 @@ def map_leaves(change: Callable[[Any], Any], nest: Nest) -> Nest:
         return change(nest)
     if isinstance(nest, (list, tuple, set, frozenset)):
         return _rebuilt_sequence(nest, [map_leaves(change, item) for item in _items(nest)])
-    if isinstance(nest, dict):
-        return _with_values(nest, {key: map_leaves(change, nest[key]) for key in nest})
+    if isinstance(nest, MutableMapping):
+        items = cast("MutableMapping[Any, Any]", nest)
+        return _with_values(items, {key: map_leaves(change, items[key]) for key in items})
     if _is_dataclass(nest):
         fields = {name: map_leaves(change, getattr(nest, name)) for name in _field_names(nest)}
         return _with_fields(nest, fields)
-    if isinstance(nest, Mapping):  # user-defined mappings promise no constructor: a plain dict then
+    if isinstance(nest, Mapping):  # one that can't be filled: a plain dict then
         items = cast("Mapping[Any, Any]", nest)
         return {key: map_leaves(change, items[key]) for key in items}
     return change(nest)
@@ -130,7 +131,9 @@ def _rebuilt_sequence(nest: Any, items: list[Any]) -> Any:
         return tuple(items) if isinstance(nest, tuple) else items
 
 
-def _with_values(nest: dict[Any, Any], values: dict[Any, Any]) -> dict[Any, Any]:
+def _with_values(
+    nest: MutableMapping[Any, Any], values: dict[Any, Any]
+) -> MutableMapping[Any, Any]:
     if type(nest) is dict:
         return values
     new = copy.copy(nest)  # keeps the class: OrderedDict, ModelOutput, BatchEncoding …

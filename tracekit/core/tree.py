@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import nn
 
 from tracekit.core.quirks import own_children
-from tracekit.core.site import Site
+from tracekit.core.site import Slot
 from tracekit.errors import UnknownModuleError, did_you_mean
 
 
@@ -29,14 +29,14 @@ class Tree:
         self._canonical: dict[str, str] = {}
         self._parents: dict[str, list[str]] = {}  # canonical path -> canonical parents
         self._relatives: dict[tuple[str, str], list[str]] = {}  # what was found out before
-        self._called: set[str] = set()
+        self.called: dict[str, nn.Module] = {}  # by canonical path: what has a forward
         self._states: list[dict[str, Any]] = []  # each module's __dict__
         self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
         self.aliases: dict[str, str] = {}  # second and later paths of shared modules
         self.order: dict[str, int] = {}  # canonical paths, in tree order
-        # Of the sites that were recorded before, by kind of run: whether the model overwrites the
-        # value in place later, as Falcon adds the attention into the output of its MLP.
-        self.overwrites: dict[object, dict[Site, bool]] = {}
+        # By kind of run, of the slots of the modules that were recorded before: whether the model
+        # overwrites the value later, as Falcon adds the attention into the output of its MLP.
+        self.overwrites: dict[object, dict[Slot, dict[str, bool]]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -57,7 +57,8 @@ class Tree:
                 parents.append(parent)
         self.aliases = {path: first for path, first in self._canonical.items() if path != first}
         self.order = {path: index for index, path in enumerate(self.paths())}
-        self._called = {path for path in self._canonical if _has_forward(self.modules[path])}
+        unique = {path: self.modules[path] for path in self.order}
+        self.called = {path: module for path, module in unique.items() if _has_forward(module)}
         self._states = [vars(self.modules[path]) for path in self.order]
         self._shape = [
             (own_children(module), dict(own_children(module)))
@@ -103,7 +104,7 @@ class Tree:
 
     def is_called(self, path: str) -> bool:
         """Whether the module has a forward of its own; a ModuleList, for one, has none."""
-        return path in self._called
+        return path in self.called
 
     def called_children(self, path: str) -> list[str]:
         """The nearest modules below `path` that can be called, through lists and dictionaries."""

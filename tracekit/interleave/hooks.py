@@ -56,19 +56,21 @@ class Hooks:
         self._placed: list[tuple[dict[int, Any], int]] = []
         self._watches: dict[str, Watch] = {}
         self._skippables: dict[str, Callable[[], None]] = {}  # what takes each of them back
-        self._observers: list[tuple[str, Slot, ForwardHook]] = []
+        self._observers: list[tuple[list[nn.Module], Slot, ForwardHook]] = []
         self.subscriber: Any = None  # a Subscriber from the start of the run to its end
 
     # -- INTERVENTION ---------------------------------------------------------------------------
 
-    def watch(self, watch: Watch) -> None:
-        """Report every call of the module of `watch` to the subscriber."""
-        module = self._module(watch.path)
+    def watch_ends(self, watch: Watch) -> None:
+        """Report the end of every call of the module of `watch` to the subscriber."""
         self._watches[watch.path] = watch
-        before = partial(_before, self.thread, self.subscriber, watch)
-        after = partial(_after, self.thread, self.subscriber, watch)
-        self._put_before(module, before, is_first=True)
-        self._put(module._forward_hooks, after, is_first=True)
+        hook = partial(_after, self.thread, self.subscriber, watch)
+        self._put(self._module(watch.path)._forward_hooks, hook, is_first=True)
+
+    def watch_begins(self, watch: Watch) -> None:
+        """Report the beginning of every call of the module of `watch` to the subscriber."""
+        hook = partial(_before, self.thread, self.subscriber, watch)
+        self._put_before(self._module(watch.path), hook, is_first=True)
 
     def make_skippable(self, path: str) -> None:
         """Let the subscriber answer in place of the module at `path`.
@@ -82,21 +84,23 @@ class Hooks:
 
     # -- OBSERVER -------------------------------------------------------------------------------
 
-    def observe_outputs(self, path: str, hook: ForwardHook) -> None:
-        """Let `hook` see every output of the module at `path`, as the model goes on with it."""
-        self._put(self._module(path)._forward_hooks, hook)
-        self._observers.append((path, Slot.OUTPUT, hook))
+    def observe(self, modules: list[nn.Module], slot: Slot, hook: ForwardHook) -> None:
+        """Let `hook` see the outputs of `modules` as the model goes on with them, or the inputs.
 
-    def observe_inputs(self, path: str, hook: ForwardHook) -> None:
-        """Let `hook` see the args and kwargs of every call of the module at `path`."""
-        self._put_before(self._module(path), hook)
-        self._observers.append((path, Slot.INPUT, hook))
+        It is called for every call of them, of other runs too, and checks `is_elsewhere` itself.
+        """
+        for module in modules:
+            if slot is Slot.OUTPUT:
+                self._put(module._forward_hooks, hook)
+            else:
+                self._put_before(module, hook)
+        self._observers.append((modules, slot, hook))
 
     def show(self, visit: Visit, value: Any) -> None:
         """Show the observers of a site a value that their hooks will not be reached with."""
-        for path, slot, hook in self._observers:
-            if path == visit.site.path and slot is visit.site.slot:
-                module = self._module(path)
+        module = self._module(visit.site.path)
+        for modules, slot, hook in self._observers:
+            if slot is visit.site.slot and module in modules:
                 hook(module, *value) if slot is Slot.INPUT else hook(module, (), value)
 
     # -- on and off -----------------------------------------------------------------------------

@@ -57,23 +57,27 @@ class Interleaver:
         self._passage = passage
         self._placement = placement
         self._witness = witness
+        self._serving: Visit | None = None  # where the model is paused
         self._result: object = _RESULT_NOT_YET
-        self._visited: set[str] = set()  # watched modules that have run at all, for messages
         self._steps_seen = -1  # the last step in which a watched module began
 
     # -- the worker's side --------------------------------------------------------------------
 
     def expect(self, mediator: Mediator, visit: Visit) -> None:
         """Watch for `visit`; SiteOrderError if it has passed."""
-        if visit.site.slot is Slot.RESULT:
+        if visit.site.slot is Slot.RESULT or visit == self._serving:
             return
         watch = self._passage.expect(visit.site.path, self.step)
-        if visit.step < self.step:
-            raise unserved.step_is_over(visit, self.step, mediator.last)
+        watch.is_asked = True
         if visit.step == self.step and watch.has_passed(visit):
+            skipped = self._passage.skipped_above(visit.site.path, self.step)
+            if skipped is not None:
+                raise unserved.was_skipped(visit, skipped)
             raise unserved.too_late(visit, mediator.last)
         if self.has_ended:
-            raise self._unserved(visit)
+            raise unserved.after_the_end(visit, mediator.last)
+        if visit.step < self.step:
+            raise unserved.step_is_over(visit, self.step, mediator.last)
         if visit.site.slot is Slot.INPUT:  # whoever sees the input may yet skip the module
             self._placement.make_skippable(visit.site.path)
 
@@ -91,6 +95,11 @@ class Interleaver:
             return True
         self._passage.expect_any_call(self.step)
         return None
+
+    @property
+    def steps_begun(self) -> int:
+        """How many steps are known to have begun."""
+        return max(self._steps_seen + 1, self.step)
 
     @property
     def has_begun(self) -> bool:
@@ -120,10 +129,12 @@ class Interleaver:
 
     def before(self, watch: Watch, inputs: object) -> object:
         """The module of `watch` is about to run with `inputs`; what it runs with."""
-        self._begin_step()
+        if self._steps_seen != self.step:
+            self._begin_step()
         watch.align(self.step)
         call = watch.begin()
-        self._visited.add(watch.path)
+        if not watch.is_asked:
+            return inputs
         return self._serve(Visit(watch.input, self.step, call), inputs)
 
     def instead(self, watch: Watch) -> Skip | None:
@@ -131,6 +142,7 @@ class Interleaver:
         visit = Visit(watch.output, self.step, watch.running[-1])
         for mediator in self.mediators:
             if isinstance(mediator.request, Skip) and mediator.awaits(visit):
+                watch.skipped_in = self.step
                 return mediator.request
         return None
 
@@ -138,7 +150,7 @@ class Interleaver:
         """The module of `watch` has returned `output`; what the model goes on with."""
         watch.align(self.step)
         call = watch.end()
-        if call is None:
+        if call is None or not watch.is_asked:
             return output
         return self._serve(Visit(watch.output, self.step, call), output)
 
@@ -163,8 +175,6 @@ class Interleaver:
         self._result = None
 
     def _begin_step(self) -> None:
-        if self._steps_seen == self.step:
-            return
         self._steps_seen = self.step
         for mediator in self.mediators:
             if mediator.awaits_step(self.step):
@@ -174,7 +184,9 @@ class Interleaver:
     def _serve(self, visit: Visit, value: object) -> object:
         for mediator in self.mediators:
             if mediator.awaits(visit):
+                self._serving = visit
                 value = mediator.offer(visit, value)
+                self._serving = None
                 if mediator.has_stopped:  # the hooks of the observers will not be reached
                     self._placement.show(visit, value)
                 self._raise_if_over(mediator)
@@ -201,5 +213,5 @@ class Interleaver:
         if visit.call > 0:
             return unserved.no_such_call(visit)
         callers = self._passage.callers(visit.site.path)
-        ran = [caller for caller in callers if caller in self._visited]
+        ran = [caller for caller in callers if self._passage.has_run(caller)]
         return unserved.never_ran(visit, callers, ran)

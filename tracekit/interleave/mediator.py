@@ -46,6 +46,11 @@ class Channel(Protocol):
 class Run(Protocol):
     """What a mediator needs to know of its run (an Interleaver)."""
 
+    @property
+    def steps_begun(self) -> int:
+        """How many steps are known to have begun."""
+        ...
+
     def expect(self, mediator: Mediator, visit: Visit) -> None:
         """Prepare for `visit`, or raise if it can't be served any more."""
         ...
@@ -139,6 +144,11 @@ class Mediator:
         if not self.wait_for_step(step):
             raise unserved.step_never_came(step)
 
+    @property
+    def steps_begun(self) -> int:
+        """How many steps the run is known to have begun."""
+        return self._run.steps_begun
+
     def stop(self) -> None:
         """Leave the block, and let the model compute nothing after this point."""
         self.has_stopped = True
@@ -196,7 +206,7 @@ class Mediator:
                 found = self._misfit(request.value, value)
                 if found is not None:
                     self.answer(Reply(error=misfit_error(visit, found)))
-                    break
+                    continue  # the block may catch it, and write another value
                 value = request.value
             self._run.hand_out(visit, value)
             self.answer(Reply(value))

@@ -6,9 +6,9 @@
 #
 # A watched module reports each call. Watching all modules would cost a slow call for each of
 # them, so only these are watched: what somebody asks for, the modules that contain it, and the
-# children of those. So whatever runs while a worker is awake has all its children watched, and
-# what a worker can ask for next is either watched, or inside something that has ended (it has
-# passed), or inside something that has not begun (it has not).
+# children of those, which report only that a call has ended. So whatever runs while a worker is
+# awake has all its children watched, and what a worker can ask for next is either watched, or
+# inside something that has ended (it has passed), or inside something that has not begun.
 
 from __future__ import annotations
 
@@ -36,10 +36,14 @@ class Watch:
     path: str
     input: Site
     output: Site
+    is_full: bool = False  # it reports when a call begins, too
+    is_asked: bool = False  # somebody may wait for its values
+    has_run: bool = False  # in any step
     step: int = 0
     started: int = 0
     ended: int = 0
     running: list[int] = field(default_factory=list[int])  # calls begun and not ended, inner last
+    skipped_in: int = -1  # the step in which it was skipped
     missed_in: int = -1  # the step in which it may have run before it was watched
 
     def align(self, step: int) -> None:
@@ -53,11 +57,13 @@ class Watch:
         """A call begins: the how-manieth of this step."""
         self.running.append(self.started)
         self.started += 1
+        self.has_run = True
         return self.running[-1]
 
     def end(self) -> int | None:
         """A call has ended: which; None if it had begun before it was watched."""
         self.ended += 1
+        self.has_run = True
         if not self.running:
             self.started += 1
             return None
@@ -74,11 +80,14 @@ class Watch:
 
 @final
 class Passage:
-    """The Watches of a run; `place` puts the hooks on a module."""
+    """The Watches of a run; `at_end` and `at_begin` put the hooks on a module."""
 
-    def __init__(self, modules: Modules, place: Callable[[Watch], None]) -> None:
+    def __init__(
+        self, modules: Modules, at_end: Callable[[Watch], None], at_begin: Callable[[Watch], None]
+    ) -> None:
         self._modules = modules
-        self._place = place
+        self._watch_ends = at_end
+        self._watch_begins = at_begin
         self._watches: dict[str, Watch] = {}
         self._expected: set[str] = set()  # paths with everything on the way watched
 
@@ -87,10 +96,18 @@ class Passage:
         if path not in self._expected:
             self._expected.add(path)
             for ancestor in reversed(self._modules.ancestors(path)):
-                self._watch(ancestor, step)
+                self._watch_fully(ancestor, step)
                 for child in self._modules.called_children(ancestor):
                     self._watch(child, step)
-        return self._watch(path, step)
+        return self._watch_fully(path, step)
+
+    def skipped_above(self, path: str, step: int) -> str | None:
+        """The module that contains `path` and was skipped in this step, if one was."""
+        for above in self._modules.ancestors(path):
+            watch = self._watches.get(above)
+            if watch is not None and watch.skipped_in == step:
+                return above
+        return None
 
     def expect_any_call(self, step: int) -> None:
         """Watch the root and its children: one of them is called in every step.
@@ -98,13 +115,14 @@ class Passage:
         The root alone would not do: BLIP-2 generates with an inner model, and never calls itself.
         """
         root = self._modules.name
-        self._watch(root, step)
+        self._watch_fully(root, step)
         for child in self._modules.called_children(root):
-            self._watch(child, step)
+            self._watch_fully(child, step)
 
-    def get(self, path: str) -> Watch | None:
-        """The Watch of the module at `path`, if it has one."""
-        return self._watches.get(path)
+    def has_run(self, path: str) -> bool:
+        """Whether the module at `path` is known to have been called in any step."""
+        watch = self._watches.get(path)
+        return watch is not None and watch.has_run
 
     def has_begun(self, path: str, step: int) -> bool:
         """Whether the module at `path` has certainly been called in this step."""
@@ -122,12 +140,19 @@ class Passage:
     def _watch(self, path: str, step: int) -> Watch:
         watch = self._watches.get(path)
         if watch is None:
-            watch = Watch(path, Site(path, Slot.INPUT), Site(path, Slot.OUTPUT), step)
+            watch = Watch(path, Site(path, Slot.INPUT), Site(path, Slot.OUTPUT), step=step)
             if self.has_ended(path, step):
                 watch.missed_in = step
             self._watches[path] = watch
-            self._place(watch)
+            self._watch_ends(watch)
         watch.align(step)
+        return watch
+
+    def _watch_fully(self, path: str, step: int) -> Watch:
+        watch = self._watch(path, step)
+        if not watch.is_full:
+            watch.is_full = True
+            self._watch_begins(watch)
         return watch
 
     def callers(self, path: str) -> list[str]:

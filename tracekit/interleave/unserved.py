@@ -26,12 +26,28 @@ def too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
     )
 
 
+def was_skipped(visit: Visit, above: str) -> NeverRanError:
+    """The module is inside one that the block skipped."""
+    return NeverRanError(
+        f"{visit} was asked for, but {above}, which contains it, was skipped; nothing in it runs."
+    )
+
+
+def after_the_end(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
+    """The traced call has returned."""
+    got = f" The block's last value was {last[0]} ({last[1]})." if last else ""
+    return SiteOrderError(
+        f"{visit} was asked for when the run had ended; ask for it before tracer.result and "
+        f"within the loop over the steps, in the model's order.{got}"
+    )
+
+
 def step_is_over(visit: Visit, step: int, last: tuple[Visit, str] | None) -> SiteOrderError:
     """The whole step of `visit` is over."""
     got = f" The block's last value was {last[0]} ({last[1]})." if last else ""
     return SiteOrderError(
-        f"{visit} was asked for after that step had ended (the run has begun or ended "
-        f"step {step - 1} since); ask for it within its step, in the model's order.{got}"
+        f"{visit} was asked for when the model had gone on to step {step}; "
+        f"ask for it within its step, in the model's order.{got}"
     )
 
 

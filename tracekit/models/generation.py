@@ -25,11 +25,12 @@ def generate(
     module: Any = tree.root
     if end_step is None or not _is_transformers(module):
         return module.generate(*args, **kwargs)
-    kwargs = dict(kwargs)
+    names = list(inspect.signature(type(module).generate).parameters)[1:]
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     kwargs["stopping_criteria"] = _with_end_of_step(kwargs.get("stopping_criteria"), end_step)
     kwargs.setdefault("disable_compile", True)
     with eager(tree):
-        return module.generate(*args, **kwargs)
+        return module.generate(**kwargs)
 
 
 def run(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -44,12 +45,8 @@ def eager(tree: Tree) -> AbstractContextManager[Any]:
 
 
 def _is_transformers(module: Any) -> bool:
-    parameters = inspect.signature(type(module).generate).parameters
-    return (
-        "stopping_criteria" in parameters
-        or "generation_config" in parameters
-        or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    )
+    """Whether its `generate` asks stopping criteria; a module's own may not know them."""
+    return any(kind.__name__ == "GenerationMixin" for kind in type(module).__mro__)
 
 
 def _with_end_of_step(given: Any, end_step: Callable[[], None]) -> Any:

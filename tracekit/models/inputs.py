@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracekit.errors import InputError
 
 
-def encode(given: Any, tokenizer: Any, padding_side: str) -> dict[str, Any]:
+def encode(given: Any, tokenizer: Any, side: Callable[[], str]) -> dict[str, Any]:
     """The `input_ids`, `attention_mask` … that `given` stands for.
 
     `given` is a string, a list of strings, ids (a list, a list of lists, a tensor of one or two
@@ -22,7 +22,7 @@ def encode(given: Any, tokenizer: Any, padding_side: str) -> dict[str, Any]:
     if isinstance(given, Tensor):
         return _from_tensor(given)
     if isinstance(given, str):
-        return _tokenized(given, tokenizer, padding_side)
+        return _tokenized(given, tokenizer, side())
     items = list(cast("Sequence[Any]", given)) if isinstance(given, Sequence) else None
     if not items:
         raise InputError(
@@ -30,29 +30,37 @@ def encode(given: Any, tokenizer: Any, padding_side: str) -> dict[str, Any]:
             f"not {'an empty list' if items == [] else type(given).__name__}."
         )
     if all(isinstance(item, str) for item in items):
-        return _tokenized(items, tokenizer, padding_side)
+        return _tokenized(items, tokenizer, side())
     if all(isinstance(item, int) for item in items):
         return _from_tensor(torch.tensor([items]))
-    return _from_rows([_row(item) for item in items], tokenizer, padding_side)
+    return _from_rows([_row(item) for item in items], tokenizer, side())
 
 
-def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where the model wants its inputs; None if accelerate moves them itself."""
+    weights: Any = next(module.parameters(), None)
+    return None if weights is None or weights.is_meta else weights.device
+
+
+def on_device(inputs: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
     """`inputs` with its tensors on `device`."""
+    if device is None:
+        return inputs
     return {
-        key: value.to(device) if isinstance(value, Tensor) else value
+        key: value.to(device) if isinstance(value, Tensor) and value.device != device else value
         for key, value in inputs.items()
     }
 
 
-def _tokenized(text: str | list[str], tokenizer: Any, padding_side: str) -> dict[str, Any]:
+def _tokenized(text: str | list[str], tokenizer: Any, side: str) -> dict[str, Any]:
     if tokenizer is None:
         raise InputError("text needs a tokenizer: LanguageModel(module, tokenizer=…), or give ids.")
     several = not isinstance(text, str)
-    return dict(tokenizer(text, return_tensors="pt", padding=several, padding_side=padding_side))
+    return dict(tokenizer(text, return_tensors="pt", padding=several, padding_side=side))
 
 
 def _from_tensor(ids: Tensor) -> dict[str, Any]:
-    if ids.dim() not in (1, 2) or ids.is_floating_point():
+    if ids.dim() not in (1, 2) or ids.is_floating_point() or not ids.numel():
         raise InputError(
             f"token ids are integers of shape (positions) or (batch, positions), not "
             f"{ids.dtype} of shape {tuple(ids.shape)}; pass other tensors by keyword."
@@ -62,21 +70,25 @@ def _from_tensor(ids: Tensor) -> dict[str, Any]:
 
 
 def _row(item: Any) -> list[int]:
-    if isinstance(item, Tensor) and item.dim() == 1:
-        return [int(token) for token in item]
-    if isinstance(item, Sequence) and all(isinstance(token, int) for token in cast("Any", item)):
+    if isinstance(item, Tensor) and item.dim() == 1 and not item.is_floating_point():
+        item = item.tolist()
+    if (
+        isinstance(item, Sequence)
+        and item
+        and all(isinstance(token, int) for token in cast("Any", item))
+    ):
         return list(cast("Sequence[int]", item))
     raise InputError(
         f"a list of inputs holds strings alone or rows of token ids alone, and this one holds "
-        f"{type(item).__name__}."
+        f"{'an empty row' if isinstance(item, Sequence) and not item else type(item).__name__}."
     )
 
 
-def _from_rows(rows: list[list[int]], tokenizer: Any, padding_side: str) -> dict[str, Any]:
+def _from_rows(rows: list[list[int]], tokenizer: Any, side: str) -> dict[str, Any]:
     length = max(len(row) for row in rows)
     pad = getattr(tokenizer, "pad_token_id", None) or 0
-    padded = [_padded(row, length, pad, padding_side) for row in rows]
-    mask = [_padded([1] * len(row), length, 0, padding_side) for row in rows]
+    padded = [_padded(row, length, pad, side) for row in rows]
+    mask = [_padded([1] * len(row), length, 0, side) for row in rows]
     return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
 
 

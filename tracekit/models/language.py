@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tracekit.models import loading
 from tracekit.models.generation import generate, run
 from tracekit.models.model import Model
 from tracekit.models.padding import fit_padding
+from tracekit.models.signatures import accepts
 from tracekit.tracing.tracer import Tracer
 
 
@@ -72,7 +72,11 @@ class LanguageModel(Model):
         if self._empty_from is None:
             return
         name, options = self._empty_from
-        self._tree.replace_root(loading.load_model(name, **options))
+        loaded = loading.load_model(name, **options)
+        if set(options) & loading.CHANGES_MODULES:
+            self._tree.replace_root(loaded)
+        else:
+            loading.bring_weights(self._tree.root, loaded)
         self._tree.load_first = None
         object.__setattr__(self, "_empty_from", None)
 
@@ -83,9 +87,7 @@ class LanguageModel(Model):
         to the model's forward. No keys and values are kept unless `use_cache=True` says so.
         """
         inputs = self._prepared(args, kwargs)
-        module = self.module
-        accepted = inspect.signature(module.forward).parameters
-        if "use_cache" in accepted and inputs.get("past_key_values") is None:
+        if accepts(self.module, "use_cache") and inputs.get("past_key_values") is None:
             inputs.setdefault("use_cache", False)
         return Tracer(self._tree, lambda _: run(self._tree, (), inputs))
 
@@ -120,9 +122,8 @@ class LanguageModel(Model):
             raise InputError("an input is needed: a string, a list of strings, or token ids.")
         self.dispatch()
         module = self.module
-        encoded = feeding.encode(args[0], self.tokenizer, self._side()) if args else {}
-        inputs = {**encoded, **kwargs}
-        inputs = feeding.on_device(inputs, module.device)
+        encoded = feeding.encode(args[0], self.tokenizer, self._side) if args else {}
+        inputs = feeding.on_device({**encoded, **kwargs}, feeding.device_of(module))
         return fit_padding(inputs, module, for_generate)
 
     def _side(self) -> str:

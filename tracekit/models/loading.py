@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from tracekit.errors import LoadingError, did_you_mean
+from tracekit.errors import LoadingError, TracekitWarning, did_you_mean
 from tracekit.models.tiny import WEIGHTS
 
 PACKAGED = {"tracekit/tiny": WEIGHTS}
@@ -39,9 +42,16 @@ def load_model(name: str | Path, **options: Any) -> Any:
     """The model with its weights, in evaluation mode. `options` go to `from_pretrained`."""
     import transformers
 
-    config_options = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
-    config = _load(transformers.AutoConfig, name, **config_options)
-    model: Any = _load(_auto_class(config), name, **options)
+    config = _load(transformers.AutoConfig, name, **_config_options(options))
+    model, report = _load(_auto_class(config), name, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        warnings.warn(
+            f"{str(name)!r} has no weights for {', '.join(missing[:5])}"
+            f"{' …' if len(missing) > 5 else ''}: they are random.",
+            TracekitWarning,
+            stacklevel=2,
+        )
     return model.eval()
 
 
@@ -50,20 +60,52 @@ def load_empty(name: str | Path, **options: Any) -> Any:
     import accelerate
     import transformers
 
-    config_options = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
-    config = _load(transformers.AutoConfig, name, **config_options)
+    config = _load(transformers.AutoConfig, name, **_config_options(options))
     allowed = {key: options[key] for key in ("dtype", "attn_implementation") if key in options}
+    if allowed.get("dtype") == "auto":
+        del allowed["dtype"]  # which it is, is known when the weights come
     with accelerate.init_empty_weights():
         model: Any = _auto_class(config).from_config(config, **allowed)
+    if model.can_generate():
+        with suppress(OSError):  # a checkpoint may come without one
+            found = transformers.GenerationConfig.from_pretrained(resolve(name))
+            model.generation_config = found
     return model.eval()
+
+
+def bring_weights(empty: nn.Module, loaded: nn.Module) -> None:
+    """Put the weights of `loaded` into the modules of `empty`, which stay the objects they are.
+
+    What was done to them meanwhile stays: other modules in their place, hooks, modes, a dtype.
+    """
+    own, others = dict(empty.named_modules()), dict(loaded.named_modules())
+    brought: dict[int, Any] = {}  # tied weights stay tied
+    for path, module in own.items():
+        other = others.get(path)
+        if type(other) is not type(module):
+            continue
+        for kind in ("_parameters", "_buffers"):
+            mine, theirs = getattr(module, kind), getattr(other, kind)
+            for name, tensor in mine.items():
+                if tensor is not None and theirs.get(name) is not None:
+                    mine[name] = brought.setdefault(
+                        id(theirs[name]), _as_was_asked(theirs[name], tensor)
+                    )
+
+
+def _as_was_asked(loaded: Any, empty: Any) -> Any:
+    """`loaded`, in the dtype that `empty` was given in between, if it was given one."""
+    if loaded.dtype == empty.dtype or not loaded.is_floating_point():
+        return loaded
+    cast = loaded.detach().to(empty.dtype)
+    return nn.Parameter(cast, loaded.requires_grad) if isinstance(loaded, nn.Parameter) else cast
 
 
 def load_tokenizer(name: str | Path, **options: Any) -> Any:
     """The tokenizer; one without a padding token pads with its end-of-sequence token."""
     import transformers
 
-    kept = {key: options[key] for key in _CONFIG_OPTIONS if key in options}
-    return with_padding(_load(transformers.AutoTokenizer, name, **kept))
+    return with_padding(_load(transformers.AutoTokenizer, name, **_config_options(options)))
 
 
 def with_padding(tokenizer: Any) -> Any:
@@ -73,6 +115,9 @@ def with_padding(tokenizer: Any) -> Any:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
     return tokenizer
 
+
+# With these, modules are not what their class alone makes them: they are taken over whole.
+CHANGES_MODULES = frozenset({"device_map", "quantization_config", "tp_plan", "load_in_8bit"})
 
 _CONFIG_OPTIONS = (
     "revision",
@@ -84,10 +129,15 @@ _CONFIG_OPTIONS = (
 )
 
 
+def _config_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Of the loading options, those that say where the files are."""
+    return {key: options[key] for key in _CONFIG_OPTIONS if key in options}
+
+
 def _load(loader: Any, name: str | Path, **options: Any) -> Any:
     try:
         return loader.from_pretrained(resolve(name), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise LoadingError(
             f"{str(name)!r} can't be loaded by {loader.__name__}: {_first_line(error)} Give a "
             f"Hub id, a directory with config.json, 'tracekit/tiny', or a live model."

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tracekit.errors import PaddingError
+from tracekit.models.signatures import accepts
 
 # Families whose state runs through padding, whatever the mask says (transformers 4.57 to 5.23).
 READS_PADDING = frozenset({"rwkv", "xlstm"})
@@ -37,8 +37,7 @@ def fit_padding(inputs: dict[str, Any], module: Any, for_generate: bool) -> dict
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return inputs
     _refuse_what_is_wrong(module.config, mask, for_generate)
-    accepted = inspect.signature(module.forward).parameters
-    if for_generate or "position_ids" in inputs or "position_ids" not in accepted:
+    if for_generate or "position_ids" in inputs or not accepts(module, "position_ids"):
         return inputs
     if hasattr(getattr(module, "model", module), "get_rope_index"):
         return inputs  # its positions have three axes, and it derives them from the mask

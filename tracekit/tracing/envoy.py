@@ -172,10 +172,11 @@ class Envoy:
                 f"{name!r} is not in {type(module).__name__} ({self._path})"
                 f"{did_you_mean(name, known)}"
             ) from None
-        if isinstance(value, torch.Tensor) and value.is_meta:
-            if self._tree.load_first is not None:
-                self._tree.load_first()
-                return getattr(self.module, name)
+        is_on_meta = isinstance(value, torch.Tensor) and value.is_meta
+        if self._tree.load_first is not None and (is_on_meta or callable(value)):
+            self._tree.load_first()  # a method may use the weights, or hand them out
+            return getattr(self.module, name)
+        if is_on_meta:
             raise LoadingError(
                 f"{self._path}.{name} is offloaded, not in memory: computing with it would give "
                 f"garbage. Call the module instead, as in {self._path}(x)."
@@ -187,10 +188,11 @@ class Envoy:
             object.__setattr__(self, name, value)
             return
         module = self.module
-        if not isinstance(value, nn.Module) and not hasattr(module, name):
+        is_own = hasattr(type(self), name)
+        if is_own or (not isinstance(value, nn.Module) and not hasattr(module, name)):
             raise UnknownModuleError(
-                f"{name!r} can't be assigned: {self._path} has no such value"
-                f"{did_you_mean(name, [*_VALUES, *own_children(module)])}"
+                f"{name!r} can't be assigned: it is no value of {self._path}"
+                f"{'' if is_own else did_you_mean(name, [*_VALUES, *own_children(module)])}"
             )
         setattr(module, name, value)
         self._tree.refresh_if_changed()

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, final
 
 import torch
@@ -44,21 +44,22 @@ class Execution:
         self._has_grad = torch.is_grad_enabled() and grad is not False
         self._kind = (grad, torch.is_grad_enabled(), tree.root.training)  # models differ by it
         self._hooks = Hooks(tree.module)
-        self._passage = Passage(tree, self._hooks.watch)
+        self._passage = Passage(tree, self._hooks.watch_ends, self._hooks.watch_begins)
         self._versions = Versions()
         self.mediator: Mediator | None = None
         self._recorders: list[Recorder] = []
         self._interleaver = Interleaver(self._passage, self._hooks, witness=self)
         self._hooks.subscriber = self._interleaver
 
-    def run(self, body: Callable[[], None] | None, beside: bool) -> BaseException | None:
-        """Run the block, on a worker `beside` the model or else before it; the error, if any.
+    def run(self, body: Callable[[], None] | None) -> BaseException | None:
+        """Run the model, and `body` on a worker beside it; the error that ended it, if one did.
 
         The error of the block comes before one that the model ran into because of it.
         """
-        if body is not None and beside:
+        if body is not None:
+            self._tree.refresh_if_changed()
             self.mediator = self._new_mediator(body)
-        error = self._run(body if self.mediator is None else None)
+        error = self._run()
         checked: BaseException | None = None
         try:
             if self.mediator is not None and self.mediator.error is not None:
@@ -69,12 +70,16 @@ class Execution:
             self.mediator = None
             del error, checked
 
-    def _run(self, body: Callable[[], None] | None) -> BaseException | None:
+    def abandon(self) -> None:
+        """Take the hooks off: the block failed before the model ran."""
+        self._close()
+        self._checked(is_whole=False)
+
+    def _run(self) -> BaseException | None:
         try:
-            self._tree.refresh_if_changed()
-            if body is not None:
-                body()
-            self._forward()
+            self._interleaver.start()
+            result = self._call(self._interleaver.end_step)
+            self._interleaver.finish(result)
         except Unwind:
             pass
         except BaseException as caught:  # noqa: BLE001 - it is raised again at the user's `with`
@@ -88,10 +93,10 @@ class Execution:
         """Begin to record, before the model passes the modules; CacheError if it has."""
         if self._call is _over:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
-        paths, named = select(self._tree, modules)
-        self._check_not_passed(paths, inputs)
+        found, named = select(self._tree, modules)
+        self._check_not_passed(found, inputs)
         cache = Cache()
-        recorder = Recorder(cache, self._tree, paths, named, keep, self._kind)
+        recorder = Recorder(cache, self._tree, found, named, keep, self._kind)
         recorder.place(self._hooks, self._interleaver, inputs, outputs)
         self._recorders.append(recorder)
         return cache
@@ -101,11 +106,6 @@ class Execution:
         self._interleaver.mediators.append(mediator)
         run_beside(mediator, body, self._grad)
         return mediator
-
-    def _forward(self) -> None:
-        self._interleaver.start()
-        result = self._call(self._interleaver.end_step)
-        self._interleaver.finish(result)
 
     def _close(self) -> None:
         self._call = _over
@@ -139,7 +139,7 @@ class Execution:
                 f"where you read it."
             )
 
-    def _check_not_passed(self, paths: list[str], inputs: bool) -> None:
+    def _check_not_passed(self, paths: Iterable[str], inputs: bool) -> None:
         if not self._interleaver.has_begun:
             return
         step = self._interleaver.step
@@ -163,8 +163,8 @@ class Execution:
         if is_changed and self._has_grad and self._is_recomputed(visit.site.path):
             raise UnsupportedError(
                 f"{visit} was edited inside a layer under gradient checkpointing: backward would "
-                f"compute the layer again without the edit, and give other gradients. Call "
-                f"gradient_checkpointing_disable(), or edit the layer's own output."
+                f"compute the layer again without the edit, and give other gradients. Switch "
+                f"checkpointing off, or edit the layer's own output."
             )
 
     def _is_recomputed(self, path: str) -> bool:

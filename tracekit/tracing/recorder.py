@@ -10,21 +10,23 @@
 # more than the recording. So a site is copied the first time it is recorded, and the original is
 # watched; from then on only those are copied that turned out to be overwritten. Should a model
 # change its habits, the version counters show it at the end, and the run is refused.
+#
+# While the model runs, a hook only appends to a list: the same hook for all modules, and nothing
+# made for each of them. Entries are made when the run has ended.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Protocol, final
+from typing import Any, NamedTuple, Protocol, final
 
 from torch import Tensor, nn
 
 from tracekit.core.keep import Keep
 from tracekit.core.nest import map_leaves, tensors
-from tracekit.core.site import Site, Slot
+from tracekit.core.site import Slot
 from tracekit.core.tree import Tree
 from tracekit.core.versions import storage_key, version
 from tracekit.errors import NeverRanError, OverwrittenError
-from tracekit.interleave.hooks import ForwardHook, Hooks, is_elsewhere
+from tracekit.interleave.hooks import Hooks, is_elsewhere
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.entries import ABSENT, Entry
 
@@ -35,49 +37,110 @@ class Clock(Protocol):
     step: int
 
 
+class Record(NamedTuple):
+    """One slot of one call, as it was kept, and the versions of its tensors then."""
+
+    module: nn.Module
+    slot: Slot
+    step: int
+    value: Any
+    versions: int | tuple[int, ...]
+
+
 @final
 class Recorder:
-    """Records the modules at `paths` during one run; `named` are those that must run."""
+    """Records `modules` (by path) during one run; `named` are those that must run."""
 
     def __init__(
         self,
         cache: Cache,
         tree: Tree,
-        paths: list[str],
+        modules: dict[str, nn.Module],
         named: set[str],
         keep: Keep,
         kind: object,
     ) -> None:
-        self.cache = cache
+        self._cache = cache
         self._tree = tree
-        self._paths = paths
+        self._modules = modules
+        self._paths = {module: path for path, module in modules.items()}
         self._named = named
-        self.keep = keep
-        self._habits = tree.overwrites.setdefault(kind, {})
-        self._originals: list[tuple[Site, Tensor, int]] = []  # of sites recorded for the first time
-        self.entries: dict[str, list[Entry]] = {}
-        # Every tensor recorded, in order, with its entry and its version then.
-        self.seen: list[tuple[Entry, Tensor, int]] = []
-        self._sharing: dict[int, list[int]] = {}  # storage -> indices in _seen, as far as _indexed
+        self._keep = keep
+        self._habits = tree.overwrites.setdefault(kind, {Slot.INPUT: {}, Slot.OUTPUT: {}})
+        self._originals: list[Record] = []  # of sites recorded for the first time
+        self._records: list[Record] = []
+        self._sharing: dict[int, list[int]] = {}  # storage -> records, as far as _indexed
         self._indexed = 0
-        self.handed_out: set[int] = set()  # storages that blocks have seen
+        self._handed_out: set[int] = set()  # storages that blocks have seen
 
     def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool) -> None:
         """Put the hooks on; `run` tells the step."""
-        for path in self._paths:
-            log = _Log(path, self, hooks.thread, run)
-            if inputs:
-                hooks.observe_inputs(path, self._safely(Site(path, Slot.INPUT), log.see_inputs))
-            if outputs:
-                hooks.observe_outputs(path, self._safely(Site(path, Slot.OUTPUT), log.see_output))
+        self._thread, self._run = hooks.thread, run
+        if outputs:
+            plain, copied = self._by_habit(Slot.OUTPUT)
+            hooks.observe(plain, Slot.OUTPUT, self._see_output)
+            hooks.observe(copied, Slot.OUTPUT, self._see_output_copied)
+        if inputs:
+            hooks.observe(list(self._modules.values()), Slot.INPUT, self._see_inputs)
 
-    def _safely(self, site: Site, hook: ForwardHook) -> ForwardHook:
-        """`hook`, given copies of what will be overwritten, or might be."""
-        overwrites = self._habits.get(site)
-        if overwrites is False or not self.keep.detach:
-            return hook
-        originals = self._originals if overwrites is None else None
-        return partial(_see_copy, hook, self.keep, site, originals)
+    def _by_habit(self, slot: Slot) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Modules whose values may be kept as they are, and those whose values are copied."""
+        habits = self._habits[slot]
+        if not self._keep.detach:
+            return list(self._modules.values()), []  # a copy would have no gradient
+        plain = [module for path, module in self._modules.items() if habits.get(path) is False]
+        if len(plain) == len(self._modules):
+            return plain, []
+        return plain, [m for path, m in self._modules.items() if habits.get(path) is not False]
+
+    # -- the hooks ------------------------------------------------------------------------------
+
+    def _see_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_elsewhere(self._thread):
+            return
+        if isinstance(output, Tensor) and not self._handed_out:
+            kept = self._keep.tensor(output)
+            record = Record(module, Slot.OUTPUT, self._run.step, kept, version(kept))
+            self._records.append(record)
+        else:
+            self._add(module, Slot.OUTPUT, self._keep(output))
+
+    def _see_output_copied(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not is_elsewhere(self._thread):
+            self._add(module, Slot.OUTPUT, self._keep(self._copied(module, Slot.OUTPUT, output)))
+
+    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if is_elsewhere(self._thread):
+            return
+        inputs = (args, kwargs)
+        if self._keep.detach:
+            inputs = self._copied(module, Slot.INPUT, inputs)
+        self._add(module, Slot.INPUT, (self._keep(inputs[0]), self._keep(inputs[1])))
+
+    def _add(self, module: nn.Module, slot: Slot, kept: Any) -> None:
+        if self._handed_out and self._keep.detach:
+            kept = map_leaves(self._apart, kept)
+        versions = tuple(map(version, tensors(kept)))
+        self._records.append(Record(module, slot, self._run.step, kept, versions))
+
+    def _copied(self, module: nn.Module, slot: Slot, value: Any) -> Any:
+        """`value`, copied where the model overwrites it, or where that is not known yet."""
+        habit = self._habits[slot].get(self._paths[module])
+        if habit is False:
+            return value
+
+        def copied(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not self._keep.shares(leaf):
+                return leaf
+            if habit is None:
+                self._originals.append(Record(module, slot, 0, leaf.detach(), version(leaf)))
+            return leaf.clone()
+
+        return map_leaves(copied, value)
+
+    def _apart(self, leaf: Any) -> Any:
+        is_shared = isinstance(leaf, Tensor) and storage_key(leaf) in self._handed_out
+        return leaf.clone() if is_shared else leaf
 
     # -- edits in place -------------------------------------------------------------------------
 
@@ -86,57 +149,58 @@ class Recorder:
 
         And those that are still to come: the block may keep the value, and edit it any time.
         """
-        if not self.keep.detach:
+        if not self._keep.detach:
             return  # a copy would have no gradient; should it be overwritten, that is refused
-        for index in range(self._indexed, len(self.seen)):
-            key = storage_key(self.seen[index][1])
-            if key is not None:
-                self._sharing.setdefault(key, []).append(index)
-        self._indexed = len(self.seen)
+        for index in range(self._indexed, len(self._records)):
+            for tensor in tensors(self._records[index].value):
+                key = storage_key(tensor)
+                if key is not None:
+                    self._sharing.setdefault(key, []).append(index)
+        self._indexed = len(self._records)
         for tensor in tensors(value):
             key = storage_key(tensor)
-            if key is None:
-                continue
-            self.handed_out.add(key)
-            for index in self._sharing.pop(key, ()):
-                self._check(*self.seen[index])
-                self._copy(index)
+            if key is not None:
+                self._handed_out.add(key)
+                for index in self._sharing.pop(key, ()):
+                    self._check(self._records[index])
+                    self._records[index] = self._with_own_memory(self._records[index])
 
-    def apart(self, kept: Any) -> Any:
-        """`kept`, with copies of what a block has in its hands."""
+    def _with_own_memory(self, record: Record) -> Record:
+        value = map_leaves(self._apart, record.value)
+        return record._replace(value=value, versions=tuple(map(version, tensors(value))))
 
-        def own(leaf: Any) -> Any:
-            is_shared = isinstance(leaf, Tensor) and storage_key(leaf) in self.handed_out
-            return leaf.clone() if is_shared and self.keep.detach else leaf
-
-        return map_leaves(own, kept) if self.handed_out else kept
-
-    def _copy(self, index: int) -> None:
-        entry, tensor, _ = self.seen[index]
-        copy = tensor.clone()
-        self.seen[index] = (entry, copy, version(copy))
-
-        def own(leaf: Any) -> Any:
-            return copy if leaf is tensor else leaf
-
-        entry._output = map_leaves(own, entry._output)  # pyright: ignore[reportPrivateUsage] - it is being made
-        entry._inputs = map_leaves(own, entry._inputs)  # pyright: ignore[reportPrivateUsage] - it is being made
-
-    def _check(self, entry: Entry, tensor: Tensor, then: int) -> None:
-        if version(tensor) != then:
-            for slot in (Slot.INPUT, Slot.OUTPUT):  # it is copied from now on
-                self._habits[Site(entry.path, slot)] = True
+    def _check(self, record: Record) -> None:
+        value, then = record.value, record.versions
+        now = version(value) if isinstance(then, int) else tuple(map(version, tensors(value)))
+        if now != then:
+            path = self._paths[record.module]
+            self._habits[record.slot][path] = True  # it is copied from now on
             raise OverwrittenError(
-                f"{entry.path} (step {entry.step}) was overwritten in place after it was "
-                f"recorded, which it was not in an earlier run; record copies of everything, "
-                f"with tracer.cache(..., clone=True)."
+                f"{path}.{record.slot.value} (step {record.step}) was overwritten in place after "
+                f"it was recorded, which it was not in an earlier run; record copies of "
+                f"everything, with tracer.cache(..., clone=True)."
             )
 
     # -- the end --------------------------------------------------------------------------------
 
     def freeze(self) -> None:
         """Complete the cache with what was recorded."""
-        self.cache._freeze(self.entries, self._tree.aliases, self._paths)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        found: dict[str, list[Entry]] = {}
+        begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
+        for module, slot, step, value, _ in self._records:
+            path = self._paths[module]
+            if slot is Slot.OUTPUT and begun.get(path):
+                begun[path].pop()._output = value  # pyright: ignore[reportPrivateUsage] - it is being made
+                continue
+            entries = found.setdefault(path, [])
+            is_again = bool(entries) and entries[-1].step == step
+            call = entries[-1].call + 1 if is_again else 0
+            if slot is Slot.OUTPUT:
+                entries.append(Entry(path, step, call, ABSENT, value))
+            else:
+                entries.append(Entry(path, step, call, value, ABSENT))
+                begun.setdefault(path, []).append(entries[-1])
+        self._cache._freeze(found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run.
@@ -145,102 +209,24 @@ class Recorder:
         run did not overwrite may yet be overwritten by another.
         """
         self._learn(was_whole)
-        for entry, tensor, then in self.seen:
-            self._check(entry, tensor, then)
-        if not was_whole or len(self.entries) == len(self._paths):
+        for record in self._records:
+            self._check(record)
+        if not was_whole or len(self._cache) == len(self._modules):
             return
-        missing = [path for path in self._paths if path not in self.entries]
+        missing = [path for path in self._modules if path not in self._cache]
         named = [path for path in missing if path in self._named]
-        if named or len(missing) == len(self._paths):
+        if named or len(missing) == len(self._modules):
             raise NeverRanError(
                 f"{(named or missing)[0]} was to be recorded, but was not called in this run "
-                f"({len(named or missing)} such of {len(self._paths)}); its weights may be used "
+                f"({len(named or missing)} such of {len(self._modules)}); its weights may be used "
                 f"without calling it. Name modules that run: tracer.cache() shows them."
             )
 
     def _learn(self, was_whole: bool) -> None:
-        for site, original, then in self._originals:
+        for module, slot, _, original, then in self._originals:
+            path = self._paths[module]
             if version(original) != then:
-                self._habits[site] = True
+                self._habits[slot][path] = True
             elif was_whole:
-                self._habits.setdefault(site, False)
+                self._habits[slot].setdefault(path, False)
         self._originals.clear()
-
-
-def _see_copy(
-    hook: ForwardHook,
-    keep: Keep,
-    site: Site,
-    originals: list[tuple[Site, Tensor, int]] | None,
-    module: nn.Module,
-    args: Any,
-    value: Any,
-) -> None:
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not keep.shares(leaf):
-            return leaf
-        if originals is not None:
-            originals.append((site, leaf.detach(), version(leaf)))
-        return leaf.clone()
-
-    if site.slot is Slot.INPUT:
-        args = map_leaves(copied, args)
-    hook(module, args, map_leaves(copied, value))
-
-
-@final
-class _Log:
-    """What is recorded of one module."""
-
-    # One small object for each module, and no closures: what is made here for every module of a
-    # model is what wakes the garbage collector, which costs more than the recording.
-    __slots__ = ("_begun", "_entries", "_path", "_recorder", "_run", "_thread")
-
-    def __init__(self, path: str, recorder: Recorder, thread: int, run: Clock) -> None:
-        self._path = path
-        self._recorder = recorder
-        self._thread = thread
-        self._run = run
-        self._entries: list[Entry] | None = None
-        self._begun: list[Entry] | None = None  # with inputs, and still without output
-
-    def see_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook."""
-        if is_elsewhere(self._thread):
-            return
-        recorder = self._recorder
-        is_tensor = isinstance(output, Tensor)
-        kept = recorder.keep.tensor(output) if is_tensor else recorder.keep(output)
-        if recorder.handed_out:
-            kept = recorder.apart(kept)
-        if self._begun:
-            entry = self._begun.pop()
-            entry._output = kept  # pyright: ignore[reportPrivateUsage] - it is being made
-        else:
-            entry = self._new(ABSENT, kept)
-        if is_tensor:
-            recorder.seen.append((entry, kept, version(kept)))
-        else:
-            recorder.seen.extend((entry, tensor, version(tensor)) for tensor in tensors(kept))
-
-    def see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A forward pre-hook."""
-        if is_elsewhere(self._thread):
-            return
-        recorder = self._recorder
-        kept = recorder.apart((recorder.keep(args), recorder.keep(kwargs)))
-        entry = self._new(kept, ABSENT)
-        self._begun = self._begun or []
-        self._begun.append(entry)
-        recorder.seen.extend((entry, tensor, version(tensor)) for tensor in tensors(kept))
-
-    def _new(self, inputs: Any, output: Any) -> Entry:
-        step, entries = self._run.step, self._entries
-        if entries is None:
-            entry = Entry(self._path, step, 0, inputs, output)
-            self._entries = self._recorder.entries[self._path] = [entry]
-            return entry
-        last = entries[-1]
-        entry = Entry(self._path, step, last.call + 1 if last.step == step else 0, inputs, output)
-        entries.append(entry)
-        return entry

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast
 
+from torch import nn
+
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, UnknownPathError, did_you_mean
 from tracekit.tracing.envoy import Envoy
@@ -14,21 +16,22 @@ from tracekit.tracing.envoy import Envoy
 Selector: TypeAlias = "Envoy | str | Callable[[str, Any], bool] | Iterable[Selector]"
 
 
-def select(tree: Tree, modules: Selector | None) -> tuple[list[str], set[str]]:
-    """The canonical paths meant, in tree order, and those among them that were named one by one.
+def select(tree: Tree, modules: Selector | None) -> tuple[dict[str, nn.Module], set[str]]:
+    """The modules meant, by canonical path, and the paths among them that were named one by one.
 
     None means every module. A container that is never called stands for the modules in it.
     Raises UnknownPathError, with near matches, for what the model does not have.
     """
+    tree.refresh_if_changed()
     if modules is None:
-        return [path for path in tree.paths() if tree.is_called(path)], set()
+        return tree.called, set()
     found: dict[str, bool] = {}
     for path, is_named in _matches(tree, modules):
         found[path] = found.get(path, False) or is_named
     if not found:
         raise CacheError("modules= names no module; leave it out to record every module.")
-    paths = sorted(found, key=tree.order.__getitem__)
-    return paths, {path for path in paths if found[path]}
+    named = {path for path, is_named in found.items() if is_named}
+    return {path: tree.modules[path] for path in found}, named
 
 
 def _matches(tree: Tree, selector: Selector) -> list[tuple[str, bool]]:
@@ -62,10 +65,10 @@ def _by_text(tree: Tree, text: str) -> list[tuple[str, bool]]:
 
 
 def _own_path(tree: Tree, envoy: Envoy) -> str:
-    path = tree.modules.get(envoy.path)
-    if path is not envoy.module:
+    module = tree.modules.get(envoy.path)
+    if module is None or module is not envoy.module:
         raise UnknownPathError(f"{envoy.path} is a module of another model than the one traced")
-    return tree.canonical(envoy.path)
+    return tree.aliases.get(envoy.path, envoy.path)
 
 
 def _called(tree: Tree, path: str) -> list[tuple[str, bool]]:

@@ -31,7 +31,9 @@ class Steps:
         return self._span(slice(None))
 
     def _span(self, key: slice) -> Iterator[int]:
-        first, stride = key.start or 0, key.step or 1
+        first, stride = key.start or 0, 1 if key.step is None else key.step
+        if stride == 0:
+            raise StepError("a stride of 0 goes nowhere; leave it out, or give 1 or more.")
         for number in (first, stride, key.stop or 0):
             _check_counts_from_start(number)
         if key.stop is not None:
@@ -50,7 +52,7 @@ class Steps:
         while self._mediator().wait_for_step(step):
             yield step
             step += stride
-        if step == first:
+        if step == first or self._mediator().steps_begun > step:
             _warn_cut_short(f"steps from {first} on were asked for")
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from types import FrameType, TracebackType
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 
-from tracekit.capture import Block, Skip, caller_frame, capture, show_own_lines, skip_body
+from tracekit.capture import (
+    Block,
+    Skip,
+    caller_frame,
+    capture,
+    show_own_lines,
+    skip_body,
+    user_traceback,
+)
 from tracekit.core.keep import Keep
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.errors import CacheError, CaptureError, OutsideTraceError
+from tracekit.errors import CacheError, CaptureError, OutsideTraceError, TracekitError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.cache import Cache
@@ -65,6 +73,8 @@ class Tracer:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
         if not (include_output or include_inputs):
             raise CacheError("include_output=False and include_inputs=False record nothing.")
+        if dtype is not None and not isinstance(cast("object", dtype), torch.dtype):
+            raise CacheError(f"dtype= takes a torch.dtype, as in torch.float16, not {dtype!r}.")
         place = torch.device(device) if device is not None else None
         keep = Keep(place, dtype, detach, clone)
         return self._execution.record(modules, keep, include_inputs, include_output)
@@ -114,10 +124,12 @@ class Tracer:
         frame = caller_frame()
         try:
             self._block = capture(frame)
-            if not self._block.is_empty:
-                self._skip = skip_body(self._block, frame, entered=self)
+            if asks_for_nothing(self._block):  # it runs where it stands, before the model
+                self._execution = Execution(self._tree, self._call, self._grad)
+                return self
+            self._skip = skip_body(self._block, frame, entered=self)
         except CaptureError as error:
-            show_own_lines(error, error.__context__)
+            error.__traceback__ = None  # the user's `with` is the only line of interest
             raise
         self._frame = frame
         return self
@@ -131,49 +143,61 @@ class Tracer:
         # To a type checker, as to a reader, this `with` swallows nothing: what it binds is bound.
         if self._skip is not None:
             self._skip.restore()
-        if error is None and self._skip is not None:
+        is_own = self._skip is not None and self._skip.is_own(error)
+        if error is not None and not is_own:
+            self._frame = None
+            if self._execution is not None:
+                self._execution.abandon()
+            if isinstance(error, TracekitError):
+                error.__traceback__ = user_traceback(error)
+            return None
+        if self._skip is not None and not is_own:
             self._frame = None
             raise CaptureError(
                 "the block ran in place, where its values do not exist: something (a debugger, a "
                 "coverage tool) took the trace function away while tracekit kept it from running."
             )
-        if error is not None and (self._skip is None or not self._skip.is_own(error)):
-            self._frame = None
-            return None
+        handled = error.__context__ if error is not None else None  # what the user is handling
         del error, traceback
         failure = self._run()
         if failure is None:
             return True  # pyright: ignore[reportReturnType] - it swallows the skip of the body
         # A bare raise goes on with the traceback as it stands, and does not add this frame: the
         # user sees own lines alone. The context was the skip of the body, which is no news.
-        context = self._without_skip(failure)
+        context = self._without_skip(failure, handled)
         try:
             raise failure
         except BaseException as shown:
             show_own_lines(shown, context)
             raise
         finally:
-            del failure, context
+            del failure, context, handled
 
-    def _without_skip(self, error: BaseException) -> BaseException | None:
-        """The context of `error`, with our skip taken out of its chain."""
+    def _without_skip(
+        self, error: BaseException, handled: BaseException | None
+    ) -> BaseException | None:
+        """The context of `error`, with what the user is handling in the place of our skip."""
         link = error
-        while link.__context__ is not None:
+        while link.__context__ is not None and link.__context__ is not handled:
             if self._skip is not None and self._skip.is_own(link.__context__):
-                link.__context__ = None
                 break
             link = link.__context__
+        link.__context__ = handled if link is not handled else None
         return error.__context__
 
     def _run(self) -> BaseException | None:
-        frame, block, self._frame = self._frame, self._block, None
+        if self._execution is not None:
+            try:
+                return self._execution.run(None)
+            finally:
+                self._execution = None
+        frame, self._frame = self._frame, None
         assert frame is not None
-        assert block is not None
-        body = None if block.is_empty else block.body(frame, _HELPERS)
+        assert self._block is not None
+        body = self._block.body(frame, _HELPERS)
         self._execution = Execution(self._tree, self._call, self._grad)
         try:
-            return self._execution.run(body, beside=not asks_for_nothing(block))
+            return self._execution.run(body)
         finally:
             self._execution = None
-            if body is not None:
-                body.hand_back()
+            body.hand_back()
