@@ -142,9 +142,6 @@ class Scripted:
     def suspend_worker(self) -> None:
         raise AssertionError("a generator yields instead")
 
-    def interrupted(self) -> bool:
-        return False
-
 
 class Actor:
     """The worker's side of a Mediator, with `yield` in the place of the hand-over."""

@@ -38,10 +38,6 @@ class Channel(Protocol):
         """Worker's side: let the model run until it resumes this worker."""
         ...
 
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C came while the worker ran, and its code has not seen it."""
-        ...
-
 
 class Run(Protocol):
     """What a mediator needs to know of its run (an Interleaver)."""
@@ -239,8 +235,6 @@ class Mediator:
     def _resume(self) -> None:
         assert self.channel is not None
         self.channel.resume_worker()
-        if self.channel.interrupted():
-            raise KeyboardInterrupt
 
     def _move(self, move: Move) -> None:
         self.state = TRANSITIONS[self.state, move]

@@ -52,8 +52,8 @@ class Worker:
         self._baton = Baton()
         self._job: Callable[[], None] | None = None
         self._mediator: Mediator | None = None
-        self._was_interrupted = False  # Ctrl-C came while the block ran …
-        self._is_seen = False  # … and was raised in the block
+        self._is_seen = False  # the last interrupt was raised in the block
+        self._is_draining = False  # woken only to take an interrupt that came too late
         self._waits_for: Worker | None = None  # the worker of a trace inside this one's block
         self._thread = threading.Thread(target=self._live, name="tracekit-worker", daemon=True)
         self._thread.start()
@@ -68,44 +68,44 @@ class Worker:
 
         self._job = job
         self._mediator = mediator
-        self._was_interrupted = False
         mediator.channel = self
 
     # -- Channel --------------------------------------------------------------------------------
 
     def resume_worker(self) -> None:
-        """Model's side: let the worker run until it suspends or ends."""
+        """Model's side: let the worker run until it suspends or ends.
+
+        Raises KeyboardInterrupt if Ctrl-C came meanwhile and the block has not seen it.
+        """
         outer: Worker | None = getattr(_local, "worker", None)
         if outer is not None:
             outer._waits_for = self
+        is_lost = False
         try:
             self._baton.give_to_worker()
         except KeyboardInterrupt:
-            self._interrupt()
+            is_lost = self._interrupt()
         finally:
             if outer is not None:
                 outer._waits_for = None
             if self._job is None:
                 _idle.append(self)
+        if is_lost:
+            raise KeyboardInterrupt
 
     def suspend_worker(self) -> None:
         """Worker's side: let the model run until it resumes this worker."""
         self._give_back()
-        self._baton.wait_for_model()
-
-    def interrupted(self) -> bool:
-        """Whether Ctrl-C came while the worker ran, and the user's code has not seen it."""
-        if not self._was_interrupted:
-            return False
-        _raise_in(self._thread, None)
-        self._was_interrupted = False
-        return not self._is_seen
+        if self._wait_for_turn():
+            raise KeyboardInterrupt
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _interrupt(self) -> None:
-        """Ctrl-C came to the model's side: raise it in the user's block if that is what runs."""
-        self._was_interrupted = True
+    def _interrupt(self) -> bool:
+        """Ctrl-C came to the model's side: raise it in the block if that is what runs.
+
+        True if the block did not see it: it had parked, or ended, in that very moment.
+        """
         self._is_seen = False
         while self._baton.is_with_worker():
             innermost = self
@@ -114,15 +114,27 @@ class Worker:
             _raise_in(innermost._thread, _BlockInterrupt)
             with suppress(KeyboardInterrupt):  # pressed again: raise it again
                 self._baton.wait_for_worker()
+        if self._is_seen:
+            return False
+        # It may be on its way to a thread that is parked, and as long as it is, Python 3.11 can
+        # hang in any thread that is being traced: wake the worker for a moment, to take it.
+        self._is_draining = True
+        with suppress(KeyboardInterrupt):
+            self._baton.give_to_worker()
+        while self._baton.is_with_worker():
+            with suppress(KeyboardInterrupt):
+                self._baton.wait_for_worker()
+        return True
 
     def _live(self) -> None:
         _local.worker = self
         while True:
             try:
-                self._baton.wait_for_model()
+                if self._wait_for_turn():
+                    raise KeyboardInterrupt
                 assert self._job is not None
                 self._job()
-            except KeyboardInterrupt:  # it came when the block had ended
+            except KeyboardInterrupt:  # it came when the block had not begun, or had ended
                 self._is_seen = False
             while self._job is not None:
                 try:
@@ -137,6 +149,19 @@ class Worker:
                 self._is_seen = False
         except KeyboardInterrupt:  # behind the last line of it
             self._is_seen = False
+
+    def _wait_for_turn(self) -> bool:
+        """Wait for the baton; whether an interrupt came with it."""
+        while True:
+            came = False
+            try:
+                self._baton.wait_for_model()
+            except KeyboardInterrupt:
+                came = True
+            if not self._is_draining:
+                return came
+            self._is_draining = False
+            self._give_back()
 
     def _end_job(self) -> None:
         if self._mediator is not None and self._mediator.state is State.RUNNING:
@@ -168,11 +193,10 @@ def _run(mediator: Mediator, body: Callable[[], None], state: AbstractContextMan
         del error, mediator, body  # the frames of the block refer to this one, and it to nothing
 
 
-def _raise_in(thread: threading.Thread, kind: type[BaseException] | None) -> None:
-    """Raise `kind` in `thread` at its next line of Python, or take that back."""
-    exception = ctypes.py_object(kind) if kind is not None else None
+def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:
+    """Raise `kind` in `thread` at its next line of Python."""
     assert thread.ident is not None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), exception)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(kind))
 
 
 os.register_at_fork(after_in_child=_idle.clear)

@@ -109,11 +109,18 @@ class Execution:
 
     def _close(self) -> None:
         self._call = _over
-        try:
-            self._interleaver.close()
-        finally:
-            self._hooks.remove()
-            del self._interleaver, self._passage
+        was_interrupted = False
+        for clean in (self._interleaver.close, self._hooks.remove):
+            is_clean = False
+            while not is_clean:
+                try:
+                    clean()
+                    is_clean = True
+                except KeyboardInterrupt:  # first things first
+                    was_interrupted = True
+        del self._interleaver, self._passage
+        if was_interrupted:
+            raise KeyboardInterrupt
 
     def _checked(self, is_whole: bool) -> BaseException | None:
         """Complete the caches, whatever the checks say: nothing is lost to an error."""
