@@ -147,6 +147,10 @@ class Envoy:
         """The full path, root's name first: `model.transformer.h.0`."""
         return self._path
 
+    def belongs_to(self, tree: Tree) -> bool:
+        """Whether this stands for a module of `tree`, at the same path."""
+        return self._tree is tree or tree.modules.get(self._path) is self.module
+
     @property
     def module(self) -> Any:
         """The PyTorch module itself."""

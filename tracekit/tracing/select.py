@@ -65,8 +65,7 @@ def _by_text(tree: Tree, text: str) -> list[tuple[str, bool]]:
 
 
 def _own_path(tree: Tree, envoy: Envoy) -> str:
-    module = tree.modules.get(envoy.path)
-    if module is None or module is not envoy.module:
+    if envoy.path not in tree.modules or not envoy.belongs_to(tree):
         raise UnknownPathError(f"{envoy.path} is a module of another model than the one traced")
     return tree.aliases.get(envoy.path, envoy.path)
 
