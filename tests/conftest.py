@@ -6,6 +6,7 @@ Imports neither torch nor transformers: tests/capture runs on interpreters that 
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -19,3 +20,8 @@ from hypothesis import settings
 # No deadline: the first example of a property pays for imports. In CI the same examples each time.
 settings.register_profile("tracekit", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("tracekit")
+
+
+def pytest_configure() -> None:
+    """Let the tests press Ctrl-C: what a shell starts in the background ignores it from birth."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
