@@ -400,3 +400,17 @@ def test_a_users_own_generate_gets_the_users_options_alone() -> None:
         result = tracer.result
     assert torch.equal(result, own.generate(torch.ones(1, 2), scale=2.0))
     assert visits(cache, "model.inner") == [(0, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_a_progress_bar_on_request_counts_the_steps_and_changes_nothing(
+    is_traced: bool, model: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = model.generate(REPEATING, max_new_tokens=3, do_sample=False)
+    if is_traced:
+        with model.generate(REPEATING, max_new_tokens=3, do_sample=False, progress=True) as tracer:
+            tokens = tracer.result
+    else:
+        tokens = model.generate(REPEATING, max_new_tokens=3, do_sample=False, progress=True)
+    assert torch.equal(tokens, expected)
+    assert "3/3" in capsys.readouterr().err

@@ -20,8 +20,22 @@ def generate(
 
     Steps are not found by counting forward passes: a prompt in chunks takes several, guidance
     doubles them, assisted decoding runs fewer. A stopping criterion is asked exactly once in
-    each iteration.
+    each iteration. `progress=True` shows a bar.
     """
+    kwargs = dict(kwargs)
+    if _is_transformers(tree.root) and kwargs.pop("progress", False):
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=kwargs.get("max_new_tokens"), desc="generate", unit="step")
+        kwargs["stopping_criteria"] = _with_end_of_step(kwargs.get("stopping_criteria"), bar.update)
+        with bar:
+            return _generate(tree, end_step, args, kwargs)
+    return _generate(tree, end_step, args, kwargs)
+
+
+def _generate(
+    tree: Tree, end_step: Callable[[], None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     module: Any = tree.root
     if end_step is None or not _is_transformers(module):
         return module.generate(*args, **kwargs)

@@ -96,7 +96,7 @@ class LanguageModel(Model):
 
         `with model.generate(prompt, max_new_tokens=8) as tracer:` has one step for each new
         token, and `tracer.result` is the tokens; anywhere else the tokens are returned. Takes
-        everything that `transformers.generate` takes.
+        everything that `transformers.generate` takes; `progress=True` shows a bar.
         """
         inputs = self._prepared(args, kwargs, for_generate=True)
         module = self.module

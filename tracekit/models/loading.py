@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -170,17 +169,6 @@ class _Named:
 
     def from_config(self, config: Any, **options: Any) -> Any:
         return self._cls._from_config(config, **options)
-
-
-def is_on_meta(module: nn.Module) -> bool:
-    """Whether weights are on meta without accelerate's hooks that would bring them."""
-    if hasattr(module, "hf_device_map"):
-        return False
-    return any(
-        parameter.device == torch.device("meta") and not hasattr(owner, "_hf_hook")
-        for owner in module.modules()
-        for parameter in owner.parameters(recurse=False)
-    )
 
 
 def _first_line(error: BaseException) -> str:
