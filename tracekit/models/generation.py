@@ -26,7 +26,7 @@ def generate(
     if _is_transformers(tree.root) and kwargs.pop("progress", False):
         from tqdm.auto import tqdm
 
-        bar = tqdm(total=kwargs.get("max_new_tokens"), desc="generate", unit="step")
+        bar: Any = tqdm(total=kwargs.get("max_new_tokens"), desc="generate", unit="step")
         kwargs["stopping_criteria"] = _with_end_of_step(kwargs.get("stopping_criteria"), bar.update)
         with bar:
             return _generate(tree, end_step, args, kwargs)
