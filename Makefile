@@ -60,15 +60,21 @@ test-page: $(VENV)/.stamp .venv-page/.stamp
 	$(BIN)/python -m pytest tests/page
 endif
 
-## make test-lowest   the tests not marked slow, on the lowest dependencies promised
+# What is left out reads GPT-2's blocks as transformers 5 returns them, or asks for what 4 has not.
+LOWEST := tests/capture tests/core tests/interleave tests/page tests/test_*.py \
+	$(addprefix tests/models/test_,language.py tiny.py) \
+	$(addprefix tests/tracing/test_,cache_matrix.py guards.py nesting.py order.py) \
+	$(addprefix tests/tracing/test_,overwritten.py torch_state.py)
+
+## make test-lowest   what does not depend on transformers 5, on the lowest dependencies promised
 test-lowest: .venv-lowest/.stamp
-	.venv-lowest/bin/python -m pytest -m "not slow"
+	.venv-lowest/bin/python -m pytest -m "not slow" $(LOWEST)
 
 ## make notebooks     run every tutorial
 notebooks: $(VENV)/.stamp
 	@$(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
 
-## make bench         tracekit beside its rivals (BENCH_ARGS=--json)
+## make bench         tracekit beside its rivals (BENCH_ARGS="--model 64 --forwards")
 bench: .venv-bench/.stamp
 	.venv-bench/bin/python benchmarks/overhead.py $(BENCH_ARGS)
 

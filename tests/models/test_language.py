@@ -112,10 +112,10 @@ def test_texts_of_different_lengths_are_each_what_they_are_alone(side: str) -> N
     model = LanguageModel("tracekit/tiny", padding_side=side)
     last = {}
     with model.trace(PROMPTS):
-        hidden = model.transformer.h[2].output
+        hidden = model.transformer.h[2].hidden
     for index, prompt in enumerate(PROMPTS):
         with model.trace(prompt):
-            last[index] = model.transformer.h[2].output[0]
+            last[index] = model.transformer.h[2].hidden[0]
         length = len(last[index])
         mine = hidden[index, :length] if side == "right" else hidden[index, -length:]
         assert torch.allclose(mine, last[index], atol=TOLERANCE)

@@ -12,13 +12,15 @@ from tracekit.models.signatures import accepts
 
 # Families whose state runs through padding, whatever the mask says (transformers 4.57 to 5.23).
 READS_PADDING = frozenset({"rwkv", "xlstm"})
-# Encoders that count positions from the first column, and cannot be told otherwise.
+READS_PADDING_BEFORE_5 = frozenset({"recurrent_gemma"})
+# Encoders that count positions from the first column, where they cannot be told otherwise.
 COUNTS_PADDING = frozenset(
     {
         "bart",
         "bigbird_pegasus",
         "blenderbot",
         "blenderbot-small",
+        "distilbert",
         "led",
         "marian",
         "mbart",
@@ -36,7 +38,7 @@ def fit_padding(inputs: dict[str, Any], module: Any, for_generate: bool) -> dict
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return inputs
-    _refuse_what_is_wrong(module.config, mask, for_generate)
+    _refuse_what_is_wrong(module, mask, for_generate)
     if for_generate or "position_ids" in inputs or not accepts(module, "position_ids"):
         return inputs
     if hasattr(getattr(module, "model", module), "get_rope_index"):
@@ -44,14 +46,16 @@ def fit_padding(inputs: dict[str, Any], module: Any, for_generate: bool) -> dict
     return {**inputs, "position_ids": _positions(module, mask)}
 
 
-def _refuse_what_is_wrong(config: Any, mask: Tensor, for_generate: bool) -> None:
+def _refuse_what_is_wrong(module: Any, mask: Tensor, for_generate: bool) -> None:
+    config = module.config
     family = config.model_type
-    if family in READS_PADDING:
+    if family in READS_PADDING or (family in READS_PADDING_BEFORE_5 and _is_before_5()):
         raise PaddingError(
             f"{family} reads its padding: in a padded batch its rows would not be what each is "
             f"alone. Trace the rows one by one, or give rows of equal length."
         )
-    if family in COUNTS_PADDING and not bool(mask[:, 0].all()):
+    is_told = accepts(module, "position_ids")
+    if family in COUNTS_PADDING and not is_told and not bool(mask[:, 0].all()):
         raise PaddingError(
             f"{family} counts positions from the first column, so rows padded on the left would "
             f"not be what each is alone: LanguageModel(..., padding_side='right')."
@@ -67,6 +71,12 @@ def _positions(module: Any, mask: Tensor) -> Tensor:
     """Each token's place in its own row, from 0, or from where the family's positions begin."""
     counted = mask.long().cumsum(-1)
     for part in module.modules():
-        if hasattr(part, "create_position_ids_from_input_ids"):  # RoBERTa's heirs: behind the pad
+        if hasattr(part, "padding_idx") and hasattr(part, "position_embeddings"):  # RoBERTa's heirs
             return counted * mask.long() + part.padding_idx
     return torch.clamp(counted - 1, min=0)
+
+
+def _is_before_5() -> bool:
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) < 5
