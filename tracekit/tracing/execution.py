@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
 import torch
@@ -34,6 +35,14 @@ TracedCall: TypeAlias = Callable[[Callable[[], None]], Any]
 
 
 @final
+@dataclass(frozen=True)
+class Intervention:
+    """A block, to be run once beside the model."""
+
+    body: Callable[[], None]
+
+
+@final
 class Execution:
     """A run of `call` on the model of `tree`; used once."""
 
@@ -46,28 +55,31 @@ class Execution:
         self._hooks = Hooks(tree.module)
         self._passage = Passage(tree, self._hooks.watch_ends, self._hooks.watch_begins)
         self._versions = Versions()
-        self.mediator: Mediator | None = None
+        self.mediators: list[Mediator] = []
         self._recorders: list[Recorder] = []
         self._interleaver = Interleaver(self._passage, self._hooks, witness=self)
         self._hooks.subscriber = self._interleaver
 
-    def run(self, body: Callable[[], None] | None) -> BaseException | None:
-        """Run the model, and `body` on a worker beside it; the error that ended it, if one did.
+    def run(self, interventions: Sequence[Intervention]) -> BaseException | None:
+        """Run the model, and the interventions beside it; the error that ended it, if one did.
 
-        The error of the block comes before one that the model ran into because of it.
+        The error of a block comes before one that the model ran into because of it.
         """
-        if body is not None:
+        if interventions:
             self._tree.refresh_if_changed()
-            self.mediator = self._new_mediator(body)
+            for intervention in interventions:
+                self._add_mediator(intervention)
         error = self._run()
         checked: BaseException | None = None
         try:
-            if self.mediator is not None and self.mediator.error is not None:
-                error, self.mediator.error = self.mediator.error, None
+            for mediator in self.mediators:
+                if mediator.error is not None:
+                    error, mediator.error = mediator.error, None
+                    break
             checked = self._checked(is_whole=error is None)
             return error if error is not None else checked
         finally:  # an error refers to frames that refer to this one: it must not refer back
-            self.mediator = None
+            self.mediators.clear()
             del error, checked
 
     def abandon(self) -> None:
@@ -101,11 +113,11 @@ class Execution:
         self._recorders.append(recorder)
         return cache
 
-    def _new_mediator(self, body: Callable[[], None]) -> Mediator:
+    def _add_mediator(self, intervention: Intervention) -> None:
         mediator = Mediator(self._tree, self._interleaver, misfit, _line)
+        self.mediators.append(mediator)
         self._interleaver.mediators.append(mediator)
-        run_beside(mediator, body, self._grad)
-        return mediator
+        run_beside(mediator, intervention.body, self._grad)
 
     def _close(self) -> None:
         self._call = _over
@@ -124,7 +136,7 @@ class Execution:
 
     def _checked(self, is_whole: bool) -> BaseException | None:
         """Complete the caches, whatever the checks say: nothing is lost to an error."""
-        if self.mediator is not None and (self.mediator.has_stopped or self.mediator.has_skipped):
+        if any(mediator.has_stopped or mediator.has_skipped for mediator in self.mediators):
             is_whole = False
         for recorder in self._recorders:
             recorder.freeze()

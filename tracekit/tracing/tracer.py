@@ -7,15 +7,7 @@ from typing import Any, cast, final
 
 import torch
 
-from tracekit.capture import (
-    Block,
-    Skip,
-    caller_frame,
-    capture,
-    show_own_lines,
-    skip_body,
-    user_traceback,
-)
+from tracekit.capture import Block, caller_frame, capture, show_own_lines, user_traceback
 from tracekit.core.keep import Keep
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -25,11 +17,9 @@ from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.execution import Execution, TracedCall
 from tracekit.tracing.quiet import asks_for_nothing
-from tracekit.tracing.save import save_method
 from tracekit.tracing.select import Selector
 from tracekit.tracing.steps import Steps
-
-_HELPERS = {"save": save_method}
+from tracekit.tracing.ways import Lifted, Quiet, Way
 
 
 @final
@@ -40,10 +30,8 @@ class Tracer:
         self._tree = tree
         self._call = call
         self._grad = grad
-        self._frame: FrameType | None = None
         self._block: Block | None = None
-        self._skip: Skip | None = None
-        self._execution: Execution | None = None
+        self._way: Way | None = None  # while the block runs
 
     # -- in the block ---------------------------------------------------------------------------
 
@@ -69,7 +57,8 @@ class Tracer:
         Raises UnknownPathError for a module that the model does not have, CacheError if the
         model has passed one, and, when the trace ends, NeverRanError for one that did not run.
         """
-        if self._execution is None:
+        execution = self._way.execution if self._way is not None else None
+        if execution is None:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
         if not (include_output or include_inputs):
             raise CacheError("include_output=False and include_inputs=False record nothing.")
@@ -77,7 +66,7 @@ class Tracer:
             raise CacheError(f"dtype= takes a torch.dtype, as in torch.float16, not {dtype!r}.")
         place = torch.device(device) if device is not None else None
         keep = Keep(place, dtype, detach, clone)
-        return self._execution.record(modules, keep, include_inputs, include_output)
+        return execution.record(modules, keep, include_inputs, include_output)
 
     @property
     def result(self) -> Any:
@@ -110,8 +99,8 @@ class Tracer:
 
     def _mediator(self, name: str) -> Mediator:
         mediator = current_mediator()
-        own = self._execution.mediator if self._execution is not None else None
-        if mediator is None or mediator is not own:
+        execution = self._way.execution if self._way is not None else None
+        if mediator is None or execution is None or mediator not in execution.mediators:
             raise OutsideTraceError(
                 f"tracer.{name} means something only in the block of its trace; bind what you "
                 f"need there, as in `out = tracer.result`."
@@ -124,15 +113,19 @@ class Tracer:
         frame = caller_frame()
         try:
             self._block = capture(frame)
-            if asks_for_nothing(self._block):  # it runs where it stands, before the model
-                self._execution = Execution(self._tree, self._call, self._grad)
-                return self
-            self._skip = skip_body(self._block, frame, entered=self)
+            self._way = self._way_of(self._block, frame)
         except CaptureError as error:
             error.__traceback__ = None  # the user's `with` is the only line of interest
             raise
-        self._frame = frame
         return self
+
+    def _way_of(self, block: Block, frame: FrameType) -> Way:
+        if asks_for_nothing(block):
+            return Quiet(self._execution())
+        return Lifted(block, frame, self, self._execution)
+
+    def _execution(self) -> Execution:
+        return Execution(self._tree, self._call, self._grad)
 
     def __exit__(
         self,
@@ -141,63 +134,42 @@ class Tracer:
         traceback: TracebackType | None,
     ) -> None:
         # To a type checker, as to a reader, this `with` swallows nothing: what it binds is bound.
-        if self._skip is not None:
-            self._skip.restore()
-        is_own = self._skip is not None and self._skip.is_own(error)
-        if error is not None and not is_own:
-            self._frame = None
-            if self._execution is not None:
-                self._execution.abandon()
+        way = self._way
+        assert way is not None
+        if error is not None and not way.is_own(error):
+            self._way = None
+            way.abandon()
             if isinstance(error, TracekitError):
                 error.__traceback__ = user_traceback(error)
             return None
-        if self._skip is not None and not is_own:
-            self._frame = None
-            raise CaptureError(
-                "the block ran in place, where its values do not exist: something (a debugger, a "
-                "coverage tool) took the trace function away while tracekit kept it from running."
-            )
         handled = error.__context__ if error is not None else None  # what the user is handling
         del error, traceback
-        failure = self._run()
+        try:
+            failure = way.finish()
+        finally:
+            self._way = None
         if failure is None:
             return True  # pyright: ignore[reportReturnType] - it swallows the skip of the body
         # A bare raise goes on with the traceback as it stands, and does not add this frame: the
         # user sees own lines alone. The context was the skip of the body, which is no news.
-        context = self._without_skip(failure, handled)
+        context = _without_own(failure, handled, way)
         try:
             raise failure
         except BaseException as shown:
             show_own_lines(shown, context)
             raise
         finally:
-            del failure, context, handled
+            del failure, context, handled, way
 
-    def _without_skip(
-        self, error: BaseException, handled: BaseException | None
-    ) -> BaseException | None:
-        """The context of `error`, with what the user is handling in the place of our skip."""
-        link = error
-        while link.__context__ is not None and link.__context__ is not handled:
-            if self._skip is not None and self._skip.is_own(link.__context__):
-                break
-            link = link.__context__
-        link.__context__ = handled if link is not handled else None
-        return error.__context__
 
-    def _run(self) -> BaseException | None:
-        if self._execution is not None:
-            try:
-                return self._execution.run(None)
-            finally:
-                self._execution = None
-        frame, self._frame = self._frame, None
-        assert frame is not None
-        assert self._block is not None
-        body = self._block.body(frame, _HELPERS)
-        self._execution = Execution(self._tree, self._call, self._grad)
-        try:
-            return self._execution.run(body)
-        finally:
-            self._execution = None
-            body.hand_back()
+def _without_own(
+    error: BaseException, handled: BaseException | None, way: Way
+) -> BaseException | None:
+    """The context of `error`, with what the user is handling in the place of the way's own."""
+    link = error
+    while link.__context__ is not None and link.__context__ is not handled:
+        if way.is_own(link.__context__):
+            break
+        link = link.__context__
+    link.__context__ = handled if link is not handled else None
+    return error.__context__

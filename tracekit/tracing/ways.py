@@ -1,0 +1,88 @@
+"""The ways in which the block of a trace may run: before the model, or beside it on a worker."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any, final
+
+from tracekit.capture import Block, Skip, skip_body
+from tracekit.errors import CaptureError
+from tracekit.tracing.execution import Execution, Intervention
+from tracekit.tracing.save import save_method
+
+HELPERS: Mapping[str, Any] = {"save": save_method}
+
+
+class Way(ABC):
+    """One block, from the head of its `with` to its end; used once."""
+
+    execution: Execution | None = None  # while the block may ask for something
+
+    def is_own(self, error: BaseException | None) -> bool:
+        """Whether `error` was raised by this way, to leave the place where the block stands."""
+        return False
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Let go of everything: an error of the user's leaves the block where it stands."""
+
+    @abstractmethod
+    def finish(self) -> BaseException | None:
+        """Run what is left to run; the error that ended it, if one did."""
+
+
+@final
+class Quiet(Way):
+    """A block that asks the model for nothing: it runs where it stands, before the model."""
+
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+
+    def abandon(self) -> None:
+        assert self.execution is not None
+        self.execution.abandon()
+
+    def finish(self) -> BaseException | None:
+        assert self.execution is not None
+        return self.execution.run([])
+
+
+@final
+class Lifted(Way):
+    """A block that is kept from running where it stands, and runs on a worker beside the model."""
+
+    def __init__(
+        self, block: Block, frame: FrameType, entered: object, start: Callable[[], Execution]
+    ) -> None:
+        self._skip: Skip = skip_body(block, frame, entered=entered)
+        self._block = block
+        self._frame: FrameType | None = frame
+        self._start = start
+        self._is_skipped = False
+
+    def is_own(self, error: BaseException | None) -> bool:
+        self._skip.restore()
+        self._is_skipped = self._is_skipped or self._skip.is_own(error)
+        return self._skip.is_own(error)
+
+    def abandon(self) -> None:
+        self._skip.restore()
+        self._frame = None
+
+    def finish(self) -> BaseException | None:
+        self._skip.restore()
+        frame, self._frame = self._frame, None
+        if not self._is_skipped:
+            raise CaptureError(
+                "the block ran in place, where its values do not exist: something (a debugger, a "
+                "coverage tool) took the trace function away while tracekit kept it from running."
+            )
+        assert frame is not None
+        body = self._block.body(frame, HELPERS)
+        self.execution = self._start()
+        try:
+            return self.execution.run([Intervention(body)])
+        finally:
+            body.hand_back()
