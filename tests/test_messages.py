@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.tiny_models import make
-from tracekit import LanguageModel, Model, errors
+from tracekit import LanguageModel, Model, errors, settings
 from tracekit.errors import TracekitError, TracekitWarning, did_you_mean
 
 IN_ERRORS = [value for value in vars(errors).values() if isinstance(value, type)]
@@ -111,6 +111,10 @@ def a_misspelled_name_of_a_model() -> None:
     LanguageModel("tracekit/tny")
 
 
+def a_misspelled_setting() -> None:
+    settings.lift_block = False  # type: ignore[attr-defined]
+
+
 def line(function: Callable[[], object], number: int) -> str:
     """The how-manieth line of a function, as messages name it; the line of its `def` is 0."""
     return f"line {function.__code__.co_firstlineno + number}"
@@ -202,6 +206,12 @@ CASES = [
         a_misspelled_name_of_a_model,
         errors.LoadingError,
         "'tracekit/tny' is not packaged with tracekit; did you mean 'tracekit/tiny'? [loading]",
+    ),
+    Case(
+        a_misspelled_setting,
+        errors.SettingError,
+        "'lift_block' is not a setting; did you mean 'lift_blocks'? "
+        "(there: defer_reads, lift_blocks). [setting]",
     ),
 ]
 

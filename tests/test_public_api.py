@@ -22,6 +22,7 @@ PUBLIC = [
     "TracekitWarning",
     "errors",
     "save",
+    "settings",
 ]
 
 

@@ -9,6 +9,7 @@ from tracekit import errors
 
 if TYPE_CHECKING:
     from tracekit.core.keep import Note
+    from tracekit.core.settings import settings
     from tracekit.errors import TracekitError, TracekitWarning
     from tracekit.models.language import LanguageModel
     from tracekit.models.model import Model
@@ -34,6 +35,7 @@ _HOMES = {
     "TracekitError": "tracekit.errors",
     "TracekitWarning": "tracekit.errors",
     "save": "tracekit.tracing.save",
+    "settings": "tracekit.core.settings",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "Tracer",
     "errors",
     "save",
+    "settings",
 ]
 
 

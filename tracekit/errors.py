@@ -105,6 +105,12 @@ class LoadingError(TracekitError):
     slug = "loading"
 
 
+class SettingError(TracekitError, AttributeError):
+    """A setting that there is not, or a value that it cannot have."""
+
+    slug = "setting"
+
+
 class TracekitWarning(UserWarning):
     """Something is probably not what was meant, and the numbers are right all the same."""
 
