@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tracekit.core.nest import describe, first_input, first_tensor, replace_first_tensor
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import (
     LoadingError,
-    MisfitError,
     NeverRanError,
     OutsideTraceError,
     UnknownModuleError,
@@ -22,11 +20,12 @@ from tracekit.errors import (
 )
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
+from tracekit.tracing.slots import Slots
 
 _VALUES = ("output", "input", "inputs", "hidden", "skip", "next", "calls", "path", "module")
 
 
-class Envoy:
+class Envoy(Slots):
     """Stands for the module at `path`; children by attribute, index or name.
 
     Inside a trace, `.output`, `.input`, `.inputs` and `.hidden` are the module's real values at
@@ -40,65 +39,7 @@ class Envoy:
         object.__setattr__(self, "_path", path)
         object.__setattr__(self, "_call", call)
 
-    # -- values in a trace ----------------------------------------------------------------------
-
-    @property
-    def output(self) -> Any:
-        """What the module returned: exactly that, a tensor for one family, a tuple for another."""
-        mediator, site = self._at(Slot.OUTPUT, "output")
-        return mediator.read(site, self._call)
-
-    @output.setter
-    def output(self, value: Any) -> None:
-        mediator, site = self._at(Slot.OUTPUT, "output")
-        mediator.write(site, value, self._call)
-
-    @property
-    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the module was called with: `(args, kwargs)`."""
-        mediator, site = self._at(Slot.INPUT, "inputs")
-        return mediator.read(site, self._call)  # pyright: ignore[reportReturnType] - hooks always give this pair
-
-    @inputs.setter
-    def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        mediator, site = self._at(Slot.INPUT, "inputs")
-        mediator.write(site, value, self._call)
-
-    @property
-    def input(self) -> Any:
-        """The first positional argument, or the first keyword argument if there is none."""
-        return first_input(self.inputs)
-
-    @input.setter
-    def input(self, value: Any) -> None:
-        args, kwargs = self.inputs
-        if args:
-            self.inputs = ((value, *args[1:]), kwargs)
-        elif kwargs:
-            self.inputs = (args, {**kwargs, next(iter(kwargs)): value})
-        else:
-            raise MisfitError(f"{self._path} was called without arguments; there is no .input.")
-
-    @property
-    def hidden(self) -> Any:
-        """The hidden-state tensor of the output: itself, or the first tensor of its structure.
-
-        Shape is the family's own, usually `(batch, positions, model)`. Assigning puts the new
-        tensor into the same structure.
-        """
-        found = first_tensor(self.output)
-        if found is None:
-            raise MisfitError(f"{self._path}.output is {describe(self.output)}, with no tensor.")
-        return found
-
-    @hidden.setter
-    def hidden(self, value: Any) -> None:
-        self.output = replace_first_tensor(self.output, value)
-
-    def skip(self, value: Any) -> None:
-        """Do not run the module in this step; its output is `value`."""
-        mediator, site = self._at(Slot.OUTPUT, "skip()")
-        mediator.skip(site, value, self._call)
+    # -- in a trace -----------------------------------------------------------------------------
 
     def next(self, steps: int = 1) -> Envoy:
         """This module, after going on to a later step of the generation.
