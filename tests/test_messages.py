@@ -89,6 +89,14 @@ def a_cache_that_comes_too_late() -> None:
         tracer.cache(MODEL[0])
 
 
+def a_gradient_without_a_graph() -> None:
+    frozen = Model(nn.Linear(2, 2).requires_grad_(False))
+    with frozen.trace(X):
+        loss = frozen.output.sum()
+        with loss.backward():
+            pass
+
+
 def no_input() -> None:
     MODEL.trace()
 
@@ -182,6 +190,14 @@ CASES = [
         errors.CacheError,
         "tracer.cache() was called when the model had passed model.0 (step 0); make the cache "
         "first in the block, or name modules that come later. [cache]",
+    ),
+    Case(
+        a_gradient_without_a_graph,
+        errors.GradientError,
+        "there is no way back from Tensor[] float32 cpu (a leaf): it does not require grad, as it "
+        "was detached, or as nothing that it was computed from does (frozen parameters): make an "
+        "early value the leaf of the graph, as in "
+        "model.transformer.wte.output.requires_grad_(True). [gradient]",
     ),
     Case(
         no_input,

@@ -20,6 +20,7 @@ PUBLIC = [
     "Tracer",
     "TracekitError",
     "TracekitWarning",
+    "backward",
     "errors",
     "save",
     "settings",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tracekit.tracing.cache import Cache
     from tracekit.tracing.entries import Entries, Entry
     from tracekit.tracing.envoy import Envoy
+    from tracekit.tracing.gradients import backward
     from tracekit.tracing.save import save
     from tracekit.tracing.tracer import Tracer
 
@@ -34,6 +35,7 @@ _HOMES = {
     "Tracer": "tracekit.tracing.tracer",
     "TracekitError": "tracekit.errors",
     "TracekitWarning": "tracekit.errors",
+    "backward": "tracekit.tracing.gradients",
     "save": "tracekit.tracing.save",
     "settings": "tracekit.core.settings",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "TracekitError",
     "TracekitWarning",
     "Tracer",
+    "backward",
     "errors",
     "save",
     "settings",

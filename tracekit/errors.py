@@ -75,6 +75,12 @@ class OverwrittenError(TracekitError):
     slug = "overwritten"
 
 
+class GradientError(TracekitError):
+    """A gradient was asked for that no backward pass can bring."""
+
+    slug = "gradient"
+
+
 class CacheError(TracekitError):
     """A cache was asked for something that it does not hold or cannot record."""
 

@@ -15,7 +15,7 @@ from tracekit.capture.extract import check, is_empty
 from tracekit.capture.locate import FUTURES, Place, locate
 from tracekit.capture.percode import PerCode
 from tracekit.capture.rewrite import (
-    SAVE,
+    HELPERS,
     CompiledBody,
     compile_function_body,
     compile_namespace_body,
@@ -49,7 +49,7 @@ def _capture_anew(frame: FrameType) -> Block:
     block = _block(place, frame.f_code, frame.f_lasti)
     if not block.is_empty:
         # Compiled now, so that what cannot be compiled is refused before anything runs.
-        block.compiled(_Form(_is_namespace(block.names, frame), (SAVE,)))
+        block.compiled(_Form(_is_namespace(block.names, frame), HELPERS))
     known = _blocks.get(frame.f_code)
     if known is None:
         _blocks.put(frame.f_code, known := {})

@@ -32,6 +32,8 @@ _MARK: Final = "tracekit "  # with its blank no name that a user can write
 _FACTORY: Final = f"{_MARK}factory"
 _BODY: Final = f"{_MARK}body"
 SAVE: Final = "save"
+BACKWARD: Final = "backward"
+HELPERS: Final = (SAVE, BACKWARD)  # what a tracer gives its blocks
 _SEE_ALL: Final = frozenset(
     {"locals", "vars", "dir", "eval", "exec", "breakpoint", "set_trace", "embed"}
 )
@@ -164,9 +166,15 @@ def _made(kind: Any, **fields: object) -> ast.stmt:
 def _statements(place: Place, helpers: Sequence[str]) -> list[ast.stmt]:
     """A copy of the body, calling the helpers."""
     statements = [copy.deepcopy(statement) for statement in place.statement.body]
-    if SAVE not in helpers:
-        return statements
-    return [cast("ast.stmt", _SaveCalls().visit(statement)) for statement in statements]
+    if SAVE in helpers:
+        statements = [_visited(_SaveCalls(), statement) for statement in statements]
+    if BACKWARD in helpers:
+        statements = [_visited(_BackwardItems(), statement) for statement in statements]
+    return statements
+
+
+def _visited(visitor: ast.NodeTransformer, statement: ast.stmt) -> ast.stmt:
+    return cast("ast.stmt", visitor.visit(statement))
 
 
 def _first_argument(place: Place) -> str | None:
@@ -194,6 +202,27 @@ class _SaveCalls(ast.NodeTransformer):
             return node
         helper = ast.copy_location(ast.Name(helper_name(SAVE), ast.Load()), function)
         return ast.copy_location(ast.Call(helper, [function.value], []), node)
+
+
+@final
+class _BackwardItems(ast.NodeTransformer):
+    """`with x.backward(…):` becomes `with <backward helper>(x, …):`, everywhere in the block."""
+
+    def visit_With(self, node: ast.With) -> ast.AST:
+        self.generic_visit(node)
+        for item in node.items:
+            call = item.context_expr
+            if isinstance(call, ast.Call) and _is_backward(call.func):
+                owner = cast("ast.Attribute", call.func).value
+                call.func = ast.copy_location(
+                    ast.Name(helper_name(BACKWARD), ast.Load()), call.func
+                )
+                call.args.insert(0, owner)
+        return node
+
+
+def _is_backward(function: ast.expr) -> bool:
+    return isinstance(function, ast.Attribute) and function.attr == BACKWARD
 
 
 @final

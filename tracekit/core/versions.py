@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tracekit.core.nest import tensors
+
+UNKNOWN: Final = -1
 
 
 class Note(Protocol):
@@ -105,8 +107,8 @@ class _Copied:
 
 
 def version(tensor: Tensor) -> int:
-    """The version counter, or -1 for a tensor that keeps none."""
-    return -1 if tensor.is_inference() else tensor._version
+    """The version counter, or UNKNOWN for a tensor that keeps none."""
+    return UNKNOWN if tensor.is_inference() else tensor._version
 
 
 def storage_key(tensor: Tensor) -> int | None:

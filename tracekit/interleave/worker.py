@@ -14,11 +14,11 @@ import threading
 from _thread import get_ident
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from typing import final
+from typing import Protocol, final
 
 from tracekit.capture import user_traceback
 from tracekit.interleave.baton import Baton
-from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.mediator import Channel, Mediator
 from tracekit.interleave.protocol import State
 from tracekit.interleave.torch_state import TorchState
 
@@ -30,28 +30,39 @@ exclusively = threading.Lock()  # for what several runs change on one module
 this_thread = get_ident  # a number that no two threads have at the same time
 
 
+class Side(Protocol):
+    """Whose job a worker runs: a Mediator, or an Aside."""
+
+    channel: Channel | None
+    state: State
+
+    def end(self, error: BaseException | None) -> None:
+        """Worker's side, as its last act: the job has ended."""
+        ...
+
+
 def current_mediator() -> Mediator | None:
     """The mediator whose block runs on this thread, if one does."""
     return getattr(_local, "mediator", None)
 
 
-def run_beside(mediator: Mediator, body: Callable[[], None], grad: bool | None = None) -> None:
-    """Attach a pooled worker to `mediator`, ready to run `body` under the caller's torch state.
+def run_beside(side: Side, body: Callable[[], None], grad: bool | None = None) -> None:
+    """Attach a pooled worker to `side`, ready to run `body` under the caller's torch state.
 
     `grad` overrides the grad mode, for calls that set it themselves (generate).
     """
     worker = _idle.pop() if _idle else Worker()
-    worker.prepare(mediator, body, TorchState(), grad)
+    worker.prepare(side, body, TorchState(), grad)
 
 
 @final
 class Worker:
-    """One thread and the two-way hand-over to it; the Channel of one mediator at a time."""
+    """One thread and the two-way hand-over to it; the Channel of one side at a time."""
 
     def __init__(self) -> None:
         self._baton = Baton()
         self._job: Callable[[], None] | None = None
-        self._mediator: Mediator | None = None
+        self._side: Side | None = None
         self._is_seen = False  # the last interrupt was raised in the block
         self._is_draining = False  # woken only to take an interrupt that came too late
         self._waits_for: Worker | None = None  # the worker of a trace inside this one's block
@@ -59,16 +70,16 @@ class Worker:
         self._thread.start()
 
     def prepare(
-        self, mediator: Mediator, body: Callable[[], None], state: TorchState, grad: bool | None
+        self, side: Side, body: Callable[[], None], state: TorchState, grad: bool | None
     ) -> None:
         """Set what `resume_worker` will start."""
 
         def job() -> None:
-            state.context.run(_run, mediator, body, state.adopted(grad))
+            state.context.run(_run, side, body, state.adopted(grad))
 
         self._job = job
-        self._mediator = mediator
-        mediator.channel = self
+        self._side = side
+        side.channel = self
 
     # -- Channel --------------------------------------------------------------------------------
 
@@ -164,9 +175,9 @@ class Worker:
             self._give_back()
 
     def _end_job(self) -> None:
-        if self._mediator is not None and self._mediator.state is State.RUNNING:
-            self._mediator.end(KeyboardInterrupt())  # it came between the block and its end
-        self._mediator = None
+        if self._side is not None and self._side.state is State.RUNNING:
+            self._side.end(KeyboardInterrupt())  # it came between the block and its end
+        self._side = None
         self._job = None
 
 
@@ -178,8 +189,8 @@ class _BlockInterrupt(KeyboardInterrupt):
         _local.worker._is_seen = True
 
 
-def _run(mediator: Mediator, body: Callable[[], None], state: AbstractContextManager[None]) -> None:
-    _local.mediator = mediator
+def _run(side: Side, body: Callable[[], None], state: AbstractContextManager[None]) -> None:
+    _local.mediator = side if isinstance(side, Mediator) else None
     error: BaseException | None = None
     try:
         with state:
@@ -189,8 +200,8 @@ def _run(mediator: Mediator, body: Callable[[], None], state: AbstractContextMan
         error.__traceback__ = user_traceback(caught)
     finally:
         _local.mediator = None
-        mediator.end(error)
-        del error, mediator, body  # the frames of the block refer to this one, and it to nothing
+        side.end(error)
+        del error, side, body  # the frames of the block refer to this one, and it to nothing
 
 
 def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:

@@ -15,6 +15,7 @@ import torch
 from tracekit.capture import caller_frame, user_traceback
 from tracekit.core.keep import Keep
 from tracekit.core.nest import misfit
+from tracekit.core.origins import note_visit
 from tracekit.core.quirks import is_checkpointing
 from tracekit.core.site import Visit
 from tracekit.core.tree import Tree
@@ -175,6 +176,7 @@ class Execution:
         for recorder in self._recorders:
             recorder.copy_what_shares(value)
         self._versions.note(visit, value)
+        note_visit(visit, value, self._has_grad)
 
     def take_back(self, visit: Visit, is_other: bool) -> None:
         """The model goes on from `visit`, with another value if `is_other`."""

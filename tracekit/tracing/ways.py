@@ -10,9 +10,10 @@ from typing import Any, final
 from tracekit.capture import Block, Skip, skip_body
 from tracekit.errors import CaptureError
 from tracekit.tracing.execution import Execution, Intervention
+from tracekit.tracing.gradients import backward_item
 from tracekit.tracing.save import save_method
 
-HELPERS: Mapping[str, Any] = {"save": save_method}
+HELPERS: Mapping[str, Any] = {"save": save_method, "backward": backward_item}
 
 
 class Way(ABC):
