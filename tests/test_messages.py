@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.capture.fake_tracer import FakeTracer
 from tests.tiny_models import make
 from tracekit import LanguageModel, Model, errors, settings
 from tracekit.errors import TracekitError, TracekitWarning, did_you_mean
@@ -35,9 +36,9 @@ MODEL = Model(NET)
 X = torch.ones(1, 2)
 
 
-def return_in_a_block() -> Any:
-    with MODEL.trace(X):
-        return MODEL.output
+def return_in_a_block_that_must_be_captured() -> Any:
+    with FakeTracer():
+        return 1
 
 
 def a_value_outside_a_trace() -> None:
@@ -130,10 +131,10 @@ def line(function: Callable[[], object], number: int) -> str:
 
 CASES = [
     Case(
-        return_in_a_block,
+        return_in_a_block_that_must_be_captured,
         errors.CaptureError,
-        f"{__file__}:{return_in_a_block.__code__.co_firstlineno + 2}: `return` cannot be lifted "
-        "out of the block; move it after the block [capture]",
+        f"{__file__}:{return_in_a_block_that_must_be_captured.__code__.co_firstlineno + 2}: "
+        "`return` cannot be lifted out of the block; move it after the block [capture]",
     ),
     Case(
         a_value_outside_a_trace,

@@ -17,7 +17,6 @@ from tests.tracing.plain import state_of
 from tracekit import Model, TracekitError
 from tracekit.errors import (
     CacheError,
-    CaptureError,
     MisfitError,
     NeverRanError,
     OutsideTraceError,
@@ -345,12 +344,6 @@ def a_value_of_another_model(model: Model) -> None:
     with model.trace(IDS):
         model.transformer.h[0].output
         other.output  # here
-
-
-@mistake(CaptureError, "`return` cannot be lifted out of the block; move it after the block")
-def a_return_in_a_block(model: Model) -> Any:
-    with model.trace(IDS):
-        return model.output
 
 
 @pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case.make.__name__)

@@ -4,9 +4,15 @@ Knows nothing of models and imports no torch.
 """
 
 from tracekit.capture.block import Block, Body, capture
-from tracekit.capture.frames import caller_frame, is_with_item
+from tracekit.capture.frames import (
+    caller_frame,
+    is_running,
+    is_with_item,
+    suspendable,
+    users_frame,
+)
 from tracekit.capture.skip import Skip, skip_body
-from tracekit.capture.tracebacks import show_own_lines, user_traceback
+from tracekit.capture.tracebacks import drop_machinery, show_own_lines, user_traceback
 
 __all__ = [
     "Block",
@@ -14,8 +20,12 @@ __all__ = [
     "Skip",
     "caller_frame",
     "capture",
+    "drop_machinery",
+    "is_running",
     "is_with_item",
     "show_own_lines",
     "skip_body",
+    "suspendable",
     "user_traceback",
+    "users_frame",
 ]

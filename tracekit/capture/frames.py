@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 import sys
 from types import FrameType
@@ -16,6 +18,11 @@ _PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + 
 _MACHINERY: Final = tuple(
     _PACKAGE + part for part in ("core", "capture", "interleave", "tracing", "models", "errors.py")
 )
+
+_CONTEXTLIB: Final = contextlib.contextmanager.__code__.co_filename
+_SUSPENDABLE: Final = (
+    inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+) | inspect.CO_ITERABLE_COROUTINE
 
 _is_own: dict[str, bool] = {}
 
@@ -38,6 +45,45 @@ def caller_frame() -> FrameType:
             "no frame outside tracekit is calling; open the trace from your own code"
         )
     return frame
+
+
+def users_frame() -> FrameType:
+    """The nearest frame that is neither of tracekit nor of contextlib, for messages."""
+    frame: FrameType | None = caller_frame()
+    while frame is not None and _is_of_contextlib(frame):
+        frame = frame.f_back
+    return frame or caller_frame()
+
+
+def suspendable(frame: FrameType) -> int | None:
+    """The `id` of the nearest generator or coroutine from `frame` outwards that may be suspended.
+
+    One that contextlib drives as a context manager is suspended while its `with` block runs, so
+    the frame of that `with` counts in its place. A frame that runs, or may run again, keeps its
+    `id`; the frame itself would keep the user's values alive.
+    """
+    outer: FrameType | None = frame
+    while outer is not None:
+        driver = outer.f_back
+        is_driven = _is_of_contextlib(outer) or (driver is not None and _is_of_contextlib(driver))
+        if outer.f_code.co_flags & _SUSPENDABLE and not is_driven:
+            return id(outer)
+        outer = driver
+    return None
+
+
+def is_running(identity: int) -> bool:
+    """Whether the frame of that `id` is on this thread's stack."""
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        if id(frame) == identity:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_of_contextlib(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == _CONTEXTLIB
 
 
 def is_with_item(frame: FrameType) -> bool:

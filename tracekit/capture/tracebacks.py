@@ -35,6 +35,19 @@ def user_traceback(error: BaseException) -> TracebackType | None:
     return chain
 
 
+def drop_machinery(error: BaseException) -> None:
+    """Take the frames of the tracekit package out of a traceback that begins in the user's frame.
+
+    The chain itself is changed: an error on its way out of a `with` goes on with the head it has.
+    """
+    entry = error.__traceback__
+    while entry is not None:
+        after = entry.tb_next
+        while after is not None and is_own_file(after.tb_frame.f_code.co_filename):
+            after = after.tb_next
+        entry.tb_next = entry = after
+
+
 def show_own_lines(error: BaseException, context: BaseException | None) -> None:
     """Prepare a caught error for a bare `raise`: its own context, and only the user's lines.
 

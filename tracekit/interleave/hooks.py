@@ -50,9 +50,9 @@ _keys = count(-1, -1)  # PyTorch's own keys count up from 0
 class Hooks:
     """The hooks of one run on one model."""
 
-    def __init__(self, module: Callable[[str], nn.Module]) -> None:
+    def __init__(self, module: Callable[[str], nn.Module], thread: int | None = None) -> None:
         self._module = module
-        self.thread = this_thread()
+        self.thread = this_thread() if thread is None else thread  # where the model runs
         self._placed: list[tuple[dict[int, Any], int]] = []
         self._watches: dict[str, Watch] = {}
         self._skippables: dict[str, Callable[[], None]] = {}  # what takes each of them back

@@ -124,7 +124,8 @@ class Interleaver:
     def start(self) -> None:
         """Run every block to its first request."""
         for mediator in self.mediators:
-            mediator.start()
+            if mediator.state is State.READY:  # else it stands in place, and has let the model run
+                mediator.start()
             self._raise_if_over(mediator)
 
     def before(self, watch: Watch, inputs: object) -> object:

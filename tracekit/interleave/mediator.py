@@ -100,6 +100,17 @@ class Mediator:
 
     # -- the worker's side --------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """The block runs from now on; said by itself where it stands in place."""
+        self._move(Move.START)
+
+    def leave(self, is_whole: bool) -> None:
+        """A block that stands in place has ended; unless `is_whole`, nothing more is computed."""
+        self.has_stopped = self.has_stopped or not is_whole
+        if self.state is State.WAITING:  # an interrupt came between asking and handing over
+            self._move(Move.ANSWER)
+        self.end(None)
+
     def read(self, site: Site, call: int = 0) -> object:
         """The value at `site` in the current step; may block until the model gets there."""
         visit = Visit(site, self.step, call)
@@ -148,7 +159,7 @@ class Mediator:
     def stop(self) -> None:
         """Leave the block, and let the model compute nothing after this point."""
         self.has_stopped = True
-        raise Unwind
+        raise Unwind(self)
 
     def _ask(self, request: Request) -> object:
         line = self._line()
@@ -167,7 +178,10 @@ class Mediator:
         reply, self._reply = self._reply, None
         assert reply is not None
         if reply.error is not None:
-            raise reply.error
+            try:
+                raise reply.error
+            finally:
+                del reply  # this frame is in the error's traceback, and must not refer to it
         if isinstance(request, (Read, Write, Skip)):
             self._at, self._value = request.visit, reply.value
             self.last = (request.visit, line)
@@ -182,7 +196,7 @@ class Mediator:
 
     def start(self) -> None:
         """Run the block to its first request."""
-        self._move(Move.START)
+        self.begin()
         self._resume()
 
     def awaits(self, visit: Visit) -> bool:
@@ -221,10 +235,10 @@ class Mediator:
         """Unwind the block, wherever it waits."""
         while self.state is State.WAITING or self.state is State.RUNNING:
             if self.state is State.RUNNING:  # an interrupt came just before it was resumed
-                self._reply = Reply(error=Unwind())
+                self._reply = Reply(error=Unwind(self))
                 self._resume()
             else:
-                self.answer(Reply(error=Unwind()))
+                self.answer(Reply(error=Unwind(self)))
 
     def end(self, error: BaseException | None) -> None:
         """Worker's side, as its last act: the block has ended."""

@@ -52,7 +52,12 @@ class Reply:
 
 class Unwind(BaseException):
     """Leave the block or the forward pass now. A BaseException, so that `except Exception` in
-    the user's block or in a model's forward cannot eat it."""
+    the user's block or in a model's forward cannot eat it. `owner` is the mediator of the block
+    that is to be left, for a `with` around it to know its own."""
+
+    def __init__(self, owner: object = None) -> None:
+        super().__init__()
+        self.owner = owner
 
 
 class State(Enum):

@@ -20,6 +20,7 @@ from tracekit.capture import user_traceback
 from tracekit.interleave.baton import Baton
 from tracekit.interleave.mediator import Channel, Mediator
 from tracekit.interleave.protocol import State
+from tracekit.interleave.standing import standing_here
 from tracekit.interleave.torch_state import TorchState
 
 _idle: list[Worker] = []  # the pool; list.append and list.pop are atomic
@@ -42,8 +43,8 @@ class Side(Protocol):
 
 
 def current_mediator() -> Mediator | None:
-    """The mediator whose block runs on this thread, if one does."""
-    return getattr(_local, "mediator", None)
+    """The mediator of the block that runs on this thread, if one does."""
+    return standing_here(get_ident(), getattr(_local, "mediator", None))
 
 
 def run_beside(side: Side, body: Callable[[], None], grad: bool | None = None) -> None:
@@ -80,6 +81,26 @@ class Worker:
         self._job = job
         self._side = side
         side.channel = self
+
+    @property
+    def ident(self) -> int:
+        """The thread, as `this_thread` numbers it."""
+        assert self._thread.ident is not None
+        return self._thread.ident
+
+    @property
+    def has_job(self) -> bool:
+        """Whether it was given a job and has not ended it."""
+        return self._job is not None
+
+    def take(self, job: Callable[[], None]) -> None:
+        """Set what `resume_worker` will start, for a job without a mediator of its own."""
+        self._job = job
+
+    def release(self) -> None:
+        """Back into the pool without having begun its job."""
+        self._job = None
+        _idle.append(self)
 
     # -- Channel --------------------------------------------------------------------------------
 
@@ -179,6 +200,69 @@ class Worker:
             self._side.end(KeyboardInterrupt())  # it came between the block and its end
         self._side = None
         self._job = None
+
+
+@final
+class ModelThread:
+    """A pooled thread for the model of a block that stays on the caller's thread.
+
+    It is the Channel of that block's mediator, with the roles of the two threads swapped.
+    """
+
+    def __init__(self) -> None:
+        self._worker = _idle.pop() if _idle else Worker()
+        self.has_begun = False
+        self.error: BaseException | None = None  # what the run ended with
+
+    @property
+    def ident(self) -> int:
+        """The thread, as `this_thread` numbers it."""
+        return self._worker.ident
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run is over, and the thread back in the pool."""
+        return not self._worker.has_job
+
+    def prepare(self, run: Callable[[], BaseException | None]) -> None:
+        """Set what is to be run, under the caller's torch state of now."""
+        state = TorchState()
+
+        def job() -> None:
+            self.error = state.context.run(_run_model, run, state.adopted())
+
+        self._worker.take(job)
+
+    def release(self) -> None:
+        """Let the thread go; nothing has begun on it."""
+        self._worker.release()
+
+    def suspend_worker(self) -> None:
+        """The block's side: let the model run until it has what the block waits for, or ends."""
+        self.has_begun = True
+        self._worker.resume_worker()
+
+    def resume_worker(self) -> None:
+        """The model's side: let the block run until it waits for something, or ends."""
+        self._worker.suspend_worker()
+
+
+def _run_model(
+    run: Callable[[], BaseException | None], state: AbstractContextManager[None]
+) -> BaseException | None:
+    try:
+        with state:
+            error = run()
+    except BaseException as caught:  # noqa: BLE001 - it is raised again at the user's `with`
+        error = caught
+    shown = None
+    try:
+        if error is None:
+            return None
+        shown = KeyboardInterrupt() if isinstance(error, _BlockInterrupt) else error
+        return shown.with_traceback(user_traceback(error))
+    finally:
+        del error, shown  # frames of the model refer to this one, and it to nothing
 
 
 class _BlockInterrupt(KeyboardInterrupt):

@@ -23,7 +23,7 @@ from tracekit.core.versions import Versions
 from tracekit.errors import CacheError, OverwrittenError, TracekitError, UnsupportedError
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver
-from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.mediator import Channel, Mediator
 from tracekit.interleave.passage import Passage
 from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.worker import run_beside
@@ -45,15 +45,20 @@ class Intervention:
 
 @final
 class Execution:
-    """A run of `call` on the model of `tree`; used once."""
+    """A run of `call` on the model of `tree`; used once.
 
-    def __init__(self, tree: Tree, call: TracedCall, grad: bool | None) -> None:
+    `thread` is the one that the model will run on, the caller's by default.
+    """
+
+    def __init__(
+        self, tree: Tree, call: TracedCall, grad: bool | None, thread: int | None = None
+    ) -> None:
         self._tree = tree
         self._call = call
         self._grad = grad
         self._has_grad = torch.is_grad_enabled() and grad is not False
         self._kind = (grad, torch.is_grad_enabled(), tree.root.training)  # models differ by it
-        self._hooks = Hooks(tree.module)
+        self._hooks = Hooks(tree.module, thread)
         self._passage = Passage(tree, self._hooks.watch_ends, self._hooks.watch_begins)
         self._versions = Versions()
         self.mediators: list[Mediator] = []
@@ -83,6 +88,19 @@ class Execution:
             self.mediators.clear()
             del error, checked
 
+    def open_in_place(self, channel: Channel) -> Mediator:
+        """The mediator of a block that runs from now on, on the caller's thread."""
+        self._tree.refresh_if_changed()
+        mediator = self._new_mediator()
+        mediator.channel = channel
+        mediator.begin()
+        return mediator
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended, with every hook off."""
+        return self._call is _over
+
     def abandon(self) -> None:
         """Take the hooks off: the block failed before the model ran."""
         self._close()
@@ -104,7 +122,7 @@ class Execution:
 
     def record(self, modules: Selector | None, keep: Keep, inputs: bool, outputs: bool) -> Cache:
         """Begin to record, before the model passes the modules; CacheError if it has."""
-        if self._call is _over:
+        if self.is_over:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
         found, named = select(self._tree, modules)
         self._check_not_passed(found, inputs)
@@ -115,10 +133,13 @@ class Execution:
         return cache
 
     def _add_mediator(self, intervention: Intervention) -> None:
+        run_beside(self._new_mediator(), intervention.body, self._grad)
+
+    def _new_mediator(self) -> Mediator:
         mediator = Mediator(self._tree, self._interleaver, misfit, _line)
         self.mediators.append(mediator)
         self._interleaver.mediators.append(mediator)
-        run_beside(mediator, intervention.body, self._grad)
+        return mediator
 
     def _close(self) -> None:
         self._call = _over

@@ -7,15 +7,23 @@ from typing import Any, cast, final
 
 import torch
 
-from tracekit.capture import Block, caller_frame, capture, show_own_lines, user_traceback
+from tracekit.capture import (
+    Block,
+    caller_frame,
+    capture,
+    drop_machinery,
+    show_own_lines,
+)
 from tracekit.core.keep import Keep
+from tracekit.core.settings import settings
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.errors import CacheError, CaptureError, OutsideTraceError, TracekitError
+from tracekit.errors import CacheError, CaptureError, OutsideTraceError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.execution import Execution, TracedCall
+from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.quiet import asks_for_nothing
 from tracekit.tracing.select import Selector
 from tracekit.tracing.steps import Steps
@@ -32,6 +40,7 @@ class Tracer:
         self._grad = grad
         self._block: Block | None = None
         self._way: Way | None = None  # while the block runs
+        self._told = ""
 
     # -- in the block ---------------------------------------------------------------------------
 
@@ -92,10 +101,10 @@ class Tracer:
         mediator.go_to_step(mediator.step + steps)
 
     def explain(self) -> str:
-        """The block as it was captured: its source and its syntax tree."""
-        if self._block is None:
-            raise CacheError("there is nothing to explain before the block was captured.")
-        return self._block.explain()
+        """In which way the block ran, and why; its source and syntax tree if it was captured."""
+        if not self._told:
+            raise CacheError("there is nothing to explain before the block has begun.")
+        return self._told + (f"\n\n{self._block.explain()}" if self._block is not None else "\n")
 
     def _mediator(self, name: str) -> Mediator:
         mediator = current_mediator()
@@ -110,22 +119,28 @@ class Tracer:
     # -- the with statement ---------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
-        frame = caller_frame()
-        try:
-            self._block = capture(frame)
-            self._way = self._way_of(self._block, frame)
-        except CaptureError as error:
-            error.__traceback__ = None  # the user's `with` is the only line of interest
-            raise
+        self._way = self._way_from(caller_frame())
+        self._told = self._way.told
         return self
 
-    def _way_of(self, block: Block, frame: FrameType) -> Way:
-        if asks_for_nothing(block):
-            return Quiet(self._execution())
-        return Lifted(block, frame, self, self._execution)
+    def _way_from(self, frame: FrameType) -> Way:
+        """How the block of the `with` that `frame` enters runs."""
+        self._block = None
+        if not settings.lift_blocks:
+            return InPlace(frame, self._execution, self._grad, "settings.lift_blocks is False.")
+        try:
+            block = capture(frame)
+            if asks_for_nothing(block):
+                way: Way = Quiet(self._execution())
+            else:
+                way = Lifted(block, frame, self, self._execution)
+        except CaptureError as error:
+            return InPlace(frame, self._execution, self._grad, error.args[0])
+        self._block = block
+        return way
 
-    def _execution(self) -> Execution:
-        return Execution(self._tree, self._call, self._grad)
+    def _execution(self, thread: int | None = None) -> Execution:
+        return Execution(self._tree, self._call, self._grad, thread)
 
     def __exit__(
         self,
@@ -138,9 +153,8 @@ class Tracer:
         assert way is not None
         if error is not None and not way.is_own(error):
             self._way = None
-            way.abandon()
-            if isinstance(error, TracekitError):
-                error.__traceback__ = user_traceback(error)
+            way.abandon(error)
+            drop_machinery(error)
             return None
         handled = error.__context__ if error is not None else None  # what the user is handling
         del error, traceback

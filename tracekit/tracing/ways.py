@@ -20,13 +20,14 @@ class Way(ABC):
     """One block, from the head of its `with` to its end; used once."""
 
     execution: Execution | None = None  # while the block may ask for something
+    told: str  # how the block runs, for people
 
     def is_own(self, error: BaseException | None) -> bool:
         """Whether `error` was raised by this way, to leave the place where the block stands."""
         return False
 
     @abstractmethod
-    def abandon(self) -> None:
+    def abandon(self, error: BaseException) -> None:
         """Let go of everything: an error of the user's leaves the block where it stands."""
 
     @abstractmethod
@@ -38,10 +39,12 @@ class Way(ABC):
 class Quiet(Way):
     """A block that asks the model for nothing: it runs where it stands, before the model."""
 
+    told = "The block ran in place, before the model: it only makes caches."
+
     def __init__(self, execution: Execution) -> None:
         self.execution = execution
 
-    def abandon(self) -> None:
+    def abandon(self, error: BaseException) -> None:
         assert self.execution is not None
         self.execution.abandon()
 
@@ -53,6 +56,8 @@ class Quiet(Way):
 @final
 class Lifted(Way):
     """A block that is kept from running where it stands, and runs on a worker beside the model."""
+
+    told = "The block was lifted out of its place, and ran on a worker beside the model."
 
     def __init__(
         self, block: Block, frame: FrameType, entered: object, start: Callable[[], Execution]
@@ -68,7 +73,7 @@ class Lifted(Way):
         self._is_skipped = self._is_skipped or self._skip.is_own(error)
         return self._skip.is_own(error)
 
-    def abandon(self) -> None:
+    def abandon(self, error: BaseException) -> None:
         self._skip.restore()
         self._frame = None
 
