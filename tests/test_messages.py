@@ -15,7 +15,10 @@ from torch import nn
 from tests.capture.fake_tracer import FakeTracer
 from tests.tiny_models import make
 from tracekit import LanguageModel, Model, errors, settings
+from tracekit.core.site import Site, Slot
+from tracekit.core.tree import Tree
 from tracekit.errors import TracekitError, TracekitWarning, did_you_mean
+from tracekit.tracing.layouts import layouts_of
 
 IN_ERRORS = [value for value in vars(errors).values() if isinstance(value, type)]
 ERRORS = [cls for cls in IN_ERRORS if issubclass(cls, TracekitError)]
@@ -124,6 +127,19 @@ def a_misspelled_setting() -> None:
     settings.lift_block = False  # type: ignore[attr-defined]
 
 
+def rows_of_every_pair() -> None:
+    tree = Tree(EveryPair(), "model")
+    layouts = layouts_of(tree, lambda rows: lambda twin: twin.root(torch.ones(rows, 2)))
+    layouts.of(Site("model", Slot.OUTPUT), torch.ones(4, 4), batch=4)
+
+
+class EveryPair(nn.Module):
+    """Compares every row with every other, as CLIP does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ x.T
+
+
 def line(function: Callable[[], object], number: int) -> str:
     """The how-manieth line of a function, as messages name it; the line of its `def` is 0."""
     return f"line {function.__code__.co_firstlineno + number}"
@@ -199,6 +215,13 @@ CASES = [
         "was detached, or as nothing that it was computed from does (frozen parameters): make an "
         "early value the leaf of the graph, as in "
         "model.transformer.wte.output.requires_grad_(True). [gradient]",
+    ),
+    Case(
+        rows_of_every_pair,
+        errors.RowsError,
+        "model.output (Tensor[4, 4] float32 cpu) can't be divided into the rows of each invoke: "
+        "its axes [0, 1] all grow with the batch. Ask for it in an invoke() without input, which "
+        "sees the whole batch, or trace the inputs one by one. [rows]",
     ),
     Case(
         no_input,

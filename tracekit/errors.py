@@ -99,6 +99,12 @@ class PaddingError(InputError):
     slug = "padding"
 
 
+class RowsError(TracekitError):
+    """A value can't be divided into the rows of each invoke."""
+
+    slug = "rows"
+
+
 class UnsupportedError(TracekitError):
     """What was asked cannot be done rightly here."""
 

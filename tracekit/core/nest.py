@@ -23,6 +23,17 @@ def tensors(nest: Nest) -> Iterator[Tensor]:
         yield from tensors(child)
 
 
+def named_tensors(
+    nest: Nest, key: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Every tensor in `nest`, in the order of `tensors`, after the way to it, by key."""
+    if isinstance(nest, Tensor):
+        yield key, nest
+        return
+    for name, child in _named_children(nest).items():
+        yield from named_tensors(child, (*key, name))
+
+
 def map_leaves(change: Callable[[Any], Any], nest: Nest) -> Nest:
     """`nest` with every leaf replaced by `change(leaf)`; containers are rebuilt, never changed."""
     if isinstance(nest, Tensor):

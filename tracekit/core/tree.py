@@ -37,6 +37,8 @@ class Tree:
         # By kind of run, of the slots of the modules that were recorded before: whether the model
         # overwrites the value later, as Falcon adds the attention into the output of its MLP.
         self.overwrites: dict[object, dict[Slot, dict[str, bool]]] = {}
+        # By kind of run, where the rows of a batch lie in every value.
+        self.layouts: dict[object, object] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -45,6 +47,7 @@ class Tree:
         self._canonical.clear()
         self._parents.clear()
         self._relatives.clear()
+        self.layouts.clear()
         first: dict[int, str] = {}
         for relative, module in self.root.named_modules(remove_duplicate=False):
             path = f"{self.name}.{relative}" if relative else self.name
