@@ -120,15 +120,22 @@ class Execution:
             self._close()
         return None
 
-    def record(self, modules: Selector | None, keep: Keep, inputs: bool, outputs: bool) -> Cache:
+    def record(
+        self, modules: Selector | None, keep: Keep, inputs: bool, outputs: bool, grads: bool
+    ) -> Cache:
         """Begin to record, before the model passes the modules; CacheError if it has."""
         if self.is_over:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
+        if grads and not self._has_grad:
+            raise CacheError(
+                "include_grads=True records nothing where the model computes without grad: leave "
+                "torch.no_grad() out (generate() always computes so; trace() what it generated)."
+            )
         found, named = select(self._tree, modules)
         self._check_not_passed(found, inputs)
         cache = Cache()
         recorder = Recorder(cache, self._tree, found, named, keep, self._kind)
-        recorder.place(self._hooks, self._interleaver, inputs, outputs)
+        recorder.place(self._hooks, self._interleaver, inputs, outputs, grads)
         self._recorders.append(recorder)
         return cache
 

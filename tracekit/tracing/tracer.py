@@ -53,6 +53,7 @@ class Tracer:
         include_output: bool = True,
         include_inputs: bool = False,
         *,
+        include_grads: bool = False,
         clone: bool = False,
     ) -> Cache:
         """Record modules while the model runs, with hooks alone; the fast way to capture.
@@ -61,7 +62,8 @@ class Tracer:
         module, or a list of them; every module by default. `device`, `dtype` and `detach` are
         applied to each tensor as it is recorded; `device=None` leaves it where it is, and
         `dtype` leaves integers and booleans alone. `clone=True` copies tensors even where that
-        is not needed to move them: for modules that work in place.
+        is not needed to move them: for modules that work in place. `include_grads=True` adds the
+        gradients of outputs: `.grad`, once a backward pass has run, in the block or after it.
 
         Raises UnknownPathError for a module that the model does not have, CacheError if the
         model has passed one, and, when the trace ends, NeverRanError for one that did not run.
@@ -69,13 +71,13 @@ class Tracer:
         execution = self._way.execution if self._way is not None else None
         if execution is None:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
-        if not (include_output or include_inputs):
+        if not (include_output or include_inputs or include_grads):
             raise CacheError("include_output=False and include_inputs=False record nothing.")
         if dtype is not None and not isinstance(cast("object", dtype), torch.dtype):
             raise CacheError(f"dtype= takes a torch.dtype, as in torch.float16, not {dtype!r}.")
         place = torch.device(device) if device is not None else None
         keep = Keep(place, dtype, detach, clone)
-        return execution.record(modules, keep, include_inputs, include_output)
+        return execution.record(modules, keep, include_inputs, include_output, include_grads)
 
     @property
     def result(self) -> Any:
