@@ -11,19 +11,28 @@ from tracekit.capture.frames import (
     suspendable,
     users_frame,
 )
+from tracekit.capture.lasting import LastingBody, keep
 from tracekit.capture.skip import Skip, skip_body
-from tracekit.capture.tracebacks import drop_machinery, show_own_lines, user_traceback
+from tracekit.capture.tracebacks import (
+    drop_machinery,
+    show_own_lines,
+    showing_own_lines,
+    user_traceback,
+)
 
 __all__ = [
     "Block",
     "Body",
+    "LastingBody",
     "Skip",
     "caller_frame",
     "capture",
     "drop_machinery",
     "is_running",
     "is_with_item",
+    "keep",
     "show_own_lines",
+    "showing_own_lines",
     "skip_body",
     "suspendable",
     "user_traceback",

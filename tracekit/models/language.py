@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tracekit.capture import showing_own_lines
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
@@ -69,7 +70,7 @@ class LanguageModel(Model):
 
     def dispatch(self) -> None:
         """Load the weights now, if they were left out. Envoys made before stay valid."""
-        if self._empty_from is None:
+        if self._tree.load_first is None:  # nothing was left out, or a copy has brought it
             return
         name, options = self._empty_from
         loaded = loading.load_model(name, **options)
@@ -78,7 +79,6 @@ class LanguageModel(Model):
         else:
             loading.bring_weights(self._tree.root, loaded)
         self._tree.load_first = None
-        object.__setattr__(self, "_empty_from", None)
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
@@ -89,8 +89,9 @@ class LanguageModel(Model):
         inputs = self._prepared(args, kwargs)
         if accepts(self.module, "use_cache") and inputs.get("past_key_values") is None:
             inputs.setdefault("use_cache", False)
-        return Tracer(self._tree, lambda _: run(self._tree, (), inputs))
+        return self._tracer(lambda _: run(self._tree, (), inputs))
 
+    @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate from `input`; as the header of a `with`, trace all its steps.
 
@@ -104,11 +105,14 @@ class LanguageModel(Model):
             inputs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         return self._traced_or_run(lambda end_step=None: generate(self._tree, end_step, (), inputs))
 
+    @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on tensors as PyTorch would, or on text."""
-        if args and not isinstance(args[0], torch.Tensor):
-            return self.module(**self._prepared(args, kwargs))
+        """Run the model on tensors as PyTorch would, or on text, with its lasting edits."""
         self.dispatch()
+        if args and not isinstance(args[0], torch.Tensor):
+            args, kwargs = (), self._prepared(args, kwargs)
+        if self._edits:
+            return self._edited(lambda _: run(self._tree, args, kwargs))
         return self.module(*args, **kwargs)
 
     def _prepared(

@@ -41,23 +41,32 @@ class Intervention:
     """A block, to be run once beside the model."""
 
     body: Callable[[], None]
+    has_rounds: bool = False  # it runs its block anew in each step (rounds.py)
 
 
 @final
 class Execution:
     """A run of `call` on the model of `tree`; used once.
 
-    `thread` is the one that the model will run on, the caller's by default.
+    `edits` are served before all else at each visit; `thread` is the one that the model will run
+    on, the caller's by default.
     """
 
     def __init__(
-        self, tree: Tree, call: TracedCall, grad: bool | None, thread: int | None = None
+        self,
+        tree: Tree,
+        call: TracedCall,
+        grad: bool | None,
+        edits: Sequence[Intervention] = (),
+        thread: int | None = None,
     ) -> None:
         self._tree = tree
         self._call = call
         self._grad = grad
+        self._edits = edits
         self._has_grad = torch.is_grad_enabled() and grad is not False
-        self._kind = (grad, torch.is_grad_enabled(), tree.root.training)  # models differ by it
+        modes = (grad, torch.is_grad_enabled(), tree.root.training)
+        self._kind = (*modes, bool(edits))  # models differ by it
         self._hooks = Hooks(tree.module, thread)
         self._passage = Passage(tree, self._hooks.watch_ends, self._hooks.watch_begins)
         self._versions = Versions()
@@ -71,10 +80,11 @@ class Execution:
 
         The error of a block comes before one that the model ran into because of it.
         """
-        if interventions:
+        if interventions or self._edits:
             self._tree.refresh_if_changed()
-            for intervention in interventions:
-                self._add_mediator(intervention)
+            for place, intervention in enumerate((*self._edits, *interventions)):
+                mediator = self._new_mediator(place, intervention.has_rounds)
+                run_beside(mediator, intervention.body, self._grad)
         error = self._run()
         checked: BaseException | None = None
         try:
@@ -91,7 +101,7 @@ class Execution:
     def open_in_place(self, channel: Channel) -> Mediator:
         """The mediator of a block that runs from now on, on the caller's thread."""
         self._tree.refresh_if_changed()
-        mediator = self._new_mediator()
+        mediator = self._new_mediator(0)
         mediator.channel = channel
         mediator.begin()
         return mediator
@@ -139,17 +149,16 @@ class Execution:
         self._recorders.append(recorder)
         return cache
 
-    def _add_mediator(self, intervention: Intervention) -> None:
-        run_beside(self._new_mediator(), intervention.body, self._grad)
-
-    def _new_mediator(self) -> Mediator:
+    def _new_mediator(self, place: int, has_rounds: bool = False) -> Mediator:
+        """A mediator at this place in the order; a block that stands in place gives way."""
         mediator = Mediator(self._tree, self._interleaver, misfit, _line)
-        self.mediators.append(mediator)
-        self._interleaver.mediators.append(mediator)
+        mediator.rounds = [] if has_rounds else None
+        self.mediators.insert(place, mediator)
+        self._interleaver.mediators.insert(place, mediator)
         return mediator
 
     def _close(self) -> None:
-        self._call = _over
+        self._call, self._edits = _over, ()
         was_interrupted = False
         for clean in (self._interleaver.close, self._hooks.remove):
             is_clean = False
@@ -219,6 +228,25 @@ class Execution:
     def _is_recomputed(self, path: str) -> bool:
         above = (self._tree.module(ancestor) for ancestor in self._tree.ancestors(path))
         return any(is_checkpointing(module) for module in above)
+
+
+def run_edited(
+    tree: Tree, call: TracedCall, grad: bool | None, edits: Sequence[Intervention]
+) -> Any:
+    """What `call` returns, with the model edited while it runs."""
+    results: list[Any] = []
+
+    def kept(end_step: Callable[[], None]) -> Any:
+        results.append(call(end_step))
+        return results[0]
+
+    failure = Execution(tree, kept, grad, edits).run(())
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure
+    return results.pop()
 
 
 def _over(_: Callable[[], None]) -> Any:

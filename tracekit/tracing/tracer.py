@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any, cast, final
 
@@ -22,7 +23,7 @@ from tracekit.errors import CacheError, CaptureError, OutsideTraceError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.cache import Cache
-from tracekit.tracing.execution import Execution, TracedCall
+from tracekit.tracing.execution import Execution, Intervention, TracedCall
 from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.quiet import asks_for_nothing
 from tracekit.tracing.select import Selector
@@ -34,10 +35,17 @@ from tracekit.tracing.ways import Lifted, Quiet, Way
 class Tracer:
     """What `with model.trace(...) as tracer:` binds."""
 
-    def __init__(self, tree: Tree, call: TracedCall, grad: bool | None = None) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        call: TracedCall,
+        grad: bool | None = None,
+        edits: Sequence[Intervention] = (),
+    ) -> None:
         self._tree = tree
         self._call = call
         self._grad = grad
+        self._edits = edits
         self._block: Block | None = None
         self._way: Way | None = None  # while the block runs
         self._told = ""
@@ -142,7 +150,7 @@ class Tracer:
         return way
 
     def _execution(self, thread: int | None = None) -> Execution:
-        return Execution(self._tree, self._call, self._grad, thread)
+        return Execution(self._tree, self._call, self._grad, self._edits, thread)
 
     def __exit__(
         self,
