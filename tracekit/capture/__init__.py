@@ -11,7 +11,7 @@ from tracekit.capture.frames import (
     suspendable,
     users_frame,
 )
-from tracekit.capture.lasting import LastingBody, keep
+from tracekit.capture.lasting import LastingBody, from_text, keep, text_of
 from tracekit.capture.skip import Skip, skip_body
 from tracekit.capture.tracebacks import (
     drop_machinery,
@@ -28,6 +28,7 @@ __all__ = [
     "caller_frame",
     "capture",
     "drop_machinery",
+    "from_text",
     "is_running",
     "is_with_item",
     "keep",
@@ -35,6 +36,7 @@ __all__ = [
     "showing_own_lines",
     "skip_body",
     "suspendable",
+    "text_of",
     "user_traceback",
     "users_frame",
 ]

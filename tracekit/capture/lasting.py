@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
 import dis
+import linecache
 from dataclasses import dataclass
 from types import CellType, CodeType, FrameType, FunctionType
 from typing import TYPE_CHECKING, Any, Final, final
 
+from tracekit.capture.locate import Source
 from tracekit.capture.reads import names_read
-from tracekit.capture.rewrite import helper_name
+from tracekit.capture.rewrite import compile_text, helper_name
 from tracekit.capture.variables import forget_snapshot
 
 if TYPE_CHECKING:
@@ -67,6 +70,30 @@ def keep(
     given = {helper_name(name): value for name, value in helpers.items()}
     module = {name: frame.f_globals[name] for name in _OF_A_MODULE if name in frame.f_globals}
     return LastingBody(code, names, given, module, form.is_namespace)
+
+
+def from_text(
+    text: str, filename: str, names: Mapping[str, object], helpers: Mapping[str, object]
+) -> LastingBody:
+    """A body from its text alone, as it was saved; errors show its lines under `filename`.
+
+    Raises SyntaxError if the text means something only inside of a function or class.
+    """
+    source = Source(filename, text, ast.parse(text, filename))
+    code = compile_text(source, tuple(helpers))
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    given = {helper_name(name): value for name, value in helpers.items()}
+    return LastingBody(code, names, given, {"__name__": filename}, is_namespace=True)
+
+
+def text_of(block: Block) -> str:
+    """The block's text, for `from_text`: as it stands, if it means the same on its own."""
+    meant = ast.Module(block.tree.body, [])
+    try:
+        is_same = ast.dump(ast.parse(block.source)) == ast.dump(meant)
+    except SyntaxError:
+        is_same = False
+    return block.source if is_same else ast.unparse(meant) + "\n"
 
 
 def _globals_of(code: CodeType, frame: FrameType) -> dict[str, object]:

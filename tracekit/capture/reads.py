@@ -95,6 +95,8 @@ class _Reader(ast.NodeVisitor):
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         self._bound.add(node.name)
         self._visit_all(node.decorator_list)
+        annotations = [each.annotation for each in ast.walk(node.args) if isinstance(each, ast.arg)]
+        self._visit_all([each for each in (*annotations, node.returns) if each is not None])
         self._function(node.args, node.body)
 
     visit_AsyncFunctionDef = visit_FunctionDef

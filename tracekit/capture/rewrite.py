@@ -9,6 +9,7 @@
 #                 <the statements, at their own lines and columns>
 
 from __future__ import annotations
+import __future__
 
 import ast
 import copy
@@ -25,7 +26,7 @@ from tracekit.errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tracekit.capture.locate import Place
+    from tracekit.capture.locate import Place, Source
     from tracekit.capture.variables import FrameNames
 
 _MARK: Final = "tracekit "  # with its blank no name that a user can write
@@ -105,6 +106,15 @@ def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[st
     return CompiledBody(code, frozenset())
 
 
+def compile_text(source: Source, helpers: Sequence[str]) -> CodeType:
+    """The statements of `source` as the code of a module; annotations are not evaluated."""
+    tree = ast.fix_missing_locations(ast.Module(_calling(helpers, source.tree.body), []))
+    flags = __future__.annotations.compiler_flag
+    code = compile(tree, source.filename, "exec", flags=flags, dont_inherit=True)
+    remember_origin(code, source)
+    return code
+
+
 # --- the tree ------------------------------------------------------------------------------------
 
 
@@ -164,8 +174,12 @@ def _made(kind: Any, **fields: object) -> ast.stmt:
 
 
 def _statements(place: Place, helpers: Sequence[str]) -> list[ast.stmt]:
+    return _calling(helpers, place.statement.body)
+
+
+def _calling(helpers: Sequence[str], body: Iterable[ast.stmt]) -> list[ast.stmt]:
     """A copy of the body, calling the helpers."""
-    statements = [copy.deepcopy(statement) for statement in place.statement.body]
+    statements = [copy.deepcopy(statement) for statement in body]
     if SAVE in helpers:
         statements = [_visited(_SaveCalls(), statement) for statement in statements]
     if BACKWARD in helpers:

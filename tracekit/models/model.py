@@ -13,7 +13,8 @@ from tracekit.capture import caller_frame, is_with_item, showing_own_lines
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.generation import generate, run
-from tracekit.tracing.edits import Edit, Editing, Edits, of_function
+from tracekit.tracing.edit import Edit, of_function
+from tracekit.tracing.edits import Editing, Edits
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.execution import Intervention, TracedCall, run_edited
 from tracekit.tracing.tracer import Tracer

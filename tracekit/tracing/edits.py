@@ -1,61 +1,21 @@
-"""Lasting edits: blocks that are kept with a model and run in every run of it."""
+"""The lasting edits of a model, and the `with` that makes one."""
 
 from __future__ import annotations
 
 import ast
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Generic, NoReturn, TypeVar, final, overload
+from typing import Any, Generic, TypeVar, final, overload
 
-from tracekit.capture import Block, LastingBody, Skip, caller_frame, capture, keep, skip_body
-from tracekit.errors import CaptureError, OutsideTraceError, UnsupportedError
-from tracekit.interleave.mediator import Mediator
-from tracekit.interleave.worker import current_mediator
-from tracekit.tracing.execution import Intervention
-from tracekit.tracing.rounds import in_each_step
-from tracekit.tracing.steps import Steps
+from tracekit.capture import Block, Skip, caller_frame, capture, keep, skip_body, text_of
+from tracekit.errors import CaptureError
+from tracekit.tracing import edit_files
+from tracekit.tracing.edit import Edit, EditTracer, of_function
 from tracekit.tracing.ways import HELPERS
 
 M = TypeVar("M")
 _WAY_OUT = "or put it into a function of the model, and give that: model.edit(function)"
-
-
-@final
-class Edit:
-    """One lasting edit: a block, with the names it uses as they were, or a function."""
-
-    def __init__(
-        self,
-        run: Callable[[], object],
-        source: str,
-        filename: str,
-        line: int,
-        goes_through_steps: bool = False,
-    ) -> None:
-        self._run = run
-        self.source = source
-        self.filename = filename
-        self.line = line
-        self.goes_through_steps = goes_through_steps
-
-    @property
-    def names(self) -> Mapping[str, object] | None:
-        """What the block uses, by name, as it was when the edit was made; None for a function."""
-        return self._run.names if isinstance(self._run, LastingBody) else None
-
-    def intervention(self) -> Intervention:
-        """What runs beside the model."""
-        if self.goes_through_steps:
-            return Intervention(partial(_once, self._run))
-        block = partial(_once, self._run)
-        where = f"the edit at {self.filename}:{self.line}"
-        return Intervention(partial(in_each_step, block, where), has_rounds=True)
-
-    def __repr__(self) -> str:
-        first, *more = self.source.strip().splitlines() or [""]
-        return f"Edit({self.filename}:{self.line}: {first}{' …' if more else ''})"
 
 
 @final
@@ -99,30 +59,27 @@ class Edits(Sequence[Edit]):
         """Take all edits away."""
         self._edits.clear()
 
+    def save(self, path: str | Path) -> None:
+        """Write all edits to one safetensors file: their source, and the values they use.
+
+        These may be tensors, numbers, text, lists and dictionaries of them, modules of the model,
+        and whatever is imported from torch or from Python's own library. UnsupportedError names
+        what can't be saved.
+        """
+        edit_files.save(path, self._edits, self._model)
+
+    def load(self, path: str | Path) -> None:
+        """Add the edits of a file that `save` wrote, behind those that there are.
+
+        A file holds source, which runs when the model runs: load only files that you trust.
+        Tensors that were where the model was come to where this one is. UnknownPathError names a
+        module that this model does not have.
+        """
+        self._edits += edit_files.load(path, self._model)
+
     def __repr__(self) -> str:
         shown = "".join(f"\n  [{index}] {edit!r}" for index, edit in enumerate(self._edits))
         return f"Edits({len(self)}){':' if self else ''}{shown}"
-
-
-def of_function(function: Callable[[Any], object], model: Any) -> Edit:
-    """The edit that calls `function` with `model`."""
-    if not callable(function):
-        raise UnsupportedError(
-            f"an edit is a function of the model, or the block of `with model.edit() as edited:`, "
-            f"not {type(function).__name__}."
-        )
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        source = f"{getattr(function, '__name__', function)!s}\n"
-    filename = code.co_filename if code is not None else "<function>"
-    line = code.co_firstlineno if code is not None else 0
-    return Edit(partial(function, model), source, filename, line)
-
-
-def _once(run: Callable[[], object]) -> None:
-    run()
 
 
 @final
@@ -174,7 +131,7 @@ class Editing(Generic[M]):
         body = keep(block, frame, HELPERS, self._exchange)
         line = block.tree.body[0].lineno
         own_steps = goes_through_steps(block.tree.body, _tracer_name(block))
-        self._edits.append(Edit(body, block.source, block.filename, line, own_steps))
+        self._edits.append(Edit(body, text_of(block), block.filename, line, own_steps))
         return True  # pyright: ignore[reportReturnType] - it swallows the skip of the body
 
 
@@ -195,52 +152,3 @@ def goes_through_steps(statements: Sequence[ast.stmt], tracer: str | None) -> bo
 def _names_steps(node: ast.Attribute, tracer: str | None) -> bool:
     is_of_tracer = isinstance(node.value, ast.Name) and node.value.id == tracer
     return node.attr == "next" or (is_of_tracer and node.attr in {"iter", "all"})
-
-
-@final
-class EditTracer:
-    """The tracer of an edit, for the edits of some steps: `with model.edit() as (tracer, edited)`.
-
-    A block that loops over `tracer.iter[...]` runs once in each run, and goes through the steps
-    itself; any other begins anew in each step.
-    """
-
-    @property
-    def iter(self) -> Steps:
-        """Steps of a generation: `for step in tracer.iter[2:5]:` is steps 2, 3 and 4."""
-        return Steps(_mediator)
-
-    def all(self) -> Steps:
-        """Every step of the generation: the same as `tracer.iter[:]`."""
-        return self.iter
-
-    def next(self, steps: int = 1) -> None:
-        """Go on to a later step: what is asked for afterwards is about that one."""
-        mediator = _mediator()
-        mediator.go_to_step(mediator.step + steps)
-
-    @property
-    def result(self) -> NoReturn:
-        """Not of an edit: what a run returns belongs to who runs it."""
-        raise _not_of_an_edit("result", "read it in the trace of the edited model")
-
-    def stop(self) -> NoReturn:
-        """Not of an edit: it would leave every run of the model without a result."""
-        raise _not_of_an_edit("stop()", "stop in the trace of the edited model")
-
-    def cache(self, *args: object, **kwargs: object) -> NoReturn:
-        """Not of an edit: nobody would see the cache."""
-        raise _not_of_an_edit("cache()", "make it in the trace of the edited model")
-
-
-def _not_of_an_edit(name: str, cure: str) -> UnsupportedError:
-    return UnsupportedError(f"tracer.{name} has no meaning in a lasting edit; {cure}.")
-
-
-def _mediator() -> Mediator:
-    mediator = current_mediator()
-    if mediator is None:
-        raise OutsideTraceError(
-            "the tracer of an edit means something only in the block of the edit."
-        )
-    return mediator
