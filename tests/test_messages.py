@@ -102,7 +102,30 @@ def a_gradient_without_a_graph() -> None:
 
 
 def no_input() -> None:
-    MODEL.trace()
+    with MODEL.trace():
+        pass
+
+
+def a_name_that_never_comes() -> Any:
+    with MODEL.trace() as tracer:
+        with tracer.invoke(X):
+            MODEL.output
+        meet = tracer.barrier(2)
+        with tracer.invoke(X):
+            meet()
+
+
+def rows_that_belong_to_all() -> None:
+    class Shared(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"x": x, "positions": torch.arange(5)}
+
+    model = Model(Shared())
+    with model.trace() as tracer:
+        with tracer.invoke(X):
+            model.output["positions"][:] = 0
+        with tracer.invoke(X):
+            model.output
 
 
 def padding_that_is_read() -> None:
@@ -156,7 +179,8 @@ CASES = [
         a_value_outside_a_trace,
         errors.OutsideTraceError,
         "model.0.output has a value only while the model runs: ask for it in the block of "
-        "`with model.trace(...)`, or read a tracer.cache() afterwards. [outside-trace]",
+        "`with model.trace(input)` or `with tracer.invoke(input)`, or read a tracer.cache() "
+        "afterwards. [outside-trace]",
     ),
     Case(
         a_misspelled_value,
@@ -226,7 +250,21 @@ CASES = [
     Case(
         no_input,
         errors.InputError,
-        "trace() needs what Sequential.forward takes: (input). [input]",
+        "this trace has no input: give one, as in model.trace(input), or open a `with "
+        "tracer.invoke(input):` for each input in its block. [input]",
+    ),
+    Case(
+        a_name_that_never_comes,
+        errors.NeverCameError,
+        "the block waited for 2 blocks to call a barrier, and the run ended before that came; read "
+        "the value where the model still can go on to it, or in a trace of its own. [never-came]",
+    ),
+    Case(
+        rows_that_belong_to_all,
+        errors.RowsError,
+        "model.output (step 0) has a tensor of shape (5,) that belongs to all rows alike, and the "
+        "block of one invoke changed it; change it in `with tracer.invoke():`, which stands for "
+        "all of them. [rows]",
     ),
     Case(
         padding_that_is_read,

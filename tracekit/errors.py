@@ -57,6 +57,12 @@ class NeverRanError(TracekitError):
     slug = "never-ran"
 
 
+class NeverCameError(TracekitError):
+    """A block waited for another block of its trace, in vain."""
+
+    slug = "never-came"
+
+
 class StepError(TracekitError):
     """A step was asked for that did not happen, or that cannot be named this way."""
 

@@ -83,6 +83,9 @@ class Stage:
     def hand_out(self, visit: Visit, value: object) -> None:
         """Strings are never overwritten in place."""
 
+    def apart(self, value: object) -> object:
+        return value
+
     def take_back(self, visit: Visit, is_other: bool) -> None:
         """Strings are never overwritten in place."""
 

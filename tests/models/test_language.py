@@ -139,7 +139,7 @@ def test_the_page_prompt_ends_in_paris(tiny: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ((), "input is needed"),
+        ((), "has no input"),
         (("one", "two"), "a list makes a batch"),
         (([],), "empty list"),
         ((3.5,), "not float"),

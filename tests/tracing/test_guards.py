@@ -84,9 +84,7 @@ def lines_of(error: BaseException) -> list[str]:
 def test_a_value_outside_a_trace_is_refused_with_the_way_in(
     read: Callable[[Model], Any], model: Model
 ) -> None:
-    with pytest.raises(
-        OutsideTraceError, match=r"model(\.0)?\.\w+.* `with model\.trace\(\.\.\.\)`"
-    ):
+    with pytest.raises(OutsideTraceError, match=r"model(\.0)?\.\w+.* `with model\.trace\(input\)`"):
         read(model)
     with model.trace(X):
         pass
@@ -127,19 +125,23 @@ def test_a_loop_that_outlives_its_trace_is_refused(model: Model) -> None:
         next(steps)
 
 
-@pytest.mark.parametrize("given", ["trace", "generate"])
-def test_a_language_model_without_an_input_is_refused(given: str) -> None:
+def test_a_generation_without_an_input_is_refused() -> None:
     model = LanguageModel("tracekit/tiny")
     with pytest.raises(InputError, match=r"an input is needed: a string, .* \[input\]"):
-        getattr(model, given)()
+        model.generate()
 
 
-def test_a_trace_without_what_the_forward_takes_is_refused(model: Model) -> None:
-    with pytest.raises(
-        InputError, match=r"trace\(\) needs what Sequential\.forward takes: \(input"
-    ):
+def test_a_trace_without_an_input_is_refused(model: Model) -> None:
+    with pytest.raises(InputError, match=r"this trace has no input: give one"):
+        with model.trace():
+            pass
+
+
+def test_a_value_in_a_trace_without_an_input_is_refused_where_it_is_asked_for(model: Model) -> None:
+    with pytest.raises(OutsideTraceError, match=r"tracer.invoke\(input\)") as caught:
         with model.trace():
             model.output
+    assert lines_of(caught.value)[-1] == "model.output"
 
 
 def test_the_wrong_arguments_for_a_forward_are_the_models_own_error(model: Model) -> None:

@@ -4,6 +4,7 @@ Knows nothing of models and imports no torch.
 """
 
 from tracekit.capture.block import Block, Body, capture
+from tracekit.capture.family import Family, Member
 from tracekit.capture.frames import (
     caller_frame,
     is_running,
@@ -11,32 +12,23 @@ from tracekit.capture.frames import (
     suspendable,
     users_frame,
 )
-from tracekit.capture.lasting import LastingBody, from_text, keep, text_of
 from tracekit.capture.skip import Skip, skip_body
-from tracekit.capture.tracebacks import (
-    drop_machinery,
-    show_own_lines,
-    showing_own_lines,
-    user_traceback,
-)
+from tracekit.capture.tracebacks import drop_machinery, show_own_lines, user_traceback
 
 __all__ = [
     "Block",
     "Body",
-    "LastingBody",
+    "Family",
+    "Member",
     "Skip",
     "caller_frame",
     "capture",
     "drop_machinery",
-    "from_text",
     "is_running",
     "is_with_item",
-    "keep",
     "show_own_lines",
-    "showing_own_lines",
     "skip_body",
     "suspendable",
-    "text_of",
     "user_traceback",
     "users_frame",
 ]

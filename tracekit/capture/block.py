@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from tracekit.capture.bytecode import BodyStart, body_start
 from tracekit.capture.extract import check, is_empty
+from tracekit.capture.family import CellSpot, ItemSpot, Member, Spot
 from tracekit.capture.locate import FUTURES, Place, locate
 from tracekit.capture.percode import PerCode
 from tracekit.capture.rewrite import (
     HELPERS,
+    HIDDEN,
     CompiledBody,
     compile_function_body,
     compile_namespace_body,
+    global_names,
     helper_name,
 )
 from tracekit.capture.variables import FrameNames, bind, forget_snapshot, names_of, shared_cells
@@ -123,15 +126,19 @@ class Block:
             known = self._compiled[form] = compiler(self.place, self.names, form.helpers)
         return known
 
-    def form(self, frame: FrameType, helpers: Mapping[str, object]) -> _Form:
-        """What the compiled body for `frame` depends on."""
-        return _Form(_is_namespace(self.names, frame), tuple(helpers))
-
     def body(self, frame: FrameType, helpers: Mapping[str, object]) -> Body:
         """The body bound to the names of `frame`, to be run once."""
-        form = self.form(frame, helpers)
+        form = _Form(_is_namespace(self.names, frame), tuple(helpers))
         bind_to = _body_in_namespace if form.is_namespace else _body_in_function
         return bind_to(self.compiled(form), frame, helpers, self.names)
+
+    def member(self, frame: FrameType, helpers: Mapping[str, object]) -> Member:
+        """The block bound to the names of `frame`, to be run once among siblings."""
+        form = _Form(_is_namespace(self.names, frame), tuple(helpers))
+        compiled = self.compiled(form)
+        if form.is_namespace or not self.names.is_function:
+            return _member_of_namespace(self, compiled, frame, helpers)
+        return _member_of_function(self, compiled, frame, helpers)
 
     def explain(self) -> str:
         """The captured source and its syntax tree, for people."""
@@ -161,28 +168,62 @@ def _body_in_namespace(
 def _body_in_function(
     compiled: CompiledBody, frame: FrameType, helpers: Mapping[str, object], names: FrameNames
 ) -> Body:
+    cells, copied = _cells(compiled, frame, helpers, names)
+    function = _function(compiled, frame, cells, names)
+    written = {name: cell for name, cell in copied.items() if name in compiled.handed_back}
+    guarded = {name: _contents(cell) for name, cell in copied.items() if name in names.shared}
+    return Body(function, frame, written, guarded)
+
+
+def _cells(
+    compiled: CompiledBody, frame: FrameType, helpers: Mapping[str, object], names: FrameNames
+) -> tuple[dict[str, CellType], dict[str, CellType]]:
+    """A cell for each free variable of the body; and those of them that are copies."""
     free = compiled.code.co_freevars
-    if not free:
-        return Body(FunctionType(compiled.code, frame.f_globals, names.function_name), frame, {})
-    cells: dict[str, CellType] = {
-        helper_name(name): CellType(value) for name, value in helpers.items()
-    }
+    cells = {helper_name(name): CellType(value) for name, value in helpers.items()}
     cells.update(
         shared_cells(frame, {name: names.slots[name] for name in free if name in names.slots})
     )
     missing = [name for name in free if name not in cells]
     copied = _copies(frame.f_locals, missing) if missing else {}
     cells.update(copied)
-    written = {name: cell for name, cell in copied.items() if name in compiled.handed_back}
-    function = FunctionType(
-        compiled.code,
-        frame.f_globals,
-        names.function_name,
-        None,
-        tuple(cells[name] for name in free),
-    )
-    guarded = {name: _contents(cell) for name, cell in copied.items() if name in names.shared}
-    return Body(function, frame, written, guarded)
+    return {name: cells[name] for name in free}, copied
+
+
+def _function(
+    compiled: CompiledBody, frame: FrameType, cells: Mapping[str, CellType], names: FrameNames
+) -> FunctionType:
+    closure = tuple(cells[name] for name in compiled.code.co_freevars)
+    return FunctionType(compiled.code, frame.f_globals, names.function_name, None, closure)
+
+
+def _member_of_namespace(
+    block: Block, compiled: CompiledBody, frame: FrameType, helpers: Mapping[str, object]
+) -> Member:
+    body = block.body(frame, helpers)
+    used, bound = global_names(compiled.code)
+    namespace: Any = frame.f_locals
+    names = {name for name in used if not name.startswith(HIDDEN)}
+    known = {name for name in names if name in namespace or name in bound}
+    spots = {name: ItemSpot(namespace, name) for name in known}
+    return Member(body, frame, spots, frozenset(bound & known), block.first_line)
+
+
+def _member_of_function(
+    block: Block, compiled: CompiledBody, frame: FrameType, helpers: Mapping[str, object]
+) -> Member:
+    names = block.names
+    cells, copied = _cells(compiled, frame, helpers, names)
+    run = _function(compiled, frame, cells, names)
+    spots: dict[str, Spot] = {
+        name: CellSpot(cell, is_private=name in copied)
+        for name, cell in cells.items()
+        if not name.startswith(HIDDEN)
+    }
+    bound = frozenset(global_names(compiled.code)[1])  # of a function that says `global`
+    for name in bound:
+        spots[name] = ItemSpot(frame.f_globals, name)
+    return Member(run, frame, spots, compiled.handed_back | bound, block.first_line)
 
 
 def _copies(values: Mapping[str, object], names: Iterable[str]) -> dict[str, CellType]:

@@ -9,7 +9,6 @@
 #                 <the statements, at their own lines and columns>
 
 from __future__ import annotations
-import __future__
 
 import ast
 import copy
@@ -21,27 +20,32 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 from tracekit.capture.extract import check_namespace
 from tracekit.capture.locate import quiet_compiler, remember_origin
 from tracekit.capture.scope import own_names
+from tracekit.capture.siblings import bound_by_siblings, waiting_for
 from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tracekit.capture.locate import Place, Source
+    from tracekit.capture.locate import Place
     from tracekit.capture.variables import FrameNames
 
-_MARK: Final = "tracekit "  # with its blank no name that a user can write
-_FACTORY: Final = f"{_MARK}factory"
-_BODY: Final = f"{_MARK}body"
+HIDDEN: Final = "tracekit "  # with its blank no name that a user can write
+_FACTORY: Final = f"{HIDDEN}factory"
+_BODY: Final = f"{HIDDEN}body"
 SAVE: Final = "save"
+WAIT: Final = "wait"
 BACKWARD: Final = "backward"
 HELPERS: Final = (SAVE, BACKWARD)  # what a tracer gives its blocks
 _SEE_ALL: Final = frozenset(
     {"locals", "vars", "dir", "eval", "exec", "breakpoint", "set_trace", "embed"}
 )
 
+_BINDS_BY_NAME: Final = frozenset({"STORE_GLOBAL", "STORE_NAME", "DELETE_GLOBAL", "DELETE_NAME"})
+_BY_NAME: Final = _BINDS_BY_NAME | {"LOAD_GLOBAL", "LOAD_NAME"}
+
 
 def helper_name(name: str) -> str:
-    return _MARK + name
+    return HIDDEN + name
 
 
 @final
@@ -61,7 +65,7 @@ def compile_function_body(place: Place, names: FrameNames, helpers: Sequence[str
     parameters = sorted(visible | {helper_name(name) for name in helpers})
     first = _body_code(_compile(place, names, parameters, statements))
     bound = {
-        name for name in first.co_varnames + first.co_cellvars if not name.startswith((_MARK, "."))
+        name for name in first.co_varnames + first.co_cellvars if not name.startswith((HIDDEN, "."))
     }
     declared: list[ast.stmt] = []
     if bound & visible:
@@ -94,7 +98,7 @@ def _visible(place: Place, names: FrameNames) -> set[str]:
     if not names.is_function:
         return set()
     own = own_names(place, names)
-    return {name for name in own if "." not in name and not name.startswith(_MARK)}
+    return {name for name in own if "." not in name and not name.startswith(HIDDEN)}
 
 
 def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CompiledBody:
@@ -104,15 +108,6 @@ def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[st
     code = _with_own_name(code, names.function_name, _qualified_name(place))
     remember_origin(code, place.source)
     return CompiledBody(code, frozenset())
-
-
-def compile_text(source: Source, helpers: Sequence[str]) -> CodeType:
-    """The statements of `source` as the code of a module; annotations are not evaluated."""
-    tree = ast.fix_missing_locations(ast.Module(_calling(helpers, source.tree.body), []))
-    flags = __future__.annotations.compiler_flag
-    code = compile(tree, source.filename, "exec", flags=flags, dont_inherit=True)
-    remember_origin(code, source)
-    return code
 
 
 # --- the tree ------------------------------------------------------------------------------------
@@ -174,16 +169,14 @@ def _made(kind: Any, **fields: object) -> ast.stmt:
 
 
 def _statements(place: Place, helpers: Sequence[str]) -> list[ast.stmt]:
-    return _calling(helpers, place.statement.body)
-
-
-def _calling(helpers: Sequence[str], body: Iterable[ast.stmt]) -> list[ast.stmt]:
     """A copy of the body, calling the helpers."""
-    statements = [copy.deepcopy(statement) for statement in body]
+    statements = [copy.deepcopy(statement) for statement in place.statement.body]
     if SAVE in helpers:
         statements = [_visited(_SaveCalls(), statement) for statement in statements]
     if BACKWARD in helpers:
         statements = [_visited(_BackwardItems(), statement) for statement in statements]
+    if WAIT in helpers:
+        statements = waiting_for(bound_by_siblings(place), helper_name(WAIT), statements)
     return statements
 
 
@@ -290,6 +283,23 @@ def _body_code(code: CodeType) -> CodeType:
         if constant.co_name == _BODY:
             return constant
     return next(_body_code(constant) for constant in inner if constant.co_consts)
+
+
+def global_names(code: CodeType) -> tuple[set[str], set[str]]:
+    """The names outside of functions that the body, or a function in it, uses; those it binds."""
+    used: set[str] = set()
+    bound: set[str] = set()
+    for step in dis.get_instructions(code):
+        if step.opname in _BY_NAME:
+            used.add(step.argval)
+        if step.opname in _BINDS_BY_NAME:
+            bound.add(step.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            inner_used, inner_bound = global_names(constant)
+            used |= inner_used
+            bound |= inner_bound
+    return used, bound
 
 
 def _written(code: CodeType) -> set[str]:

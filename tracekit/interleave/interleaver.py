@@ -13,7 +13,7 @@ from tracekit.core.site import Site, Slot, Visit
 from tracekit.interleave import unserved
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.passage import Passage, Watch
-from tracekit.interleave.protocol import NextStep, Read, Reply, Skip, State, StepOver, Unwind
+from tracekit.interleave.protocol import NextStep, Read, Reply, Skip, Sleep, State, Unwind
 
 _RESULT_NOT_YET = object()
 
@@ -39,6 +39,10 @@ class Witness(Protocol):
 
     def take_back(self, visit: Visit, is_other: bool) -> None:
         """The model goes on from `visit`, with another value if `is_other`."""
+        ...
+
+    def apart(self, value: object) -> object:
+        """`value`, in memory of its own."""
         ...
 
 
@@ -101,10 +105,6 @@ class Interleaver:
         """How many steps are known to have begun."""
         return max(self._steps_seen + 1, self.step)
 
-    def ran_in(self, path: str, step: int) -> bool | None:
-        """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
-        return self._passage.ran_in(path, step)
-
     @property
     def has_begun(self) -> bool:
         """Whether a block has seen the model run: before that, it has passed nothing."""
@@ -127,12 +127,10 @@ class Interleaver:
 
     def start(self) -> None:
         """Run every block to its first request."""
-        if any(mediator.rounds is not None for mediator in self.mediators):
-            self._passage.expect_any_call(self.step)  # each step begins such a block anew
         for mediator in self.mediators:
             if mediator.state is State.READY:  # else it stands in place, and has let the model run
                 mediator.start()
-            self._raise_if_over(mediator)
+            self._after_turn(mediator)
 
     def before(self, watch: Watch, inputs: object) -> object:
         """The module of `watch` is about to run with `inputs`; what it runs with."""
@@ -148,7 +146,11 @@ class Interleaver:
         """The request to skip the call of `watch` that is about to run, if there is one."""
         visit = Visit(watch.output, self.step, watch.running[-1])
         for mediator in self.mediators:
-            if isinstance(mediator.request, Skip) and mediator.awaits(visit):
+            if (
+                mediator.rows is None
+                and isinstance(mediator.request, Skip)
+                and mediator.awaits(visit)
+            ):
                 watch.skipped_in = self.step
                 return mediator.request
         return None
@@ -168,10 +170,15 @@ class Interleaver:
     def finish(self, result: object) -> None:
         """The traced call has returned `result`: answer what is still asked."""
         self._result = result
-        for mediator in self.mediators:
-            while mediator.state is State.WAITING:
+        while True:
+            waiting = [each for each in self.mediators if each.state is State.WAITING]
+            awake = [each for each in waiting if not isinstance(each.request, Sleep)]
+            over = [each for each in waiting if each.sleeps_no_more()]
+            for mediator in (over or awake or waiting)[:1]:
                 mediator.answer(self._last_reply(mediator))
-            if mediator.error is not None:
+                if mediator.error is not None:
+                    return
+            if not waiting:
                 return
 
     def close(self) -> None:
@@ -184,38 +191,55 @@ class Interleaver:
     def _begin_step(self) -> None:
         self._steps_seen = self.step
         for mediator in self.mediators:
-            if mediator.is_behind(self.step):
-                mediator.answer(Reply(error=StepOver()))
-                self._raise_if_over(mediator)
-            elif mediator.awaits_step(self.step):
+            if mediator.awaits_step(self.step):
                 mediator.answer(Reply(value=True))
-                self._raise_if_over(mediator)
+                self._after_turn(mediator)
 
     def _serve(self, visit: Visit, value: object) -> object:
-        for mediator in self.mediators:
-            if mediator.awaits(visit):
-                self._serving = visit
-                value = mediator.offer(visit, value)
-                self._serving = None
-                if mediator.has_stopped:  # the hooks of the observers will not be reached
-                    self._placement.show(visit, value)
-                self._raise_if_over(mediator)
+        served: list[Mediator] = []
+        mediator = self._who_awaits(visit)
+        while mediator is not None:
+            if any(mediator.overlaps(other) for other in served):  # an edit shows from here on only
+                value = self._witness.apart(value)
+            served.append(mediator)
+            self._serving = visit
+            value = mediator.offer(visit, value)
+            self._after_turn(mediator, visit, value)
+            self._serving = None
+            mediator = self._who_awaits(visit)
         return value
 
-    def _raise_if_over(self, mediator: Mediator) -> None:
-        """Leave the forward pass when the block failed or said stop."""
-        if mediator.error is not None or mediator.has_stopped:
+    def _who_awaits(self, visit: Visit) -> Mediator | None:
+        return next((each for each in self.mediators if each.awaits(visit)), None)
+
+    def _after_turn(
+        self, mediator: Mediator, visit: Visit | None = None, value: object = None
+    ) -> None:
+        """Wake the blocks that slept for what `mediator` did, and leave if the run is over."""
+        while mediator.error is None:
+            sleeper = next((each for each in self.mediators if each.sleeps_no_more()), None)
+            if sleeper is None:
+                break
+            mediator = sleeper
+            mediator.answer(Reply())
+        if mediator.error is not None:
+            raise Unwind
+        if any(each.has_stopped for each in self.mediators) and not any(
+            each.is_at_work for each in self.mediators
+        ):
+            if visit is not None:  # the hooks of the observers will not be reached
+                self._placement.show(visit, value)
             raise Unwind
 
     def _last_reply(self, mediator: Mediator) -> Reply:
         request = mediator.request
         if isinstance(request, NextStep):
             return Reply(value=False)
+        if isinstance(request, Sleep):
+            return Reply(error=None if request.is_over() else unserved.never_came(request.what_for))
         assert request is not None
         if isinstance(request, Read) and request.visit.site.slot is Slot.RESULT:
-            return Reply(self._result)
-        if mediator.has_finished_a_round:
-            return Reply(error=StepOver())
+            return mediator.shown(request.visit, self._result)
         return Reply(error=self._unserved(request.visit))
 
     def _unserved(self, visit: Visit) -> BaseException:
@@ -224,9 +248,6 @@ class Interleaver:
             return unserved.no_such_step(visit, steps)
         if visit.call > 0:
             return unserved.no_such_call(visit)
-        skipped = self._passage.skipped_above(visit.site.path, visit.step)
-        if skipped is not None:
-            return unserved.was_skipped(visit, skipped)
         callers = self._passage.callers(visit.site.path)
         ran = [caller for caller in callers if self._passage.has_run(caller)]
         return unserved.never_ran(visit, callers, ran)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, final
 
 from tracekit.core.site import Site, Slot, Visit
-from tracekit.errors import MisfitError
+from tracekit.errors import MisfitError, TracekitError
 from tracekit.interleave import unserved
 from tracekit.interleave.protocol import (
     TRANSITIONS,
@@ -21,6 +21,7 @@ from tracekit.interleave.protocol import (
     Reply,
     Request,
     Skip,
+    Sleep,
     State,
     Unwind,
     Write,
@@ -59,16 +60,47 @@ class Run(Protocol):
         """Prepare for `step`: True if it is the current one, None if it may come, else False."""
         ...
 
-    def ran_in(self, path: str, step: int) -> bool | None:
-        """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
-        ...
-
     def hand_out(self, visit: Visit, value: object) -> None:
         """A block gets to see, and may change, `value`."""
         ...
 
     def take_back(self, visit: Visit, is_other: bool) -> None:
         """The model goes on from `visit`, with another value if `is_other`."""
+        ...
+
+
+class Scope(Protocol):
+    """What has to be in place while a block runs (its names)."""
+
+    def enter(self) -> None:
+        """Model's side: a turn of the block begins."""
+        ...
+
+    def leave(self) -> None:
+        """Model's side: the turn is over."""
+        ...
+
+    def wait_for(self, name: str, sleep: Callable[[Callable[[], bool], str], None]) -> None:
+        """Worker's side: wait for a name that another block binds."""
+        ...
+
+
+class Part(Protocol):
+    """The part of a value that a block sees."""
+
+    @property
+    def value(self) -> object: ...
+
+    def put_back(self, new: object) -> object:
+        """The whole value, with `new` in the place of the part."""
+        ...
+
+
+class Rows(Protocol):
+    """Which part of each value belongs to a block."""
+
+    def narrow(self, visit: Visit, whole: object) -> Part:
+        """The part of `whole`; RowsError if it can't be told."""
         ...
 
 
@@ -82,11 +114,15 @@ class Mediator:
         run: Run,
         misfit: Callable[[object, object], str | None],
         line: Callable[[], str],
+        rows: Rows | None = None,
+        scope: Scope | None = None,
     ) -> None:
         self.model = model  # whose run it is; nothing here looks into it
         self._run = run
         self._misfit = misfit
         self._line = line
+        self.rows = rows  # None: it sees the whole batch
+        self.scope = scope
         self.channel: Channel | None = None
         self.state = State.READY
         self.request: Request | None = None
@@ -94,9 +130,6 @@ class Mediator:
         self.error: BaseException | None = None  # what the block ended with
         self.has_stopped = False  # tracer.stop() was called
         self.has_skipped = False
-        self.rounds: list[list[Site]] | None = None  # for a block that runs anew in each step:
-        # what it asked for in each of its rounds so far
-        self.has_finished_a_round = False
         self.last: tuple[Visit, str] | None = None  # served last, and the line that asked
         self._reply: Reply | None = None
         self._at: Visit | None = None  # where the model is paused for this worker
@@ -158,14 +191,15 @@ class Mediator:
         if not self.wait_for_step(step):
             raise unserved.step_never_came(step)
 
+    def sleep(self, is_over: Callable[[], bool], what_for: str) -> None:
+        """Block until another block has brought about what `is_over` tells."""
+        if not is_over():
+            self._ask(Sleep(is_over, what_for))
+
     @property
     def steps_begun(self) -> int:
         """How many steps the run is known to have begun."""
         return self._run.steps_begun
-
-    def ran_in(self, path: str, step: int) -> bool | None:
-        """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
-        return self._run.ran_in(path, step)
 
     def stop(self) -> None:
         """Leave the block, and let the model compute nothing after this point."""
@@ -182,8 +216,6 @@ class Mediator:
     def submit(self, request: Request) -> None:
         """Leave a request for the model's side, just before the worker suspends."""
         self.request = request
-        if self.rounds and isinstance(request, (Read, Write, Skip)):
-            self.rounds[-1].append(request.visit.site)
         self._move(Move.ASK)
 
     def collect(self, request: Request, line: str) -> object:
@@ -221,27 +253,49 @@ class Mediator:
         """Whether the worker sleeps until `step`, or an earlier one, begins."""
         return isinstance(self.request, NextStep) and self.request.step <= step
 
-    def is_behind(self, step: int) -> bool:
-        """Whether the worker waits for a step before `step`, in a block that has another round."""
-        request = self.request
-        if self.rounds is None or not isinstance(request, (Read, Write, Skip)):
-            return False
-        return request.visit.step < step
+    @property
+    def is_at_work(self) -> bool:
+        """Whether the block has not ended."""
+        return self.state is not State.DONE
+
+    def overlaps(self, other: Mediator) -> bool:
+        """Whether `other` is another block that sees some of the same rows."""
+        return other is not self and (self.rows is None or other.rows is None)
+
+    def shown(self, visit: Visit, value: object) -> Reply:
+        """The worker's part of a value that the model does not go on with."""
+        try:
+            return Reply(value if self.rows is None else self.rows.narrow(visit, value).value)
+        except TracekitError as error:
+            return Reply(error=error)
+
+    def sleeps_no_more(self) -> bool:
+        """Whether what the worker sleeps for has come."""
+        return isinstance(self.request, Sleep) and self.request.is_over()
 
     def offer(self, visit: Visit, value: object) -> object:
         """Give `value` to the worker that awaits it; what the model goes on with."""
         while self.awaits(visit):
+            try:
+                part = None if self.rows is None else self.rows.narrow(visit, value)
+            except TracekitError as error:
+                self.answer(Reply(error=error))
+                continue
+            given = shown = value if part is None else part.value
             request = self.request
-            if isinstance(request, Write):
-                found = self._misfit(request.value, value)
+            # Where blocks have rows of their own, a skipped module runs, for the others' rows.
+            is_written = isinstance(request, Write) or (isinstance(request, Skip) and part)
+            if isinstance(request, (Write, Skip)) and is_written:
+                found = self._misfit(request.value, given)
                 if found is not None:
                     self.answer(Reply(error=misfit_error(visit, found)))
                     continue  # the block may catch it, and write another value
-                value = request.value
-            self._run.hand_out(visit, value)
-            self.answer(Reply(value))
-            given, value, self._value, self._at = value, self._value, None, None
-            self._run.take_back(visit, is_other=value is not given or isinstance(request, Write))
+                shown = request.value
+            self._run.hand_out(visit, shown)
+            self.answer(Reply(shown))
+            new, self._value, self._at = self._value, None, None
+            value = new if part is None else part.put_back(new)
+            self._run.take_back(visit, is_other=new is not given or bool(is_written))
         return value
 
     def answer(self, reply: Reply) -> None:
@@ -268,7 +322,14 @@ class Mediator:
 
     def _resume(self) -> None:
         assert self.channel is not None
-        self.channel.resume_worker()
+        if self.scope is None:
+            self.channel.resume_worker()
+            return
+        self.scope.enter()
+        try:
+            self.channel.resume_worker()
+        finally:
+            self.scope.leave()
 
     def _move(self, move: Move) -> None:
         self.state = TRANSITIONS[self.state, move]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
@@ -39,7 +40,15 @@ class NextStep:
     step: int
 
 
-Request: TypeAlias = Read | Write | Skip | NextStep
+@dataclass(frozen=True)
+class Sleep:
+    """Wake me when `is_over()`: another block may bring it about, the model can't."""
+
+    is_over: Callable[[], bool]
+    what_for: str  # in words
+
+
+Request: TypeAlias = Read | Write | Skip | NextStep | Sleep
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,6 @@ class Unwind(BaseException):
     def __init__(self, owner: object = None) -> None:
         super().__init__()
         self.owner = owner
-
-
-class StepOver(Unwind):
-    """Leave the block, as its step is over: it begins anew in the next one, if there is one."""
 
 
 class State(Enum):

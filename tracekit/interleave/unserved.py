@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tracekit.core.site import Visit
-from tracekit.errors import NeverRanError, SiteOrderError, StepError
+from tracekit.errors import NeverCameError, NeverRanError, SiteOrderError, StepError
 
 
 def too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
@@ -62,6 +62,14 @@ def step_has_gone(step: int, current: int) -> StepError:
 def step_never_came(step: int) -> StepError:
     """next() went beyond the run."""
     return StepError(f"step {step} was asked for, but the run ended before it began.")
+
+
+def never_came(what_for: str) -> NeverCameError:
+    """A block slept for what another block was to bring about."""
+    return NeverCameError(
+        f"the block waited for {what_for}, and the run ended before that came; read the value "
+        f"where the model still can go on to it, or in a trace of its own."
+    )
 
 
 def no_such_step(visit: Visit, steps: int) -> StepError:

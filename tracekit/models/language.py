@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
 
-from tracekit.capture import showing_own_lines
+from tracekit.capture import caller_frame, is_with_item
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
+from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import generate, run
-from tracekit.models.model import Model
+from tracekit.models.model import Model, is_without_input, run_forward
 from tracekit.models.padding import fit_padding
 from tracekit.models.signatures import accepts
 from tracekit.tracing.tracer import Tracer
@@ -70,7 +72,7 @@ class LanguageModel(Model):
 
     def dispatch(self) -> None:
         """Load the weights now, if they were left out. Envoys made before stay valid."""
-        if self._tree.load_first is None:  # nothing was left out, or a copy has brought it
+        if self._empty_from is None:
             return
         name, options = self._empty_from
         loaded = loading.load_model(name, **options)
@@ -79,19 +81,20 @@ class LanguageModel(Model):
         else:
             loading.bring_weights(self._tree.root, loaded)
         self._tree.load_first = None
+        object.__setattr__(self, "_empty_from", None)
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
         `input` is a string, a list of strings, token ids, or an encoding; keyword arguments go
         to the model's forward. No keys and values are kept unless `use_cache=True` says so.
+        Without input, each `with tracer.invoke(input):` in the block has rows of its own.
         """
-        inputs = self._prepared(args, kwargs)
-        if accepts(self.module, "use_cache") and inputs.get("past_key_values") is None:
-            inputs.setdefault("use_cache", False)
-        return self._tracer(lambda _: run(self._tree, (), inputs))
+        if is_without_input(args, kwargs):
+            return Tracer(self._tree, self._batch(kwargs, run_forward, "trace"))
+        inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
+        return Tracer(self._tree, lambda _: run(self._tree, (), inputs))
 
-    @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate from `input`; as the header of a `with`, trace all its steps.
 
@@ -99,20 +102,17 @@ class LanguageModel(Model):
         token, and `tracer.result` is the tokens; anywhere else the tokens are returned. Takes
         everything that `transformers.generate` takes; `progress=True` shows a bar.
         """
-        inputs = self._prepared(args, kwargs, for_generate=True)
-        module = self.module
-        if self.tokenizer is not None and module.generation_config.pad_token_id is None:
-            inputs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        if is_without_input(args, kwargs) and is_with_item(caller_frame()):
+            return Tracer(self._tree, self._batch(kwargs, generate, "generate"), grad=False)
+        prepared = self._prepared(args, kwargs, for_generate=True)
+        inputs = self._completed(prepared, for_generate=True)
         return self._traced_or_run(lambda end_step=None: generate(self._tree, end_step, (), inputs))
 
-    @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on tensors as PyTorch would, or on text, with its lasting edits."""
-        self.dispatch()
+        """Run the model on tensors as PyTorch would, or on text."""
         if args and not isinstance(args[0], torch.Tensor):
-            args, kwargs = (), self._prepared(args, kwargs)
-        if self._edits:
-            return self._edited(lambda _: run(self._tree, args, kwargs))
+            return self.module(**self._prepared(args, kwargs))
+        self.dispatch()
         return self.module(*args, **kwargs)
 
     def _prepared(
@@ -125,10 +125,31 @@ class LanguageModel(Model):
         if not args and not kwargs:
             raise InputError("an input is needed: a string, a list of strings, or token ids.")
         self.dispatch()
-        module = self.module
+        return fit_padding(self._read(args, kwargs), self.module, for_generate)
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         encoded = feeding.encode(args[0], self.tokenizer, self._side) if args else {}
-        inputs = feeding.on_device({**encoded, **kwargs}, feeding.device_of(module))
-        return fit_padding(inputs, module, for_generate)
+        return feeding.on_device({**encoded, **kwargs}, feeding.device_of(self.module))
+
+    def _completed(self, inputs: dict[str, Any], for_generate: bool) -> dict[str, Any]:
+        """`inputs`, and what else a traced call is told."""
+        module = self.module
+        if not for_generate:
+            if accepts(module, "use_cache") and inputs.get("past_key_values") is None:
+                inputs.setdefault("use_cache", False)
+        elif self.tokenizer is not None and module.generation_config.pad_token_id is None:
+            inputs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        return inputs
+
+    def _batch(self, shared: dict[str, Any], call: Callable[..., Any], kind: str) -> Batch:
+        def fitted(inputs: dict[str, Any]) -> dict[str, Any]:
+            for_generate = kind == "generate"
+            inputs = fit_padding({**inputs, **shared}, self.module, for_generate)
+            return self._completed(inputs, for_generate)
+
+        self.dispatch()
+        pad = getattr(self.tokenizer, "pad_token_id", None) or 0
+        return Batch(_Padded(self._read, fitted, pad, self._side()), self._tree, call, kind)
 
     def _side(self) -> str:
         if self._padding_side is not None:
@@ -136,3 +157,35 @@ class LanguageModel(Model):
         module = self.module
         is_decoder = callable(getattr(module, "can_generate", None)) and module.can_generate()
         return "left" if is_decoder and not module.config.is_encoder_decoder else "right"
+
+
+@final
+class _Padded:
+    """Inputs of a language model, padded to one length."""
+
+    def __init__(
+        self,
+        read: Callable[..., dict[str, Any]],
+        fitted: Callable[[dict[str, Any]], dict[str, Any]],
+        pad: int,
+        side: str,
+    ) -> None:
+        self._read = read
+        self._fitted = fitted
+        self._pad = pad
+        self._side = side
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        if len(args) > 1:
+            raise InputError(
+                f"an invoke takes one input, or a list of rows, and {len(args)} were given."
+            )
+        inputs = self._read(args, kwargs)
+        ids = inputs.get("input_ids")
+        if isinstance(ids, torch.Tensor):
+            inputs.setdefault("attention_mask", torch.ones_like(ids))
+        return (), inputs
+
+    def joined(self, inputs: list[Inputs]) -> Inputs:
+        _, kwargs = join_inputs(inputs, self._pad, self._side)
+        return (), self._fitted(kwargs)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import Any, final
 
 from torch import nn
 
-from tracekit.capture import caller_frame, is_with_item, showing_own_lines
+from tracekit.capture import caller_frame, is_with_item
+from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
+from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import generate, run
-from tracekit.tracing.edit import Edit, of_function
-from tracekit.tracing.edits import Editing, Edits
 from tracekit.tracing.envoy import Envoy
-from tracekit.tracing.execution import Intervention, TracedCall, run_edited
 from tracekit.tracing.tracer import Tracer
-
-M = TypeVar("M", bound="Model")
 
 
 class Model(Envoy):
@@ -29,32 +25,31 @@ class Model(Envoy):
     `name` is the first part of every path, as in `model.layers.0`.
     """
 
-    __slots__ = ("_edits",)
+    __slots__ = ()
 
     def __init__(self, module: nn.Module, name: str = "model") -> None:
         super().__init__(Tree(module, name), name)
-        object.__setattr__(self, "_edits", [])
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
-        Takes what the module's forward takes.
+        Takes what the module's forward takes. Without input, each `with tracer.invoke(input):` in
+        the block has rows of its own in one pass; inputs are joined along their first axis.
         """
-        module = self.module
-        if not args and not kwargs and _needs_input(module):
-            raise InputError(
-                f"trace() needs what {type(module).__name__}.forward takes: "
-                f"{inspect.signature(module.forward)}."
-            )
-        return self._tracer(lambda _: run(self._tree, args, kwargs))
+        if is_without_input(args, kwargs) and _takes_input(self.module):
+            return Tracer(self._tree, self._batch(kwargs, run_forward, "trace"))
+        return Tracer(self._tree, lambda _: run(self._tree, args, kwargs))
 
-    @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; as the header of a `with`, trace all its steps, else return the tokens.
 
         Takes what the module's own `generate` takes (Hugging Face: `max_new_tokens`, …).
         """
-        return self._traced_or_run(self._generation(args, kwargs))
+        call = self._generation(args, kwargs)
+        if is_without_input(args, kwargs) and is_with_item(caller_frame()):
+            batch = self._batch(kwargs, generate, "generate")
+            return Tracer(self._tree, batch, grad=False)
+        return self._traced_or_run(call)
 
     def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         module = self.module
@@ -62,75 +57,42 @@ class Model(Envoy):
             raise InputError(f"{type(module).__name__} has no generate().")
         return lambda end_step=None: generate(self._tree, end_step, args, kwargs)
 
+    def _batch(self, shared: dict[str, Any], call: Callable[..., Any], kind: str) -> Batch:
+        return Batch(_Joined(shared), self._tree, call, kind)
+
     def _traced_or_run(self, call: Callable[..., Any]) -> Any:
         if is_with_item(caller_frame()):
-            return self._tracer(call, grad=False)  # generate runs without gradients
-        return self._edited(call, grad=False) if self._edits else call()
-
-    @showing_own_lines
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on values, with its lasting edits; no trace around sees this call."""
-        if not self._edits:
-            return super().__call__(*args, **kwargs)
-        return self._edited(lambda _: run(self._tree, args, kwargs))
-
-    # -- lasting edits --------------------------------------------------------------------------
-
-    @overload
-    def edit(self: M, function: None = None, *, inplace: bool = False) -> Editing[M]: ...
-    @overload
-    def edit(self: M, function: Callable[[Any], object], *, inplace: bool = False) -> M: ...
-    def edit(
-        self: M, function: Callable[[Any], object] | None = None, *, inplace: bool = False
-    ) -> Editing[M] | M:
-        """`with model.edit() as edited:` keeps the block: it runs in every run of `edited`.
-
-        `edited` shares the weights of this model, has its earlier edits too, and is what the
-        block edits; this model stays as it is, unless `inplace=True`. The edits are made in every
-        trace, every step of every generation, and every call `edited(x)`, before the blocks of
-        the trace; caches see the edited values. In the block, as in a trace, `.output` is the
-        module's first call in a step, and within it models have no edits.
-
-        The block uses the names around it as they are now: binding them anew later does not change
-        the edit. What it binds is not handed back. Instead of a block, `edit(function)` takes a
-        function of the model, and returns `edited`.
-        """
-        edited = self if inplace else self._with(self._edits[:])
-        if function is not None:
-            edited._edits.append(of_function(function, self._with([])))
-            return edited
-        return Editing(edited, edited._edits, _without_edits)
-
-    @property
-    def edits(self) -> Edits:
-        """The lasting edits, in order: to look at, remove, save to a file, and load from one."""
-        return Edits(self._with([]), self._edits)
-
-    def _with(self: M, edits: list[Edit]) -> M:
-        """This model with other edits; the two share all else."""
-        other = copy.copy(self)
-        object.__setattr__(other, "_edits", edits)
-        return other
-
-    def _interventions(self) -> list[Intervention]:
-        return [edit.intervention() for edit in self._edits]
-
-    def _tracer(self, call: TracedCall, grad: bool | None = None) -> Tracer:
-        return Tracer(self._tree, call, grad, self._interventions())
-
-    def _edited(self, call: TracedCall, grad: bool | None = None) -> Any:
-        return run_edited(self._tree, call, grad, self._interventions())
+            return Tracer(self._tree, call, grad=False)  # generate runs without gradients
+        return call()
 
     def __repr__(self) -> str:
         return repr(self.module)
 
 
-def _without_edits(value: object) -> object:
-    """A model without its edits, as an edit that held them would keep itself alive."""
-    return value._with([]) if isinstance(value, Model) else value  # pyright: ignore[reportPrivateUsage] - same file
+def run_forward(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward pass, as a call that steps mean nothing to."""
+    return run(tree, args, kwargs)
 
 
-def _needs_input(module: nn.Module) -> bool:
-    parameters = inspect.signature(module.forward).parameters.values()
-    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return any(p.default is p.empty and p.kind not in optional for p in parameters)
+@final
+class _Joined:
+    """Inputs of any module: joined along their first axis, beside what all calls `share`."""
+
+    def __init__(self, shared: dict[str, Any]) -> None:
+        self._shared = shared
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        return args, kwargs
+
+    def joined(self, inputs: list[Inputs]) -> Inputs:
+        args, kwargs = join_inputs(inputs)
+        return args, {**kwargs, **self._shared}
+
+
+def is_without_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether no tensor is given: the inputs come with invokes, then."""
+    return not args and not any(True for _ in tensors(kwargs))
+
+
+def _takes_input(module: nn.Module) -> bool:
+    return bool(inspect.signature(module.forward).parameters)

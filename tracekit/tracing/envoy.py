@@ -72,7 +72,8 @@ class Envoy(Slots):
         if mediator is None:
             raise OutsideTraceError(
                 f"{self._path}.{name} has a value only while the model runs: ask for it in the "
-                f"block of `with model.trace(...)`, or read a tracer.cache() afterwards."
+                f"block of `with model.trace(input)` or `with tracer.invoke(input)`, or read a "
+                f"tracer.cache() afterwards."
             )
         if mediator.model.root is not self._tree.root:
             raise OutsideTraceError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, cast, final
 
@@ -23,8 +23,9 @@ from tracekit.errors import CacheError, CaptureError, OutsideTraceError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.cache import Cache
-from tracekit.tracing.execution import Execution, Intervention, TracedCall
+from tracekit.tracing.execution import Execution, TracedCall
 from tracekit.tracing.inplace import InPlace
+from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
 from tracekit.tracing.quiet import asks_for_nothing
 from tracekit.tracing.select import Selector
 from tracekit.tracing.steps import Steps
@@ -35,17 +36,10 @@ from tracekit.tracing.ways import Lifted, Quiet, Way
 class Tracer:
     """What `with model.trace(...) as tracer:` binds."""
 
-    def __init__(
-        self,
-        tree: Tree,
-        call: TracedCall,
-        grad: bool | None = None,
-        edits: Sequence[Intervention] = (),
-    ) -> None:
+    def __init__(self, tree: Tree, call: TracedCall | Batch, grad: bool | None = None) -> None:
         self._tree = tree
-        self._call = call
+        self._call = call  # a Batch: each input comes with an invoke
         self._grad = grad
-        self._edits = edits
         self._block: Block | None = None
         self._way: Way | None = None  # while the block runs
         self._told = ""
@@ -61,7 +55,6 @@ class Tracer:
         include_output: bool = True,
         include_inputs: bool = False,
         *,
-        include_grads: bool = False,
         clone: bool = False,
     ) -> Cache:
         """Record modules while the model runs, with hooks alone; the fast way to capture.
@@ -70,8 +63,9 @@ class Tracer:
         module, or a list of them; every module by default. `device`, `dtype` and `detach` are
         applied to each tensor as it is recorded; `device=None` leaves it where it is, and
         `dtype` leaves integers and booleans alone. `clone=True` copies tensors even where that
-        is not needed to move them: for modules that work in place. `include_grads=True` adds the
-        gradients of outputs: `.grad`, once a backward pass has run, in the block or after it.
+        is not needed to move them: for modules that work in place.
+
+        In the block of an invoke, its rows alone are recorded.
 
         Raises UnknownPathError for a module that the model does not have, CacheError if the
         model has passed one, and, when the trace ends, NeverRanError for one that did not run.
@@ -79,13 +73,13 @@ class Tracer:
         execution = self._way.execution if self._way is not None else None
         if execution is None:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
-        if not (include_output or include_inputs or include_grads):
+        if not (include_output or include_inputs):
             raise CacheError("include_output=False and include_inputs=False record nothing.")
         if dtype is not None and not isinstance(cast("object", dtype), torch.dtype):
             raise CacheError(f"dtype= takes a torch.dtype, as in torch.float16, not {dtype!r}.")
         place = torch.device(device) if device is not None else None
         keep = Keep(place, dtype, detach, clone)
-        return execution.record(modules, keep, include_inputs, include_output, include_grads)
+        return execution.record(modules, keep, include_inputs, include_output)
 
     @property
     def result(self) -> Any:
@@ -109,6 +103,25 @@ class Tracer:
         """Go on to a later step: what is asked for afterwards is about that one."""
         mediator = self._mediator("next()")
         mediator.go_to_step(mediator.step + steps)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Invoke:
+        """`with tracer.invoke(input):` adds rows to one batch; its block sees these rows alone.
+
+        For a trace that was opened without input. Takes what `trace` takes; inputs of different
+        lengths are padded, such that each row is what it is alone. Without input the block sees
+        all rows. Blocks run in the order in which they stand: at each value, an earlier block
+        comes first. A block that reads a name that an earlier one binds waits for it.
+        """
+        gathered = gathered_of(self._way)
+        return Invoke(gathered, gathered.add_rows(args, kwargs))
+
+    def barrier(self, count: int) -> Barrier:
+        """A function that `count` blocks call, each waiting for the others there.
+
+        Names that one block binds and another reads need none: the reader waits.
+        """
+        gathered_of(self._way)
+        return Barrier(count)
 
     def explain(self) -> str:
         """In which way the block ran, and why; its source and syntax tree if it was captured."""
@@ -136,6 +149,8 @@ class Tracer:
     def _way_from(self, frame: FrameType) -> Way:
         """How the block of the `with` that `frame` enters runs."""
         self._block = None
+        if not callable(self._call):
+            return Gathered(self._tree, self._call, partial(self._execution, None))
         if not settings.lift_blocks:
             return InPlace(frame, self._execution, self._grad, "settings.lift_blocks is False.")
         try:
@@ -149,8 +164,11 @@ class Tracer:
         self._block = block
         return way
 
-    def _execution(self, thread: int | None = None) -> Execution:
-        return Execution(self._tree, self._call, self._grad, self._edits, thread)
+    def _execution(self, thread: int | None = None, call: TracedCall | None = None) -> Execution:
+        own = self._call if callable(self._call) else None
+        chosen = call or own
+        assert chosen is not None
+        return Execution(self._tree, chosen, self._grad, thread)
 
     def __exit__(
         self,

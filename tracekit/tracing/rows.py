@@ -1,0 +1,114 @@
+"""The part of each value that belongs to one invoke: narrowed for its block, and put back."""
+
+from __future__ import annotations
+
+from typing import final
+
+from torch import Tensor
+
+from tracekit.core.nest import Nest, map_leaves, tensors
+from tracekit.core.origins import stands_for
+from tracekit.core.site import Slot, Visit
+from tracekit.core.versions import version
+from tracekit.errors import RowsError
+from tracekit.interleave.mediator import Part
+from tracekit.tracing.layouts import Layouts
+
+
+@final
+class InvokeRows:
+    """Rows `start` to `stop` of a batch of `size`."""
+
+    def __init__(self, layouts: Layouts, start: int, stop: int, size: int) -> None:
+        self._layouts = layouts
+        self.start = start
+        self.stop = stop
+        self._size = size
+
+    def narrow(self, visit: Visit, whole: Nest) -> Part:
+        """The part of `whole`, as views; what has no rows passes through."""
+        leaves = [
+            self._leaf(tensor, axis)
+            for tensor, axis in zip(tensors(whole), self._axes(visit, whole), strict=True)
+        ]
+        return _Part(visit, whole, _with_tensors(whole, [leaf.part for leaf in leaves]), leaves)
+
+    def _axes(self, visit: Visit, whole: Nest) -> list[int | None]:
+        if visit.site.slot is Slot.RESULT:  # the tokens of a generation, or the root's output
+            return [0 if _has_rows(each, self._size) else None for each in tensors(whole)]
+        layouts = self._layouts.of(visit.site, whole, self._size)
+        return [None if layout is None else layout.axis for layout in layouts]
+
+    def _leaf(self, whole: Tensor, axis: int | None) -> _Leaf:
+        if axis is None:
+            return _Leaf(whole, whole, None)
+        per_row = whole.shape[axis] // self._size
+        span = (axis, self.start * per_row, (self.stop - self.start) * per_row)
+        part = whole.narrow(*span)
+        if whole.stride(axis) == 0 and whole.shape[axis] > 1:  # all rows are one in memory
+            part = part.clone()
+        if part.requires_grad:
+            stands_for(part, whole, axis, span[1], span[1] + span[2])
+        return _Leaf(whole, part, span)
+
+
+def _has_rows(tensor: Tensor, size: int) -> bool:
+    return tensor.dim() > 0 and tensor.shape[0] > 0 and tensor.shape[0] % size == 0
+
+
+def _with_tensors(nest: Nest, news: list[Tensor]) -> Nest:
+    """`nest`, with its tensors replaced in order."""
+    following = iter(news)
+    return map_leaves(lambda leaf: next(following) if isinstance(leaf, Tensor) else leaf, nest)
+
+
+@final
+class _Leaf:
+    """One tensor of a value: the whole, and the part of it."""
+
+    def __init__(self, whole: Tensor, part: Tensor, span: tuple[int, int, int] | None) -> None:
+        self.whole = whole
+        self.part = part
+        self.span = span  # axis, start, length; None: it has no rows
+        self._version = version(part)
+
+    def put_back(self, visit: Visit, new: Tensor) -> Tensor:
+        """The whole, with `new` in the place of the part."""
+        is_changed = new is not self.part or version(new) != self._version
+        if not is_changed or (new is self.part and self.span and new._base is not None):
+            return self.whole  # a view: what was edited in it is there already
+        if self.span is None:
+            raise RowsError(
+                f"{visit} has a tensor of shape {tuple(self.whole.shape)} that belongs to all rows "
+                f"alike, and the block of one invoke changed it; change it in "
+                f"`with tracer.invoke():`, which stands for all of them."
+            )
+        whole = self.whole.clone()
+        whole.narrow(*self.span).copy_(new)
+        return whole
+
+
+@final
+class _Part:
+    """What a block sees of a value."""
+
+    def __init__(self, visit: Visit, whole: Nest, value: Nest, leaves: list[_Leaf]) -> None:
+        self._visit = visit
+        self._whole = whole
+        self.value = value
+        self._leaves = leaves
+
+    def put_back(self, new: Nest) -> Nest:
+        """The whole value, with `new` in the place of the part."""
+        news = list(tensors(new))
+        if len(news) != len(self._leaves):
+            raise RowsError(
+                f"{self._visit} had {len(self._leaves)} tensors and was left with {len(news)} by "
+                f"the block of one invoke: assign a value of the same structure."
+            )
+        wholes = [
+            leaf.put_back(self._visit, new) for leaf, new in zip(self._leaves, news, strict=True)
+        ]
+        if all(whole is leaf.whole for whole, leaf in zip(wholes, self._leaves, strict=True)):
+            return self._whole
+        return _with_tensors(self._whole, wholes)
