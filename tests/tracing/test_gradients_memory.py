@@ -19,7 +19,7 @@ from tracekit import Model
 from tracekit.core import origins
 from tracekit.errors import GradientError, MisfitError, SiteOrderError
 
-TIMES = 50
+TIMES = 25
 
 
 def read_in_the_block(model: Model) -> None:
@@ -205,7 +205,7 @@ def without_collector() -> Iterator[None]:
 @pytest.mark.usefixtures("without_collector")
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_fifty_passes_leave_nothing(kind: Callable[[Model], None]) -> None:
+def test_passes_leave_nothing(kind: Callable[[Model], None]) -> None:
     model = Model(small())
     untouched, of_torch = state_of(model.module), dict(vars(torch.Tensor))
     known: dict[int, Any] = origins._origins  # pyright: ignore[reportPrivateUsage]

@@ -196,7 +196,28 @@ def caught_in_the_block(model: Model) -> None:
         tracer.result.sum()
 
 
+def edited(model: Model) -> None:
+    with model.edit() as changed:
+        model[0].output = model[0].output * 2
+    with changed.trace(X) as tracer:
+        changed[1].output
+        result = tracer.result
+    assert torch.equal(changed(X), result)
+
+
+def an_edit_that_was_never_made(model: Model) -> None:
+    with model.edit() as changed:
+        model[0].calls[3].output
+    with pytest.raises(NeverRanError):
+        changed(X)
+    with pytest.raises(NeverRanError):
+        with changed.trace(X):
+            model[1].output
+
+
 KINDS = [
+    edited,
+    an_edit_that_was_never_made,
     plain,
     empty,
     cached,

@@ -12,23 +12,34 @@ from tracekit.capture.frames import (
     suspendable,
     users_frame,
 )
+from tracekit.capture.lasting import LastingBody, from_text, keep, text_of
 from tracekit.capture.skip import Skip, skip_body
-from tracekit.capture.tracebacks import drop_machinery, show_own_lines, user_traceback
+from tracekit.capture.tracebacks import (
+    drop_machinery,
+    show_own_lines,
+    showing_own_lines,
+    user_traceback,
+)
 
 __all__ = [
     "Block",
     "Body",
     "Family",
+    "LastingBody",
     "Member",
     "Skip",
     "caller_frame",
     "capture",
     "drop_machinery",
+    "from_text",
     "is_running",
     "is_with_item",
+    "keep",
     "show_own_lines",
+    "showing_own_lines",
     "skip_body",
     "suspendable",
+    "text_of",
     "user_traceback",
     "users_frame",
 ]

@@ -126,9 +126,13 @@ class Block:
             known = self._compiled[form] = compiler(self.place, self.names, form.helpers)
         return known
 
+    def form(self, frame: FrameType, helpers: Mapping[str, object]) -> _Form:
+        """What the compiled body for `frame` depends on."""
+        return _Form(_is_namespace(self.names, frame), tuple(helpers))
+
     def body(self, frame: FrameType, helpers: Mapping[str, object]) -> Body:
         """The body bound to the names of `frame`, to be run once."""
-        form = _Form(_is_namespace(self.names, frame), tuple(helpers))
+        form = self.form(frame, helpers)
         bind_to = _body_in_namespace if form.is_namespace else _body_in_function
         return bind_to(self.compiled(form), frame, helpers, self.names)
 

@@ -9,6 +9,7 @@
 #                 <the statements, at their own lines and columns>
 
 from __future__ import annotations
+import __future__
 
 import ast
 import copy
@@ -26,7 +27,7 @@ from tracekit.errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from tracekit.capture.locate import Place
+    from tracekit.capture.locate import Place, Source
     from tracekit.capture.variables import FrameNames
 
 HIDDEN: Final = "tracekit "  # with its blank no name that a user can write
@@ -110,6 +111,15 @@ def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[st
     return CompiledBody(code, frozenset())
 
 
+def compile_text(source: Source, helpers: Sequence[str]) -> CodeType:
+    """The statements of `source` as the code of a module; annotations are not evaluated."""
+    tree = ast.fix_missing_locations(ast.Module(_calling(helpers, source.tree.body), []))
+    flags = __future__.annotations.compiler_flag
+    code = compile(tree, source.filename, "exec", flags=flags, dont_inherit=True)
+    remember_origin(code, source)
+    return code
+
+
 # --- the tree ------------------------------------------------------------------------------------
 
 
@@ -169,14 +179,19 @@ def _made(kind: Any, **fields: object) -> ast.stmt:
 
 
 def _statements(place: Place, helpers: Sequence[str]) -> list[ast.stmt]:
+    statements = _calling(helpers, place.statement.body)
+    if WAIT not in helpers:
+        return statements
+    return waiting_for(bound_by_siblings(place), helper_name(WAIT), statements)
+
+
+def _calling(helpers: Sequence[str], body: Iterable[ast.stmt]) -> list[ast.stmt]:
     """A copy of the body, calling the helpers."""
-    statements = [copy.deepcopy(statement) for statement in place.statement.body]
+    statements = [copy.deepcopy(statement) for statement in body]
     if SAVE in helpers:
         statements = [_visited(_SaveCalls(), statement) for statement in statements]
     if BACKWARD in helpers:
         statements = [_visited(_BackwardItems(), statement) for statement in statements]
-    if WAIT in helpers:
-        statements = waiting_for(bound_by_siblings(place), helper_name(WAIT), statements)
     return statements
 
 

@@ -16,9 +16,15 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
+from functools import wraps
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from tracekit.capture.frames import is_own_file
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def user_traceback(error: BaseException) -> TracebackType | None:
@@ -59,6 +65,20 @@ def show_own_lines(error: BaseException, context: BaseException | None) -> None:
         _overwrite(error.__traceback__, chain)
     else:
         error.__traceback__ = chain
+
+
+def showing_own_lines(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, for users to call: its errors show their lines, and none of tracekit's."""
+
+    @wraps(function)
+    def shown(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            show_own_lines(error, error.__context__)
+            raise
+
+    return shown
 
 
 def _overwrite(head: TracebackType, entry: TracebackType) -> None:

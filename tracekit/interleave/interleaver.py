@@ -13,7 +13,16 @@ from tracekit.core.site import Site, Slot, Visit
 from tracekit.interleave import unserved
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.passage import Passage, Watch
-from tracekit.interleave.protocol import NextStep, Read, Reply, Skip, Sleep, State, Unwind
+from tracekit.interleave.protocol import (
+    NextStep,
+    Read,
+    Reply,
+    Skip,
+    Sleep,
+    State,
+    StepOver,
+    Unwind,
+)
 
 _RESULT_NOT_YET = object()
 
@@ -105,6 +114,10 @@ class Interleaver:
         """How many steps are known to have begun."""
         return max(self._steps_seen + 1, self.step)
 
+    def ran_in(self, path: str, step: int) -> bool | None:
+        """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
+        return self._passage.ran_in(path, step)
+
     @property
     def has_begun(self) -> bool:
         """Whether a block has seen the model run: before that, it has passed nothing."""
@@ -127,6 +140,8 @@ class Interleaver:
 
     def start(self) -> None:
         """Run every block to its first request."""
+        if any(mediator.rounds is not None for mediator in self.mediators):
+            self._passage.expect_any_call(self.step)  # each step begins such a block anew
         for mediator in self.mediators:
             if mediator.state is State.READY:  # else it stands in place, and has let the model run
                 mediator.start()
@@ -191,7 +206,10 @@ class Interleaver:
     def _begin_step(self) -> None:
         self._steps_seen = self.step
         for mediator in self.mediators:
-            if mediator.awaits_step(self.step):
+            if mediator.is_behind(self.step):
+                mediator.answer(Reply(error=StepOver()))
+                self._after_turn(mediator)
+            elif mediator.awaits_step(self.step):
                 mediator.answer(Reply(value=True))
                 self._after_turn(mediator)
 
@@ -240,6 +258,8 @@ class Interleaver:
         assert request is not None
         if isinstance(request, Read) and request.visit.site.slot is Slot.RESULT:
             return mediator.shown(request.visit, self._result)
+        if mediator.has_finished_a_round:
+            return Reply(error=StepOver())
         return Reply(error=self._unserved(request.visit))
 
     def _unserved(self, visit: Visit) -> BaseException:
@@ -248,6 +268,9 @@ class Interleaver:
             return unserved.no_such_step(visit, steps)
         if visit.call > 0:
             return unserved.no_such_call(visit)
+        skipped = self._passage.skipped_above(visit.site.path, visit.step)
+        if skipped is not None:
+            return unserved.was_skipped(visit, skipped)
         callers = self._passage.callers(visit.site.path)
         ran = [caller for caller in callers if self._passage.has_run(caller)]
         return unserved.never_ran(visit, callers, ran)

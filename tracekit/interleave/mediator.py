@@ -60,6 +60,10 @@ class Run(Protocol):
         """Prepare for `step`: True if it is the current one, None if it may come, else False."""
         ...
 
+    def ran_in(self, path: str, step: int) -> bool | None:
+        """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
+        ...
+
     def hand_out(self, visit: Visit, value: object) -> None:
         """A block gets to see, and may change, `value`."""
         ...
@@ -130,6 +134,9 @@ class Mediator:
         self.error: BaseException | None = None  # what the block ended with
         self.has_stopped = False  # tracer.stop() was called
         self.has_skipped = False
+        self.rounds: list[list[Site]] | None = None  # for a block that runs anew in each step:
+        # what it asked for in each of its rounds so far
+        self.has_finished_a_round = False
         self.last: tuple[Visit, str] | None = None  # served last, and the line that asked
         self._reply: Reply | None = None
         self._at: Visit | None = None  # where the model is paused for this worker
@@ -201,6 +208,10 @@ class Mediator:
         """How many steps the run is known to have begun."""
         return self._run.steps_begun
 
+    def ran_in(self, path: str, step: int) -> bool | None:
+        """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
+        return self._run.ran_in(path, step)
+
     def stop(self) -> None:
         """Leave the block, and let the model compute nothing after this point."""
         self.has_stopped = True
@@ -216,6 +227,8 @@ class Mediator:
     def submit(self, request: Request) -> None:
         """Leave a request for the model's side, just before the worker suspends."""
         self.request = request
+        if self.rounds and isinstance(request, (Read, Write, Skip)):
+            self.rounds[-1].append(request.visit.site)
         self._move(Move.ASK)
 
     def collect(self, request: Request, line: str) -> object:
@@ -253,14 +266,21 @@ class Mediator:
         """Whether the worker sleeps until `step`, or an earlier one, begins."""
         return isinstance(self.request, NextStep) and self.request.step <= step
 
+    def is_behind(self, step: int) -> bool:
+        """Whether the worker waits for a step before `step`, in a block that has another round."""
+        request = self.request
+        if self.rounds is None or not isinstance(request, (Read, Write, Skip)):
+            return False
+        return request.visit.step < step
+
     @property
     def is_at_work(self) -> bool:
-        """Whether the block has not ended."""
-        return self.state is not State.DONE
+        """Whether the run goes on for this block: it has not ended, and is no lasting edit."""
+        return self.state is not State.DONE and self.rounds is None
 
     def overlaps(self, other: Mediator) -> bool:
-        """Whether `other` is another block that sees some of the same rows."""
-        return other is not self and (self.rows is None or other.rows is None)
+        """Whether `other` is another block that sees, and may keep, some of the same rows."""
+        return other is not self and other.rounds is None and None in (self.rows, other.rows)
 
     def shown(self, visit: Visit, value: object) -> Reply:
         """The worker's part of a value that the model does not go on with."""

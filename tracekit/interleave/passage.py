@@ -124,6 +124,13 @@ class Passage:
         watch = self._watches.get(path)
         return watch is not None and watch.has_run
 
+    def ran_in(self, path: str, step: int) -> bool | None:
+        """Whether the module at `path` was called in `step`; None if that was not watched."""
+        watch = self._watches.get(path)
+        if watch is None or watch.step > step:
+            return None
+        return watch.step == step and watch.started > 0
+
     def has_begun(self, path: str, step: int) -> bool:
         """Whether the module at `path` has certainly been called in this step."""
         watch = self._watches.get(path)

@@ -69,6 +69,10 @@ class Unwind(BaseException):
         self.owner = owner
 
 
+class StepOver(Unwind):
+    """Leave the block, as its step is over: it begins anew in the next one, if there is one."""
+
+
 class State(Enum):
     """The states of a mediator."""
 

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from tracekit.capture import caller_frame, is_with_item
+from tracekit.capture import caller_frame, is_with_item, showing_own_lines
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
@@ -72,7 +72,7 @@ class LanguageModel(Model):
 
     def dispatch(self) -> None:
         """Load the weights now, if they were left out. Envoys made before stay valid."""
-        if self._empty_from is None:
+        if self._tree.load_first is None:  # nothing was left out, or a copy has brought it
             return
         name, options = self._empty_from
         loaded = loading.load_model(name, **options)
@@ -81,7 +81,6 @@ class LanguageModel(Model):
         else:
             loading.bring_weights(self._tree.root, loaded)
         self._tree.load_first = None
-        object.__setattr__(self, "_empty_from", None)
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
@@ -91,10 +90,11 @@ class LanguageModel(Model):
         Without input, each `with tracer.invoke(input):` in the block has rows of its own.
         """
         if is_without_input(args, kwargs):
-            return Tracer(self._tree, self._batch(kwargs, run_forward, "trace"))
+            return self._tracer(self._batch(kwargs, run_forward, "trace"))
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
-        return Tracer(self._tree, lambda _: run(self._tree, (), inputs))
+        return self._tracer(lambda _: run(self._tree, (), inputs))
 
+    @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate from `input`; as the header of a `with`, trace all its steps.
 
@@ -103,16 +103,19 @@ class LanguageModel(Model):
         everything that `transformers.generate` takes; `progress=True` shows a bar.
         """
         if is_without_input(args, kwargs) and is_with_item(caller_frame()):
-            return Tracer(self._tree, self._batch(kwargs, generate, "generate"), grad=False)
+            return self._tracer(self._batch(kwargs, generate, "generate"), grad=False)
         prepared = self._prepared(args, kwargs, for_generate=True)
         inputs = self._completed(prepared, for_generate=True)
         return self._traced_or_run(lambda end_step=None: generate(self._tree, end_step, (), inputs))
 
+    @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on tensors as PyTorch would, or on text."""
-        if args and not isinstance(args[0], torch.Tensor):
-            return self.module(**self._prepared(args, kwargs))
+        """Run the model on tensors as PyTorch would, or on text, with its lasting edits."""
         self.dispatch()
+        if args and not isinstance(args[0], torch.Tensor):
+            args, kwargs = (), self._prepared(args, kwargs)
+        if self._edits:
+            return self._edited(lambda _: run(self._tree, args, kwargs))
         return self.module(*args, **kwargs)
 
     def _prepared(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, TypeVar, final, overload
 
 from torch import nn
 
-from tracekit.capture import caller_frame, is_with_item
+from tracekit.capture import caller_frame, is_with_item, showing_own_lines
 from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import generate, run
+from tracekit.tracing.edit import Edit, of_function
+from tracekit.tracing.edits import Editing, Edits
 from tracekit.tracing.envoy import Envoy
+from tracekit.tracing.execution import Intervention, TracedCall, run_edited
 from tracekit.tracing.tracer import Tracer
+
+M = TypeVar("M", bound="Model")
 
 
 class Model(Envoy):
@@ -25,10 +31,11 @@ class Model(Envoy):
     `name` is the first part of every path, as in `model.layers.0`.
     """
 
-    __slots__ = ()
+    __slots__ = ("_edits",)
 
     def __init__(self, module: nn.Module, name: str = "model") -> None:
         super().__init__(Tree(module, name), name)
+        object.__setattr__(self, "_edits", [])
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
@@ -37,9 +44,10 @@ class Model(Envoy):
         the block has rows of its own in one pass; inputs are joined along their first axis.
         """
         if is_without_input(args, kwargs) and _takes_input(self.module):
-            return Tracer(self._tree, self._batch(kwargs, run_forward, "trace"))
-        return Tracer(self._tree, lambda _: run(self._tree, args, kwargs))
+            return self._tracer(self._batch(kwargs, run_forward, "trace"))
+        return self._tracer(lambda _: run(self._tree, args, kwargs))
 
+    @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; as the header of a `with`, trace all its steps, else return the tokens.
 
@@ -48,7 +56,7 @@ class Model(Envoy):
         call = self._generation(args, kwargs)
         if is_without_input(args, kwargs) and is_with_item(caller_frame()):
             batch = self._batch(kwargs, generate, "generate")
-            return Tracer(self._tree, batch, grad=False)
+            return self._tracer(batch, grad=False)
         return self._traced_or_run(call)
 
     def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
@@ -62,11 +70,70 @@ class Model(Envoy):
 
     def _traced_or_run(self, call: Callable[..., Any]) -> Any:
         if is_with_item(caller_frame()):
-            return Tracer(self._tree, call, grad=False)  # generate runs without gradients
-        return call()
+            return self._tracer(call, grad=False)  # generate runs without gradients
+        return self._edited(call, grad=False) if self._edits else call()
+
+    @showing_own_lines
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on values, with its lasting edits; no trace around sees this call."""
+        if not self._edits:
+            return super().__call__(*args, **kwargs)
+        return self._edited(lambda _: run(self._tree, args, kwargs))
+
+    # -- lasting edits --------------------------------------------------------------------------
+
+    @overload
+    def edit(self: M, function: None = None, *, inplace: bool = False) -> Editing[M]: ...
+    @overload
+    def edit(self: M, function: Callable[[Any], object], *, inplace: bool = False) -> M: ...
+    def edit(
+        self: M, function: Callable[[Any], object] | None = None, *, inplace: bool = False
+    ) -> Editing[M] | M:
+        """`with model.edit() as edited:` keeps the block: it runs in every run of `edited`.
+
+        `edited` shares the weights of this model, has its earlier edits too, and is what the
+        block edits; this model stays as it is, unless `inplace=True`. The edits are made in every
+        trace, every step of every generation, and every call `edited(x)`, before the blocks of
+        the trace; caches see the edited values. In the block, as in a trace, `.output` is the
+        module's first call in a step, and within it models have no edits.
+
+        The block uses the names around it as they are now: binding them anew later does not change
+        the edit. What it binds is not handed back. Instead of a block, `edit(function)` takes a
+        function of the model, and returns `edited`.
+        """
+        edited = self if inplace else self._with(self._edits[:])
+        if function is not None:
+            edited._edits.append(of_function(function, self._with([])))
+            return edited
+        return Editing(edited, edited._edits, _without_edits)
+
+    @property
+    def edits(self) -> Edits:
+        """The lasting edits, in order: to look at, remove, save to a file, and load from one."""
+        return Edits(self._with([]), self._edits)
+
+    def _with(self: M, edits: list[Edit]) -> M:
+        """This model with other edits; the two share all else."""
+        other = copy.copy(self)
+        object.__setattr__(other, "_edits", edits)
+        return other
+
+    def _interventions(self) -> list[Intervention]:
+        return [edit.intervention() for edit in self._edits]
+
+    def _tracer(self, call: TracedCall | Batch, grad: bool | None = None) -> Tracer:
+        return Tracer(self._tree, call, grad, self._interventions())
+
+    def _edited(self, call: TracedCall, grad: bool | None = None) -> Any:
+        return run_edited(self._tree, call, grad, self._interventions())
 
     def __repr__(self) -> str:
         return repr(self.module)
+
+
+def _without_edits(value: object) -> object:
+    """A model without its edits, as an edit that held them would keep itself alive."""
+    return value._with([]) if isinstance(value, Model) else value  # pyright: ignore[reportPrivateUsage] - same file
 
 
 def run_forward(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

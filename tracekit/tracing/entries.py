@@ -8,8 +8,9 @@ from typing import Any, final, overload
 
 import torch
 
-from tracekit.core.nest import describe, first_input, first_tensor
+from tracekit.core.nest import Nest, describe, first_input, first_tensor, map_leaves
 from tracekit.errors import CacheError
+from tracekit.tracing.arrivals import Arrival
 
 
 class Absent(Enum):
@@ -25,14 +26,17 @@ ABSENT = Absent.ABSENT
 class Entry:
     """One visit: at which `step`, which `call` of the module in that step, inputs and output."""
 
-    __slots__ = ("_inputs", "_output", "call", "path", "step")
+    __slots__ = ("_grad", "_inputs", "_output", "call", "path", "step")
 
-    def __init__(self, path: str, step: int, call: int, inputs: Any, output: Any) -> None:
+    def __init__(
+        self, path: str, step: int, call: int, inputs: Any, output: Any, grad: Any = ABSENT
+    ) -> None:
         self.path = path
         self.step = step
         self.call = call
         self._inputs = inputs
         self._output = output
+        self._grad = grad  # a nest of Arrivals and None, in the structure of the output
 
     @property
     def output(self) -> Any:
@@ -67,6 +71,31 @@ class Entry:
         """The first positional argument, or the first keyword argument if there is none."""
         return first_input(self.inputs)
 
+    @property
+    def grad(self) -> Any:
+        """The gradient of the output, in its structure, with None where none has come.
+
+        The sum over all backward passes so far, as torch's own `.grad`; it has no graph.
+        """
+        if self._grad is ABSENT:
+            raise CacheError(
+                f"{self.path} has no gradient in this cache: it was made without "
+                f"include_grads=True, or its call did not return."
+            )
+        arrivals = _arrivals(self._grad)
+        if not arrivals:
+            raise CacheError(
+                f"{self.path}.output did not require grad (frozen parameters?), so it has no "
+                f"gradient: make an early value the leaf of the graph, as in "
+                f"model.transformer.wte.output.requires_grad_(True)."
+            )
+        if all(arrival.gradient is None for arrival in arrivals):
+            raise CacheError(
+                f"no backward pass has come to {self.path}.output: call loss.backward() first, in "
+                f"the block or after it, of a loss that was computed from it."
+            )
+        return map_leaves(_gradient, self._grad)
+
     def _why_absent(self, option: str, otherwise: str) -> str:
         recorded = self._inputs if option == "include_output" else self._output
         if recorded is ABSENT:
@@ -81,14 +110,27 @@ class Entry:
             parts.append(f"input={describe(self.input)}")
         if self._output is not ABSENT:
             parts.append(f"output={describe(self._output)}")
+        if self._grad is not ABSENT:
+            came = any(arrival.gradient is not None for arrival in _arrivals(self._grad))
+            parts.append(f"grad={describe(self.grad) if came else 'not yet'}")
         return f"Entry({', '.join(parts)})"
+
+
+def _arrivals(awaited: Nest) -> list[Arrival]:
+    found: list[Any] = []
+    map_leaves(found.append, awaited)
+    return [leaf for leaf in found if isinstance(leaf, Arrival)]
+
+
+def _gradient(leaf: object) -> torch.Tensor | None:
+    return leaf.gradient if isinstance(leaf, Arrival) else None
 
 
 @final
 class Entries(Sequence[Entry]):
     """All visits to one module: one Entry for each, in order, however many there were.
 
-    With one Entry, `.output`, `.hidden`, `.input` and `.inputs` reach through to it.
+    With one Entry, `.output`, `.hidden`, `.input`, `.inputs` and `.grad` reach through to it.
     """
 
     __slots__ = ("_entries", "path")
@@ -146,12 +188,23 @@ class Entries(Sequence[Entry]):
         """The outputs of all entries, in order."""
         return [entry.output for entry in self._entries]
 
+    @property
+    def grad(self) -> Any:
+        """The gradient of the output of the only Entry."""
+        return self._only("grad").grad
+
+    @property
+    def grads(self) -> list[Any]:
+        """The gradients of the outputs of all entries, in order."""
+        return [entry.grad for entry in self._entries]
+
     def _only(self, name: str) -> Entry:
         if len(self._entries) == 1:
             return self._entries[0]
+        every = "grads" if name == "grad" else "outputs"
         raise CacheError(
             f"{self.path} has {len(self)} entries, so .{name} is not one value: "
-            f"name one, as in [0].{name}, or take .outputs, a list."
+            f"name one, as in [0].{name}, or take .{every}, a list."
         )
 
     def __repr__(self) -> str:

@@ -44,23 +44,32 @@ class Intervention:
     body: Callable[[], None]
     rows: Rows | None = None  # None: the whole batch
     scope: Scope | None = None  # of its names, if it shares them with other blocks
+    has_rounds: bool = False  # it runs its block anew in each step (rounds.py)
 
 
 @final
 class Execution:
     """A run of `call` on the model of `tree`; used once.
 
-    `thread` is the one that the model will run on, the caller's by default.
+    `edits` are served before all else at each visit; `thread` is the one that the model will run
+    on, the caller's by default.
     """
 
     def __init__(
-        self, tree: Tree, call: TracedCall, grad: bool | None, thread: int | None = None
+        self,
+        tree: Tree,
+        call: TracedCall,
+        grad: bool | None,
+        edits: Sequence[Intervention] = (),
+        thread: int | None = None,
     ) -> None:
         self._tree = tree
         self._call = call
         self._grad = grad
+        self._edits = edits
         self._has_grad = torch.is_grad_enabled() and grad is not False
-        self._kind = (grad, torch.is_grad_enabled(), tree.root.training)  # models differ by it
+        modes = (grad, torch.is_grad_enabled(), tree.root.training)
+        self._kind = (*modes, bool(edits))  # models differ by it
         self._hooks = Hooks(tree.module, thread)
         self._passage = Passage(tree, self._hooks.watch_ends, self._hooks.watch_begins)
         self._versions = Versions()
@@ -74,10 +83,11 @@ class Execution:
 
         The error of a block comes before one that the model ran into because of it.
         """
-        if interventions:
+        if interventions or self._edits:
             self._tree.refresh_if_changed()
-            for intervention in interventions:
-                self._add_mediator(intervention)
+            for place, intervention in enumerate((*self._edits, *interventions)):
+                mediator = self._new_mediator(place, intervention)
+                run_beside(mediator, intervention.body, self._grad)
         error = self._run()
         checked: BaseException | None = None
         try:
@@ -94,7 +104,7 @@ class Execution:
     def open_in_place(self, channel: Channel) -> Mediator:
         """The mediator of a block that runs from now on, on the caller's thread."""
         self._tree.refresh_if_changed()
-        mediator = self._new_mediator()
+        mediator = self._new_mediator(0)
         mediator.channel = channel
         mediator.begin()
         return mediator
@@ -123,32 +133,39 @@ class Execution:
             self._close()
         return None
 
-    def record(self, modules: Selector | None, keep: Keep, inputs: bool, outputs: bool) -> Cache:
+    def record(
+        self, modules: Selector | None, keep: Keep, inputs: bool, outputs: bool, grads: bool
+    ) -> Cache:
         """Begin to record, before the model passes the modules; CacheError if it has."""
         if self.is_over:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
+        if grads and not self._has_grad:
+            raise CacheError(
+                "include_grads=True records nothing where the model computes without grad: leave "
+                "torch.no_grad() out (generate() always computes so; trace() what it generated)."
+            )
         found, named = select(self._tree, modules)
         self._check_not_passed(found, inputs)
         cache = Cache()
-        mediator = current_mediator()
-        rows = mediator.rows if mediator in self.mediators and mediator else None
+        own = current_mediator()
+        rows = own.rows if own is not None and own in self.mediators else None
         recorder = Recorder(cache, self._tree, found, named, keep, self._kind, rows)
-        recorder.place(self._hooks, self._interleaver, inputs, outputs)
+        recorder.place(self._hooks, self._interleaver, inputs, outputs, grads)
         self._recorders.append(recorder)
         return cache
 
-    def _add_mediator(self, intervention: Intervention) -> None:
-        mediator = self._new_mediator(intervention.rows, intervention.scope)
-        run_beside(mediator, intervention.body, self._grad)
-
-    def _new_mediator(self, rows: Rows | None = None, scope: Scope | None = None) -> Mediator:
+    def _new_mediator(self, place: int, intervention: Intervention | None = None) -> Mediator:
+        """A mediator at this place in the order; a block that stands in place gives way."""
+        rows = intervention.rows if intervention is not None else None
+        scope = intervention.scope if intervention is not None else None
         mediator = Mediator(self._tree, self._interleaver, misfit, _line, rows, scope)
-        self.mediators.append(mediator)
-        self._interleaver.mediators.append(mediator)
+        mediator.rounds = [] if intervention is not None and intervention.has_rounds else None
+        self.mediators.insert(place, mediator)
+        self._interleaver.mediators.insert(place, mediator)
         return mediator
 
     def _close(self) -> None:
-        self._call = _over
+        self._call, self._edits = _over, ()
         was_interrupted = False
         for clean in (self._interleaver.close, self._hooks.remove):
             is_clean = False
@@ -222,6 +239,25 @@ class Execution:
     def _is_recomputed(self, path: str) -> bool:
         above = (self._tree.module(ancestor) for ancestor in self._tree.ancestors(path))
         return any(is_checkpointing(module) for module in above)
+
+
+def run_edited(
+    tree: Tree, call: TracedCall, grad: bool | None, edits: Sequence[Intervention]
+) -> Any:
+    """What `call` returns, with the model edited while it runs."""
+    results: list[Any] = []
+
+    def kept(end_step: Callable[[], None]) -> Any:
+        results.append(call(end_step))
+        return results[0]
+
+    failure = Execution(tree, kept, grad, edits).run(())
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure
+    return results.pop()
 
 
 def _over(_: Callable[[], None]) -> Any:

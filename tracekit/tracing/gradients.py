@@ -20,6 +20,7 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from tracekit.capture import caller_frame, show_own_lines, user_traceback
 from tracekit.core.nest import describe, misfit
@@ -243,6 +244,7 @@ class Backward:
         if self._halt is not None and self._halt.node is edge.node:
             # Hooks of its tensors are being called; those of the node itself come next.
             handle = edge.node.register_prehook(partial(self._pause_at_node, edge.node))
+            _call_first(handle)
         else:
             handle = whole.register_hook(partial(self._pause_at_tensor, edge))
         self._halt = None
@@ -288,6 +290,13 @@ class Backward:
         return tuple(
             old if new is None else new for old, new in zip(arrived, outcomes, strict=True)
         )
+
+
+def _call_first(handle: RemovableHandle) -> None:
+    """Call this hook before those that record: they see what the pass goes on with."""
+    hooks: Any = handle.hooks_dict_ref()
+    for key in [key for key in hooks if key != handle.id]:
+        hooks[key] = hooks.pop(key)  # autograd does not see move_to_end()
 
 
 def _why(tensor: Tensor, whole: Tensor) -> str:

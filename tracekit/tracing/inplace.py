@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import FrameType
 from typing import Final, final
@@ -19,7 +20,9 @@ import torch
 from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.standing import Standing
 from tracekit.interleave.worker import ModelThread, this_thread
+from tracekit.tracing.attribute import with_items_opened_by
 from tracekit.tracing.execution import Execution
+from tracekit.tracing.gradients import backward_item
 from tracekit.tracing.ways import Way
 
 _MAY_SUSPEND: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -39,6 +42,8 @@ class InPlace(Way):
         self._model.prepare(partial(self.execution.run, []))
         self._standing = Standing(self._mediator, frame, this_thread())
         self._grad_before = _set_grad(frame, grad)
+        self._on_exit = ExitStack()
+        self._on_exit.enter_context(with_items_opened_by(backward_item))
 
     def is_own(self, error: BaseException | None) -> bool:
         return isinstance(error, Unwind) and error.owner is self._mediator
@@ -57,6 +62,7 @@ class InPlace(Way):
 
     def _end(self, is_whole: bool) -> BaseException | None:
         self._standing.close()
+        self._on_exit.close()
         if self._grad_before:
             torch.set_grad_enabled(True)
         self._mediator.leave(is_whole)

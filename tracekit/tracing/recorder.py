@@ -28,6 +28,7 @@ from tracekit.core.versions import storage_key, version
 from tracekit.errors import NeverRanError, OverwrittenError
 from tracekit.interleave.hooks import Hooks, is_elsewhere
 from tracekit.interleave.mediator import Rows
+from tracekit.tracing.arrivals import await_gradients
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.entries import ABSENT, Entry
 
@@ -75,8 +76,10 @@ class Recorder:
         self._sharing: dict[int, list[int]] = {}  # storage -> records, as far as _indexed
         self._indexed = 0
         self._handed_out: set[int] = set()  # storages that blocks have seen
+        self._awaited: dict[int, Any] = {}  # record -> its gradients, to come
+        self._nodes: list[Any] = []  # what those wait at, until the model goes on
 
-    def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool) -> None:
+    def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool, grads: bool) -> None:
         """Put the hooks on; `run` tells the step."""
         self._thread, self._run = hooks.thread, run
         if outputs:
@@ -85,6 +88,9 @@ class Recorder:
             hooks.observe(copied, Slot.OUTPUT, self._see_output_copied)
         if inputs:
             hooks.observe(list(self._modules.values()), Slot.INPUT, self._see_inputs)
+        if grads:
+            see = self._see_gradients if outputs else self._see_gradients_alone
+            hooks.observe(list(self._modules.values()), Slot.OUTPUT, see)
 
     def _by_habit(self, slot: Slot) -> tuple[list[nn.Module], list[nn.Module]]:
         """Modules whose values may be kept as they are, and those whose values are copied."""
@@ -120,6 +126,17 @@ class Recorder:
         if self._keep.detach:
             inputs = self._copied(module, Slot.INPUT, inputs)
         self._add(module, Slot.INPUT, (self._keep(inputs[0]), self._keep(inputs[1])))
+
+    def _see_gradients(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not is_elsewhere(self._thread):  # behind the hook that has recorded the output
+            awaited, nodes = await_gradients(output, self._keep)
+            self._awaited[len(self._records) - 1] = awaited
+            self._nodes += nodes
+
+    def _see_gradients_alone(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not is_elsewhere(self._thread):
+            self._add(module, Slot.OUTPUT, ABSENT)
+            self._see_gradients(module, args, output)
 
     def _part(self, module: nn.Module, slot: Slot, value: Any) -> Any:
         if self._rows is None:
@@ -197,19 +214,23 @@ class Recorder:
         """Complete the cache with what was recorded."""
         found: dict[str, list[Entry]] = {}
         begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
-        for module, slot, step, value, _ in self._records:
+        for index, (module, slot, step, value, _) in enumerate(self._records):
             path = self._paths[module]
+            awaited = self._awaited.get(index, ABSENT)
             if slot is Slot.OUTPUT and begun.get(path):
-                begun[path].pop()._output = value  # pyright: ignore[reportPrivateUsage] - it is being made
+                entry = begun[path].pop()
+                entry._output, entry._grad = value, awaited  # pyright: ignore[reportPrivateUsage] - it is being made
                 continue
             entries = found.setdefault(path, [])
             is_again = bool(entries) and entries[-1].step == step
             call = entries[-1].call + 1 if is_again else 0
             if slot is Slot.OUTPUT:
-                entries.append(Entry(path, step, call, ABSENT, value))
+                entries.append(Entry(path, step, call, ABSENT, value, awaited))
             else:
                 entries.append(Entry(path, step, call, value, ABSENT))
                 begun.setdefault(path, []).append(entries[-1])
+        self._awaited.clear()
+        self._nodes.clear()
         self._cache._freeze(found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def check(self, was_whole: bool) -> None:

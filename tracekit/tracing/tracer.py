@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, cast, final
@@ -23,7 +24,7 @@ from tracekit.errors import CacheError, CaptureError, OutsideTraceError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.cache import Cache
-from tracekit.tracing.execution import Execution, TracedCall
+from tracekit.tracing.execution import Execution, Intervention, TracedCall
 from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
 from tracekit.tracing.quiet import asks_for_nothing
@@ -36,10 +37,17 @@ from tracekit.tracing.ways import Lifted, Quiet, Way
 class Tracer:
     """What `with model.trace(...) as tracer:` binds."""
 
-    def __init__(self, tree: Tree, call: TracedCall | Batch, grad: bool | None = None) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        call: TracedCall | Batch,
+        grad: bool | None = None,
+        edits: Sequence[Intervention] = (),
+    ) -> None:
         self._tree = tree
         self._call = call  # a Batch: each input comes with an invoke
         self._grad = grad
+        self._edits = edits
         self._block: Block | None = None
         self._way: Way | None = None  # while the block runs
         self._told = ""
@@ -55,6 +63,7 @@ class Tracer:
         include_output: bool = True,
         include_inputs: bool = False,
         *,
+        include_grads: bool = False,
         clone: bool = False,
     ) -> Cache:
         """Record modules while the model runs, with hooks alone; the fast way to capture.
@@ -63,7 +72,8 @@ class Tracer:
         module, or a list of them; every module by default. `device`, `dtype` and `detach` are
         applied to each tensor as it is recorded; `device=None` leaves it where it is, and
         `dtype` leaves integers and booleans alone. `clone=True` copies tensors even where that
-        is not needed to move them: for modules that work in place.
+        is not needed to move them: for modules that work in place. `include_grads=True` adds the
+        gradients of outputs: `.grad`, once a backward pass has run, in the block or after it.
 
         In the block of an invoke, its rows alone are recorded.
 
@@ -73,13 +83,13 @@ class Tracer:
         execution = self._way.execution if self._way is not None else None
         if execution is None:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
-        if not (include_output or include_inputs):
+        if not (include_output or include_inputs or include_grads):
             raise CacheError("include_output=False and include_inputs=False record nothing.")
         if dtype is not None and not isinstance(cast("object", dtype), torch.dtype):
             raise CacheError(f"dtype= takes a torch.dtype, as in torch.float16, not {dtype!r}.")
         place = torch.device(device) if device is not None else None
         keep = Keep(place, dtype, detach, clone)
-        return execution.record(modules, keep, include_inputs, include_output)
+        return execution.record(modules, keep, include_inputs, include_output, include_grads)
 
     @property
     def result(self) -> Any:
@@ -168,7 +178,7 @@ class Tracer:
         own = self._call if callable(self._call) else None
         chosen = call or own
         assert chosen is not None
-        return Execution(self._tree, chosen, self._grad, thread)
+        return Execution(self._tree, chosen, self._grad, self._edits, thread)
 
     def __exit__(
         self,
