@@ -65,7 +65,11 @@ def backward(
 
 def backward_item(value: Any, *args: Any, **kwargs: Any) -> Any:
     """What `with value.backward(...):` enters in a block."""
-    return (backward if isinstance(value, Tensor) else type(value).backward)(value, *args, **kwargs)
+    return (
+        backward(value, *args, **kwargs)
+        if isinstance(value, Tensor)
+        else value.backward(*args, **kwargs)
+    )
 
 
 class _Halt:
