@@ -31,6 +31,7 @@ class Modules:
 
     def __init__(self, root: Module) -> None:
         self.name = root.name
+        self.shared: list[str] = []
         self._children: dict[str, list[str]] = {}
         self._ancestors: dict[str, list[str]] = {}
         self._add(root, root.name, [])
@@ -80,14 +81,15 @@ class Stage:
     def show(self, visit: Visit, value: object) -> None:
         """No observers here."""
 
-    def hand_out(self, visit: Visit, value: object) -> None:
+    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
         """Strings are never overwritten in place."""
 
     def apart(self, value: object) -> object:
         return value
 
-    def take_back(self, visit: Visit, is_other: bool) -> None:
+    def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
         """Strings are never overwritten in place."""
+        return value
 
     def add_block(self, script: Callable[[Actor], Block]) -> Mediator:
         mediator = Mediator(None, self.interleaver, misfit, lambda: "line 0")

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.tiny_models import make
-from tests.tracing.plain import copied, is_same
+from tests.tracing.plain import X, copied, is_same
 from tracekit import Envoy, Model
 from tracekit.errors import OverwrittenError, SiteOrderError
 
@@ -72,3 +72,40 @@ def test_two_values_are_right_in_the_models_order_and_refused_in_the_other(name:
                 pytest.fail("copies were taken at once")
             assert sites.index(one) < sites.index(other), f"{one} after {other}"
             assert is_same(got[0], seen[one]) and is_same(got[1], seen[other])
+
+
+class Thrice(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(self.inner(x)))
+
+
+def test_a_later_call_of_a_shared_module_is_known_though_an_earlier_one_was_not_asked_for() -> None:
+    shared = nn.Linear(4, 4)
+    net = nn.Sequential(nn.Sequential(shared), nn.Sequential(nn.ReLU(), shared))
+    model = Model(net)
+    with torch.no_grad(), model.trace(X):
+        first = model[0].output
+        second = model[1][1].calls[1].output
+    assert torch.equal(first, shared(X))
+    assert torch.equal(second, net(X))
+
+
+def test_a_call_that_cannot_be_counted_is_refused_in_words() -> None:
+    net = Thrice(Thrice(nn.Linear(4, 4)))
+    model = Model(net)
+    with pytest.raises(SiteOrderError, match=r"inner\.inner\.output \(step 0, call 4\).*uncounted"):
+        with model.trace(X):
+            model.inner.output
+            model.inner.inner.calls[4].output
+    with torch.no_grad(), model.trace(X):
+        model.inner.inner.output
+        model.inner.output
+        later = model.inner.inner.calls[4].output
+    expected = X
+    for _ in range(5):
+        expected = net.inner.inner(expected)
+    assert torch.equal(later, expected)

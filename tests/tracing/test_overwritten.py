@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.tiny_models import make
-from tests.tracing.plain import X, plain_hooks, small
+from tests.tracing.plain import X, changing, is_same, plain_hooks, small
 from tracekit import Model
 from tracekit.errors import OverwrittenError
 
@@ -212,3 +212,61 @@ def test_a_value_kept_by_the_user_and_changed_after_the_trace_leaves_the_cache_a
                 value = model[0].output
         value -= value.mean()
     assert torch.equal(cache["model.0"].output, net[0](X))
+
+
+# -- what a block writes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["output", "hidden", "after a read", "skip"])
+def test_a_tensor_that_a_block_writes_is_not_overwritten_by_the_model(write: str) -> None:
+    """As in patching: the model would go on in the memory of `clean`, and the next run be wrong."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    model = Model(net)
+    clean, kept = -torch.ones(3, 4), -torch.ones(3, 4)
+    with torch.no_grad(), model.trace(X) as tracer:
+        if write == "output":
+            model[0].output = clean
+        elif write == "hidden":
+            model[0].hidden = clean
+        elif write == "skip":
+            model[0].skip(clean)
+        else:
+            model[0].output.mean()
+            model[0].output = clean
+            seen = model[0].output
+        result = tracer.result
+    assert torch.equal(clean, kept)
+    assert write != "after a read" or torch.equal(seen, kept)
+    assert torch.equal(result, torch.zeros(3, 4))
+
+
+def test_a_replaced_value_that_the_model_adds_into_can_be_read_further_on() -> None:
+    """Falcon's layers return the tensor that was their MLP's output, with attention added."""
+    net, inputs = make("falcon")
+    model = Model(net)
+    with torch.no_grad(), model.trace(**inputs, use_cache=False):
+        zeros = torch.zeros_like(model.transformer.h[0].mlp.input)
+        model.transformer.h[0].mlp.output = zeros
+        layer = model.transformer.h[0].hidden
+    path = "transformer.h.0.mlp"
+    with torch.no_grad(), changing(net.get_submodule(path), lambda out: torch.zeros_like(out)):
+        with plain_hooks(net) as seen:
+            net(**inputs, use_cache=False)
+    assert not zeros.any()
+    assert is_same(layer, seen["model.transformer.h.0"][0][0])
+
+
+def test_a_value_may_be_written_in_several_places_and_changed_by_the_block_in_between() -> None:
+    net = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
+    model = Model(net)
+    total = torch.zeros(3, 4)
+    with torch.no_grad(), model.trace(X) as tracer:
+        model[0].output = total
+        model[1].input
+        total += 1
+        model[1].output = total
+        result = tracer.result
+        total += 1
+    with torch.no_grad():
+        assert torch.equal(result, net[2](torch.ones(3, 4)))
+    assert torch.equal(total, torch.full((3, 4), 2.0))

@@ -33,6 +33,7 @@ class Tree:
         self._states: list[dict[str, Any]] = []  # each module's __dict__
         self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
         self.aliases: dict[str, str] = {}  # second and later paths of shared modules
+        self.shared: list[str] = []  # canonical paths of those that can be called
         self.order: dict[str, int] = {}  # canonical paths, in tree order
         # By kind of run, of the slots of the modules that were recorded before: whether the model
         # overwrites the value later, as Falcon adds the attention into the output of its MLP.
@@ -62,6 +63,8 @@ class Tree:
         self.order = {path: index for index, path in enumerate(self.paths())}
         unique = {path: self.modules[path] for path in self.order}
         self.called = {path: module for path, module in unique.items() if _has_forward(module)}
+        shared = set(self.aliases.values())
+        self.shared = [path for path in self.called if path in shared]
         self._states = [vars(self.modules[path]) for path in self.order]
         self._shape = [
             (own_children(module), dict(own_children(module)))

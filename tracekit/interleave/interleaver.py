@@ -42,12 +42,12 @@ class Placement(Protocol):
 class Witness(Protocol):
     """Takes note of what blocks see."""
 
-    def hand_out(self, visit: Visit, value: object) -> None:
-        """A block gets to see, and may change, `value`."""
+    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
+        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
         ...
 
-    def take_back(self, visit: Visit, is_other: bool) -> None:
-        """The model goes on from `visit`, with another value if `is_other`."""
+    def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
+        """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
         ...
 
     def apart(self, value: object) -> object:
@@ -86,6 +86,8 @@ class Interleaver:
             skipped = self._passage.skipped_above(visit.site.path, self.step)
             if skipped is not None:
                 raise unserved.was_skipped(visit, skipped)
+            if visit.call and watch.missed_in == self.step:
+                raise unserved.uncounted(visit)
             raise unserved.too_late(visit, mediator.last)
         if self.has_ended:
             raise unserved.after_the_end(visit, mediator.last)
@@ -130,13 +132,13 @@ class Interleaver:
 
     # -- the model's side ---------------------------------------------------------------------
 
-    def hand_out(self, visit: Visit, value: object) -> None:
-        """A block gets to see, and may change, `value`."""
-        self._witness.hand_out(visit, value)
+    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
+        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
+        self._witness.hand_out(visit, value, is_own)
 
-    def take_back(self, visit: Visit, is_other: bool) -> None:
-        """The model goes on from `visit`, with another value if `is_other`."""
-        self._witness.take_back(visit, is_other)
+    def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
+        """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
+        return self._witness.take_back(visit, value, is_other)
 
     def start(self) -> None:
         """Run every block to its first request."""

@@ -64,12 +64,12 @@ class Run(Protocol):
         """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
         ...
 
-    def hand_out(self, visit: Visit, value: object) -> None:
-        """A block gets to see, and may change, `value`."""
+    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
+        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
         ...
 
-    def take_back(self, visit: Visit, is_other: bool) -> None:
-        """The model goes on from `visit`, with another value if `is_other`."""
+    def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
+        """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
         ...
 
 
@@ -311,11 +311,12 @@ class Mediator:
                     self.answer(Reply(error=misfit_error(visit, found)))
                     continue  # the block may catch it, and write another value
                 shown = request.value
-            self._run.hand_out(visit, shown)
+            is_own = isinstance(request, (Write, Skip))
+            self._run.hand_out(visit, shown, is_own)
             self.answer(Reply(shown))
             new, self._value, self._at = self._value, None, None
+            new = self._run.take_back(visit, new, is_other=new is not given or is_own)
             value = new if part is None else part.put_back(new)
-            self._run.take_back(visit, is_other=new is not given or bool(is_written))
         return value
 
     def answer(self, reply: Reply) -> None:

@@ -24,6 +24,8 @@ class Modules(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def shared(self) -> list[str]: ...
     def called_children(self, path: str) -> list[str]: ...
     def ancestors(self, path: str) -> list[str]: ...
     def callers(self, path: str) -> list[str]: ...
@@ -93,6 +95,9 @@ class Passage:
 
     def expect(self, path: str, step: int) -> Watch:
         """The Watch of the module at `path`, with everything on the way to it watched as well."""
+        if not self._expected:  # their calls can't be counted from where one of them is asked for
+            for shared in self._modules.shared:
+                self._watch(shared, step)
         if path not in self._expected:
             self._expected.add(path)
             for ancestor in reversed(self._modules.ancestors(path)):

@@ -26,6 +26,14 @@ def too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
     )
 
 
+def uncounted(visit: Visit) -> SiteOrderError:
+    """The module ran before anybody asked for it, so which call comes next is not known."""
+    return SiteOrderError(
+        f"{visit} was asked for when calls of the module had gone by uncounted: nothing of it, nor "
+        f"beside it, had been asked for before; ask for an earlier call of it first."
+    )
+
+
 def was_skipped(visit: Visit, above: str) -> NeverRanError:
     """The module is inside one that the block skipped."""
     return NeverRanError(

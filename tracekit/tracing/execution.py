@@ -215,15 +215,19 @@ class Execution:
                     f"make the cache first in the block, or name modules that come later."
                 )
 
-    def hand_out(self, visit: Visit, value: object) -> None:
-        """A block gets to see, and may change, `value`."""
+    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
+        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
         for recorder in self._recorders:
             recorder.copy_what_shares(value)
-        self._versions.note(visit, value)
+        if not is_own:
+            self._versions.note(visit, value)
         note_visit(visit, value, self._has_grad)
 
-    def take_back(self, visit: Visit, is_other: bool) -> None:
-        """The model goes on from `visit`, with another value if `is_other`."""
+    def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
+        """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`.
+
+        It is a copy then: the model may write into it, and the block may write it elsewhere too.
+        """
         is_changed = self._versions.renew(visit) or is_other
         if is_changed and self._has_grad and self._is_recomputed(visit.site.path):
             raise UnsupportedError(
@@ -231,6 +235,7 @@ class Execution:
                 f"compute the layer again without the edit, and give other gradients. Switch "
                 f"checkpointing off, or edit the layer's own output."
             )
+        return self.apart(value) if is_other else value
 
     def apart(self, value: object) -> object:
         """`value`, in memory of its own."""
