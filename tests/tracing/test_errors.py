@@ -27,6 +27,8 @@ from tracekit.errors import (
     UnknownPathError,
 )
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 IDS = torch.arange(10, 16).reshape(2, 3)
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 

@@ -277,13 +277,24 @@ def _is_ours(thing: Any) -> bool:
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_hundred_traces_leave_nothing(kind: Callable[[Model], None]) -> None:
+    check_that_nothing_is_left(kind, TIMES)
+
+
+@pytest.mark.usefixtures("without_collector", "in_place")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_traces_with_their_blocks_in_place_leave_nothing(kind: Callable[[Model], None]) -> None:
+    check_that_nothing_is_left(kind, 5)
+
+
+def check_that_nothing_is_left(kind: Callable[[Model], None], times: int) -> None:
     model = Model(small())
     untouched = state_of(model.module)
     for _ in range(3):  # compiles the block, starts the workers, makes the gradients' tensors
         kind(model)
     gc.collect()
     before = living()
-    for _ in range(TIMES):
+    for _ in range(times):
         kind(model)
     assert living() == before
     assert found_by_collecting() == []

@@ -18,6 +18,8 @@ from tests.tracing.plain import X, small, state_of
 from tracekit import Model
 from tracekit.errors import OutsideTraceError, TracekitError
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 @pytest.fixture
 def net() -> nn.Sequential:

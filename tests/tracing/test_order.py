@@ -14,6 +14,8 @@ from tests.tracing.plain import X, copied, is_same
 from tracekit import Envoy, Model
 from tracekit.errors import OverwrittenError, SiteOrderError
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 PAIRS = 150  # of each model, drawn from a seed
 
 

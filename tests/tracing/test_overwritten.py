@@ -13,6 +13,8 @@ from tests.tracing.plain import X, changing, is_same, plain_hooks, small
 from tracekit import Model
 from tracekit.errors import OverwrittenError
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 @pytest.fixture
 def net() -> nn.Sequential:

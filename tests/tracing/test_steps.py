@@ -16,6 +16,8 @@ from tests.tracing.plain import plain_hooks, state_of
 from tracekit import Envoy, Model, Tracer
 from tracekit.errors import ShortLoopWarning, SiteOrderError, StepError
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 TOKENS = 4
 GREEDY = {"max_new_tokens": TOKENS, "do_sample": False}
 H0, H1 = "model.transformer.h.0", "model.transformer.h.1"

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.tracing.plain import X, small
 from tracekit import Model
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 class Telling(nn.Module):
     """Remembers the state that its forward ran under."""

@@ -16,6 +16,8 @@ from tests.tracing.plain import X, changing, plain_hooks, small
 from tracekit import Envoy, Model
 from tracekit.errors import MisfitError
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 @pytest.fixture(autouse=True)
 def without_gradients() -> Any:

@@ -37,7 +37,9 @@ def user_traceback(error: BaseException) -> TracebackType | None:
         entry = entry.tb_next
     chain: TracebackType | None = None
     for kept in reversed(entries):
-        chain = TracebackType(chain, kept.tb_frame, kept.tb_lasti, kept.tb_lineno)
+        line: int | None = kept.tb_lineno  # None if Ctrl-C came before the first line of a call
+        line = line if line is not None else kept.tb_frame.f_code.co_firstlineno
+        chain = TracebackType(chain, kept.tb_frame, kept.tb_lasti, line)
     return chain
 
 

@@ -117,15 +117,15 @@ class Hooks:
 
     def _put_before(self, module: nn.Module, hook: Any, is_first: bool = False) -> None:
         key = self._put(module._forward_pre_hooks, hook, is_first)
-        module._forward_pre_hooks_with_kwargs[key] = True
         self._placed.append((module._forward_pre_hooks_with_kwargs, key))
+        module._forward_pre_hooks_with_kwargs[key] = True
 
     def _put(self, where: Any, hook: Any, is_first: bool = False) -> int:
         key = next(_keys)
+        self._placed.append((where, key))  # noted first: Ctrl-C may come behind any line
         where[key] = hook
         if is_first:
             where.move_to_end(key, last=False)
-        self._placed.append((where, key))
         return key
 
 

@@ -153,6 +153,8 @@ class Mediator:
 
     def leave(self, is_whole: bool) -> None:
         """A block that stands in place has ended; unless `is_whole`, nothing more is computed."""
+        if self.state is State.DONE:
+            return
         self.has_stopped = self.has_stopped or not is_whole
         if self.state is State.WAITING:  # an interrupt came between asking and handing over
             self._move(Move.ANSWER)

@@ -235,7 +235,8 @@ class ModelThread:
 
     def release(self) -> None:
         """Let the thread go; nothing has begun on it."""
-        self._worker.release()
+        if not self.has_ended:
+            self._worker.release()
 
     def suspend_worker(self) -> None:
         """The block's side: let the model run until it has what the block waits for, or ends."""

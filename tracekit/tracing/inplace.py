@@ -61,31 +61,37 @@ class InPlace(Way):
         return self._end(is_whole=True)
 
     def _end(self, is_whole: bool) -> BaseException | None:
+        was_interrupted = False
+        for act in (self._leave_block, partial(self._leave_run, is_whole)):
+            is_done = False
+            while not is_done:
+                try:
+                    act()
+                    is_done = True
+                except KeyboardInterrupt:  # first things first
+                    was_interrupted = True
+        if was_interrupted:
+            raise KeyboardInterrupt
+        error, self._model.error = self._model.error, None
+        return error
+
+    def _leave_block(self) -> None:
         self._standing.close()
         self._on_exit.close()
         if self._grad_before:
             torch.set_grad_enabled(True)
+
+    def _leave_run(self, is_whole: bool) -> None:
+        """Let the model come to its end; when Python ends, no other thread runs any more."""
         self._mediator.leave(is_whole)
         if not is_whole and not self._model.has_begun:
             self._model.release()
-        self._run_out()
-        error, self._model.error = self._model.error, None
-        return error
-
-    def _run_out(self) -> None:
-        """Let the model come to its end; when Python ends, no other thread runs any more."""
-        was_interrupted = False
         while not self._model.has_ended and not sys.is_finalizing():
-            try:
-                self._model.suspend_worker()
-            except KeyboardInterrupt:
-                was_interrupted = True
+            self._model.suspend_worker()
         execution = self.execution
         assert execution is not None
         if not execution.is_over:  # it never began
             execution.abandon()
-        if was_interrupted:
-            raise KeyboardInterrupt
 
 
 def _set_grad(frame: FrameType, grad: bool | None) -> bool:
