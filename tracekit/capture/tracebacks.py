@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 from tracekit.capture.frames import is_own_file
 
@@ -37,9 +37,9 @@ def user_traceback(error: BaseException) -> TracebackType | None:
         entry = entry.tb_next
     chain: TracebackType | None = None
     for kept in reversed(entries):
-        line: int | None = kept.tb_lineno  # None if Ctrl-C came before the first line of a call
-        line = line if line is not None else kept.tb_frame.f_code.co_firstlineno
-        chain = TracebackType(chain, kept.tb_frame, kept.tb_lasti, line)
+        line = cast("int | None", kept.tb_lineno)  # None if Ctrl-C came before a call's first line
+        first = kept.tb_frame.f_code.co_firstlineno
+        chain = TracebackType(chain, kept.tb_frame, kept.tb_lasti, first if line is None else line)
     return chain
 
 

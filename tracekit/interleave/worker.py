@@ -235,7 +235,7 @@ class ModelThread:
 
     def release(self) -> None:
         """Let the thread go; nothing has begun on it."""
-        if not self.has_ended:
+        if self._worker not in _idle:
             self._worker.release()
 
     def suspend_worker(self) -> None:

@@ -115,7 +115,9 @@ class Execution:
         return self._call is _over
 
     def abandon(self) -> None:
-        """Take the hooks off: the block failed before the model ran."""
+        """Take the hooks off, if the block failed before the model ran."""
+        if self.is_over:
+            return
         self._close()
         self._checked(is_whole=False)
 

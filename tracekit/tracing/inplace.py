@@ -37,13 +37,17 @@ class InPlace(Way):
     ) -> None:
         self.told = f"The block ran in place, beside the model on another thread: {why}"
         self._model = ModelThread()
-        self.execution = start(self._model.ident)
-        self._mediator = self.execution.open_in_place(self._model)
-        self._model.prepare(partial(self.execution.run, []))
-        self._standing = Standing(self._mediator, frame, this_thread())
-        self._grad_before = _set_grad(frame, grad)
         self._on_exit = ExitStack()
-        self._on_exit.enter_context(with_items_opened_by(backward_item))
+        try:
+            self.execution = start(self._model.ident)
+            self._mediator = self.execution.open_in_place(self._model)
+            self._model.prepare(partial(self.execution.run, []))
+            self._standing = Standing(self._mediator, frame, this_thread())
+            self._grad_before = _set_grad(frame, grad)
+            self._on_exit.enter_context(with_items_opened_by(backward_item))
+        except BaseException:
+            self._model.release()
+            raise
 
     def is_own(self, error: BaseException | None) -> bool:
         return isinstance(error, Unwind) and error.owner is self._mediator
@@ -88,10 +92,8 @@ class InPlace(Way):
             self._model.release()
         while not self._model.has_ended and not sys.is_finalizing():
             self._model.suspend_worker()
-        execution = self.execution
-        assert execution is not None
-        if not execution.is_over:  # it never began
-            execution.abandon()
+        assert self.execution is not None
+        self.execution.abandon()  # if it never began
 
 
 def _set_grad(frame: FrameType, grad: bool | None) -> bool:

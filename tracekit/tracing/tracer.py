@@ -191,13 +191,16 @@ class Tracer:
         assert way is not None
         if error is not None and not way.is_own(error):
             self._way = None
-            way.abandon(error)
+            _abandon(way, error)
             drop_machinery(error)
             return None
         handled = error.__context__ if error is not None else None  # what the user is handling
         del error, traceback
         try:
             failure = way.finish()
+        except KeyboardInterrupt as interrupt:  # perhaps before its first line
+            _abandon(way, interrupt)
+            raise
         finally:
             self._way = None
         if failure is None:
@@ -212,6 +215,14 @@ class Tracer:
             raise
         finally:
             del failure, context, handled, way
+
+
+def _abandon(way: Way, error: BaseException) -> None:
+    try:
+        way.abandon(error)
+    except KeyboardInterrupt:  # perhaps before its first line
+        way.abandon(error)
+        raise
 
 
 def _without_own(
