@@ -470,6 +470,26 @@ def test_caches_hold_all_rows_or_those_of_the_block_they_are_made_in(tiny: Langu
     assert own["transformer.h.1"].input.shape[0] == 1
 
 
+def test_gradients_of_a_block_are_those_of_its_rows() -> None:
+    torch.manual_seed(0)
+    model = Model(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)))
+    x = torch.randn(3, 2)
+    with model.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            model.output
+        with tracer.invoke(x[1:]):
+            cache = tracer.cache(modules=["1"], include_grads=True)
+            hidden = model[0].output
+            with model.output.square().sum().backward():
+                grad = hidden.grad
+    plain = model.module[0](x[1:]).detach().requires_grad_()
+    tanh = torch.tanh(plain)
+    tanh.retain_grad()
+    model.module[2](tanh).square().sum().backward()
+    torch.testing.assert_close(grad, plain.grad)
+    torch.testing.assert_close(cache["model.1"].grad, tanh.grad)
+
+
 def test_an_error_in_one_block_ends_all_and_shows_its_line() -> None:
     model = Model(nn.Sequential(nn.Identity(), nn.Identity()))
     before = state_of(model.module)

@@ -129,7 +129,8 @@ class Recorder:
 
     def _see_gradients(self, module: nn.Module, args: Any, output: Any) -> None:
         if not is_elsewhere(self._thread):  # behind the hook that has recorded the output
-            awaited, nodes = await_gradients(output, self._keep)
+            mine = self._part(module, Slot.OUTPUT, output)
+            awaited, nodes = await_gradients(mine, self._keep)
             self._awaited[len(self._records) - 1] = awaited
             self._nodes += nodes
 
