@@ -1,0 +1,93 @@
+"""Invokes of different lengths make one batch in which each row is what it is alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny_models import NAMES, SPECS, make
+from tracekit import LanguageModel
+from tracekit.errors import InputError, PaddingError
+from tracekit.models.batching import join_inputs
+
+LENGTHS = (9, 4, 6)
+TEXT = [name for name in NAMES if SPECS[name].family not in {"vision", "vlm", "audio"}]
+READ_PADDING = {("rwkv", "left"), ("rwkv", "right"), ("xlstm", "left"), ("xlstm", "right")}
+COUNT_COLUMNS = {("bart", "left"), ("marian", "left"), ("distilbert", "left")}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", TEXT)
+def test_each_row_of_a_padded_batch_is_what_it_is_alone(name: str, side: str) -> None:
+    module, _ = make(name)
+    model = LanguageModel(module, padding_side=side)
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(10, 60, (1, length), generator=generator) for length in LENGTHS]
+    of_decoder = module.config.is_encoder_decoder
+    kwargs = [{"decoder_input_ids": ids[:, :4]} if of_decoder else {} for ids in rows]
+    outs: list[Tensor] = []
+    try:
+        with model.trace() as tracer:
+            for ids, more in zip(rows, kwargs, strict=True):
+                with tracer.invoke(ids, **more):
+                    outs.append(_main(model.output))
+    except PaddingError:
+        assert (name, side) in READ_PADDING | COUNT_COLUMNS
+        return
+    for ids, more, out in zip(rows, kwargs, outs, strict=True):
+        plain = _main(module(input_ids=ids, **more))
+        is_behind = side == "left" and not of_decoder
+        own = out[:, -plain.shape[1] :] if is_behind else out[:, : plain.shape[1]]
+        torch.testing.assert_close(own, plain, atol=1e-5, rtol=1e-4)
+
+
+def _main(output: Any) -> Tensor:
+    return output["logits"] if "logits" in output else output["last_hidden_state"]
+
+
+def test_ids_masks_and_labels_are_padded_each_with_its_own() -> None:
+    def row(length: int) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        ones = torch.ones(1, length, dtype=torch.long)
+        embeds = torch.ones(1, length, 2)
+        kwargs = {"input_ids": ones, "attention_mask": ones, "labels": ones}
+        return (), {**kwargs, "inputs_embeds": embeds, "decoder_input_ids": ones}
+
+    _, joined = join_inputs([row(3), row(1)], pad=7, side="left")
+    assert joined["input_ids"].tolist() == [[1, 1, 1], [7, 7, 1]]
+    assert joined["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert joined["labels"].tolist() == [[1, 1, 1], [-100, -100, 1]]
+    assert joined["inputs_embeds"][1].tolist() == [[0, 0], [0, 0], [1, 1]]
+    assert joined["decoder_input_ids"].tolist() == [[1, 1, 1], [1, 7, 7]]
+
+
+def test_what_is_no_tensor_is_the_same_for_all() -> None:
+    x = torch.ones(1, 2)
+    _, joined = join_inputs([((), {"x": (x, 1)}), ((), {"x": (x * 2, 1)})])
+    assert joined["x"][0].tolist() == [[1, 1], [2, 2]] and joined["x"][1] == 1
+    with pytest.raises(InputError, match="flag is True for one invoke and False for another"):
+        join_inputs([((x,), {"flag": True}), ((x,), {"flag": False})])
+
+
+def test_invokes_take_the_same_arguments() -> None:
+    model = LanguageModel("tracekit/tiny")
+    ids = torch.ones(1, 2, dtype=torch.long)
+    with pytest.raises(InputError, match="take the same arguments"):
+        with model.trace() as tracer:
+            with tracer.invoke(ids):
+                model.output
+            with tracer.invoke(ids, labels=ids):
+                model.output
+
+
+def test_what_the_trace_is_given_goes_to_the_whole_batch() -> None:
+    model = LanguageModel("tracekit/tiny")
+    with model.trace(output_hidden_states=True) as tracer:
+        with tracer.invoke("The Eiffel Tower"):
+            hidden = tracer.result.hidden_states
+        with tracer.invoke(["A", "movie was"]):
+            two = tracer.result.logits
+    assert len(hidden) == 5 and hidden[0].shape[0] == 1
+    assert two.shape[0] == 2
