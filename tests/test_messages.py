@@ -150,6 +150,12 @@ def a_misspelled_setting() -> None:
     settings.lift_block = False  # type: ignore[attr-defined]
 
 
+def a_branch_in_a_dry_run() -> None:
+    with MODEL.scan(X):
+        if MODEL[0].output.sum() > 0:
+            pass
+
+
 def rows_of_every_pair() -> None:
     tree = Tree(EveryPair(), "model")
     layouts = layouts_of(tree, lambda rows: lambda twin: twin.root(torch.ones(rows, 2)))
@@ -239,6 +245,12 @@ CASES = [
         "was detached, or as nothing that it was computed from does (frozen parameters): make an "
         "early value the leaf of the graph, as in "
         "model.transformer.wte.output.requires_grad_(True). [gradient]",
+    ),
+    Case(
+        a_branch_in_a_dry_run,
+        errors.DryRunError,
+        "`.item()`, or a tensor in an `if`, needs numbers, and a dry run has none: ask for shapes, "
+        "dtypes and devices, or write trace() for scan(). [dry-run]",
     ),
     Case(
         rows_of_every_pair,

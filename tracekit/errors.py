@@ -111,6 +111,12 @@ class RowsError(TracekitError):
     slug = "rows"
 
 
+class DryRunError(TracekitError):
+    """The numbers of a tensor were asked for in a dry run, which computes none."""
+
+    slug = "dry-run"
+
+
 class UnsupportedError(TracekitError):
     """What was asked cannot be done rightly here."""
 

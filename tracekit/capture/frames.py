@@ -19,6 +19,23 @@ _MACHINERY: Final = tuple(
     _PACKAGE + part for part in ("core", "capture", "interleave", "tracing", "models", "errors.py")
 )
 
+# Where torch runs an operation in Python, which it does for fake tensors alone (2.13).
+_DISPATCH: Final = tuple(
+    os.path.join(f"{os.sep}torch", *part.split("/"))
+    for part in (
+        *(
+            "_subclasses/",
+            "_dynamo/",
+            "_prims/",
+            "_prims_common/",
+            "_refs/",
+            "_decomp/",
+            "_library/",
+        ),
+        *("_meta_registrations.py", "_compile.py", "_ops.py", "library.py", "__init__.py"),
+        "utils/_stats.py",
+    )
+)
 _CONTEXTLIB: Final = contextlib.contextmanager.__code__.co_filename
 _SUSPENDABLE: Final = (
     inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -33,6 +50,11 @@ def is_own_file(filename: str) -> bool:
     if known is None:
         known = _is_own[filename] = filename.startswith(_MACHINERY)
     return known
+
+
+def is_dispatch_file(filename: str) -> bool:
+    """Is this a file in which torch runs operations, of no interest to whoever called one?"""
+    return any(part in filename for part in _DISPATCH)
 
 
 def caller_frame() -> FrameType:

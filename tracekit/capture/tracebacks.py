@@ -21,18 +21,18 @@ from functools import wraps
 from types import TracebackType
 from typing import ParamSpec, TypeVar, cast
 
-from tracekit.capture.frames import is_own_file
+from tracekit.capture.frames import is_dispatch_file, is_own_file
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def user_traceback(error: BaseException) -> TracebackType | None:
-    """The error's traceback without the frames of the tracekit package."""
+    """The error's traceback without the frames of tracekit, and of torch inside an operation."""
     entries: list[TracebackType] = []
     entry = error.__traceback__
     while entry is not None:
-        if not is_own_file(entry.tb_frame.f_code.co_filename):
+        if not _is_machinery(entry):
             entries.append(entry)
         entry = entry.tb_next
     chain: TracebackType | None = None
@@ -51,9 +51,14 @@ def drop_machinery(error: BaseException) -> None:
     entry = error.__traceback__
     while entry is not None:
         after = entry.tb_next
-        while after is not None and is_own_file(after.tb_frame.f_code.co_filename):
+        while after is not None and _is_machinery(after):
             after = after.tb_next
         entry.tb_next = entry = after
+
+
+def _is_machinery(entry: TracebackType) -> bool:
+    filename = entry.tb_frame.f_code.co_filename
+    return is_own_file(filename) or is_dispatch_file(filename)
 
 
 def show_own_lines(error: BaseException, context: BaseException | None) -> None:

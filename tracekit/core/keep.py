@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from tracekit.core.dry import is_fake
 from tracekit.core.nest import Nest, map_leaves
 
 _PLAIN = (
@@ -73,7 +74,7 @@ class Keep:
         if self.dtype is not None and kept.is_floating_point():
             kept = kept.to(self.dtype)
         # inference tensors keep no version, so nobody could notice that one was overwritten
-        if (self.clone or tensor.is_inference()) and kept.data_ptr() == tensor.data_ptr():
+        if (self.clone or tensor.is_inference()) and _is_shared(kept, tensor):
             kept = kept.clone()
         return kept
 
@@ -81,6 +82,10 @@ class Keep:
         if isinstance(leaf, Tensor):
             return self.tensor(leaf)
         return leaf if isinstance(leaf, _PLAIN) else note(leaf)
+
+
+def _is_shared(kept: Tensor, tensor: Tensor) -> bool:
+    return not is_fake(tensor) and kept.data_ptr() == tensor.data_ptr()
 
 
 def note(value: object) -> Note:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 from torch import nn
@@ -25,6 +26,8 @@ class Tree:
         self.name = name
         self._depth = name.count(".") + 1
         self.load_first: Callable[[], None] | None = None  # brings weights that were left out
+        self.original: Tree | None = None  # whose twin this is, if it is one
+        self.mode: AbstractContextManager[object] = nullcontext()  # entered while `root` runs
         self.modules: dict[str, nn.Module] = {}  # every path, aliases included, in tree order
         self._canonical: dict[str, str] = {}
         self._parents: dict[str, list[str]] = {}  # canonical path -> canonical parents
@@ -75,6 +78,11 @@ class Tree:
         """Stand for another module of the same structure, as when weights are loaded late."""
         self.root = root
         self.refresh()
+
+    def stands_for(self, other: Tree) -> bool:
+        """Whether this is the tree of the same model, or of its twin."""
+        is_twin = self.original is not None and other.root is self.original.root
+        return other.root is self.root or is_twin
 
     def refresh_if_changed(self) -> None:
         """Read the modules again if one was added, removed or replaced since."""

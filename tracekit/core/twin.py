@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
@@ -22,8 +23,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def twin(tree: Tree, exchange: Callable[[Tensor], Tensor], keeps: Callable[[Any], bool]) -> Tree:
     """The twin of the model of `tree`, with `exchange(tensor)` for each of its tensors.
 
-    Of the hooks on its modules it has those that `keeps` says yes to. Raises whatever copying a
-    module raises that can't be copied.
+    Of the hooks on its modules it has those that `keeps` says yes to, and none of a run that is
+    under way. Raises whatever copying a module raises that can't be copied.
     """
     memo: dict[int, Any] = {}
     for module in tree.root.modules():
@@ -33,6 +34,32 @@ def twin(tree: Tree, exchange: Callable[[Tensor], Tensor], keeps: Callable[[Any]
                 memo[id(tensor)] = exchange(tensor)
         for name in _HOOKS:
             hooks: dict[int, Any] = state[name]
-            kept = ((key, hook) for key, hook in hooks.items() if keeps(hook))
+            # PyTorch's keys count up from 0; those below are of tracekit's own runs
+            kept = ((key, hook) for key, hook in hooks.items() if key >= 0 and keeps(hook))
             memo[id(hooks)] = OrderedDict(kept)
-    return Tree(copy.deepcopy(tree.root, memo), tree.name)
+    found = Tree(copied(tree.root, exchange, memo), tree.name)
+    found.original = tree
+    return found
+
+
+def copied(
+    value: Any, exchange: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None
+) -> Any:
+    """A deep copy of `value`, with `exchange(tensor)` for each tensor in it."""
+    with _Exchange(exchange):
+        return copy.deepcopy(value, memo)
+
+
+@final
+class _Exchange(TorchFunctionMode):
+    """Answers for tensors that are about to be copied; those inside a graph could not be."""
+
+    def __init__(self, exchange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._exchange = exchange
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), self._exchange(tensor))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from tracekit.core.dry import is_fake
 from tracekit.core.nest import tensors
 
 UNKNOWN: Final = -1
@@ -108,7 +109,7 @@ class _Copied:
 
 def version(tensor: Tensor) -> int:
     """The version counter, or UNKNOWN for a tensor that keeps none."""
-    return UNKNOWN if tensor.is_inference() else tensor._version
+    return UNKNOWN if tensor.is_inference() or is_fake(tensor) else tensor._version
 
 
 def storage_key(tensor: Tensor) -> int | None:

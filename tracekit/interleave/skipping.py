@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial, update_wrapper
 from typing import Any, TypeAlias, final
@@ -51,6 +52,9 @@ class _Skippable:
         self.had = had  # what the instance had as `forward` of its own
         self.answers: tuple[Answer, ...] = ()
         update_wrapper(self, forward)  # transformers looks at its signature
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._forward, memo)  # a twin of the module is skipped by nobody
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for answer in self.answers:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tracekit.capture import caller_frame, is_with_item, showing_own_lines
+from tracekit.core.tree import Tree
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
@@ -17,6 +18,7 @@ from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import generate, run
 from tracekit.models.model import Model, is_without_input, run_forward
 from tracekit.models.padding import fit_padding
+from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.signatures import accepts
 from tracekit.tracing.tracer import Tracer
 
@@ -95,6 +97,22 @@ class LanguageModel(Model):
         return self._tracer(lambda _: run(self._tree, (), inputs))
 
     @showing_own_lines
+    def scan(self, *args: Any, **kwargs: Any) -> Tracer:
+        """`with model.scan(input) as tracer:` is a dry run of what `trace(input)` would do.
+
+        The same block, on fake tensors: shapes, dtypes, devices, the order of modules and whether
+        edits fit, each error at its line. It computes nothing, and loads no weights that were left
+        out. What it binds stays fake: whoever asks it for numbers gets an error.
+        """
+        if is_without_input(args, kwargs):
+            twin = fake_twin(self._tree)
+            return self._tracer(self._batch(kwargs, run_dry, "trace", twin), tree=twin)
+        prepared = self._prepared(args, kwargs, is_dry=True)
+        inputs = self._completed(prepared, for_generate=False)
+        twin = fake_twin(self._tree)
+        return self._tracer(lambda _: run_dry(twin, _, (), inputs), tree=twin)
+
+    @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate from `input`; as the header of a `with`, trace all its steps.
 
@@ -119,7 +137,11 @@ class LanguageModel(Model):
         return self.module(*args, **kwargs)
 
     def _prepared(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], for_generate: bool = False
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        for_generate: bool = False,
+        is_dry: bool = False,
     ) -> dict[str, Any]:
         if len(args) > 1:
             raise InputError(
@@ -127,7 +149,8 @@ class LanguageModel(Model):
             )
         if not args and not kwargs:
             raise InputError("an input is needed: a string, a list of strings, or token ids.")
-        self.dispatch()
+        if not is_dry:
+            self.dispatch()
         return fit_padding(self._read(args, kwargs), self.module, for_generate)
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -144,15 +167,18 @@ class LanguageModel(Model):
             inputs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
         return inputs
 
-    def _batch(self, shared: dict[str, Any], call: Callable[..., Any], kind: str) -> Batch:
+    def _batch(
+        self, shared: dict[str, Any], call: Callable[..., Any], kind: str, twin: Tree | None = None
+    ) -> Batch:
         def fitted(inputs: dict[str, Any]) -> dict[str, Any]:
             for_generate = kind == "generate"
             inputs = fit_padding({**inputs, **shared}, self.module, for_generate)
             return self._completed(inputs, for_generate)
 
-        self.dispatch()
+        if twin is None:
+            self.dispatch()
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
-        return Batch(_Padded(self._read, fitted, pad, self._side()), self._tree, call, kind)
+        return Batch(_Padded(self._read, fitted, pad, self._side()), twin or self._tree, call, kind)
 
     def _side(self) -> str:
         if self._padding_side is not None:

@@ -15,6 +15,7 @@ from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import generate, run
+from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits
 from tracekit.tracing.envoy import Envoy
@@ -48,6 +49,19 @@ class Model(Envoy):
         return self._tracer(lambda _: run(self._tree, args, kwargs))
 
     @showing_own_lines
+    def scan(self, *args: Any, **kwargs: Any) -> Tracer:
+        """`with model.scan(input) as tracer:` is a dry run of what `trace(input)` would do.
+
+        The same block, on fake tensors: shapes, dtypes, devices, the order of modules and whether
+        edits fit, each error at its line. It computes nothing and needs no weights. What it binds
+        stays fake: whoever asks it for numbers gets an error.
+        """
+        twin = fake_twin(self._tree)
+        if is_without_input(args, kwargs) and _takes_input(self.module):
+            return self._tracer(self._batch(kwargs, run_dry, "trace", twin), tree=twin)
+        return self._tracer(lambda _: run_dry(twin, _, args, kwargs), tree=twin)
+
+    @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; as the header of a `with`, trace all its steps, else return the tokens.
 
@@ -65,8 +79,10 @@ class Model(Envoy):
             raise InputError(f"{type(module).__name__} has no generate().")
         return lambda end_step=None: generate(self._tree, end_step, args, kwargs)
 
-    def _batch(self, shared: dict[str, Any], call: Callable[..., Any], kind: str) -> Batch:
-        return Batch(_Joined(shared), self._tree, call, kind)
+    def _batch(
+        self, shared: dict[str, Any], call: Callable[..., Any], kind: str, twin: Tree | None = None
+    ) -> Batch:
+        return Batch(_Joined(shared), twin or self._tree, call, kind)
 
     def _traced_or_run(self, call: Callable[..., Any]) -> Any:
         if is_with_item(caller_frame()):
@@ -121,8 +137,10 @@ class Model(Envoy):
     def _interventions(self) -> list[Intervention]:
         return [edit.intervention() for edit in self._edits]
 
-    def _tracer(self, call: TracedCall | Batch, grad: bool | None = None) -> Tracer:
-        return Tracer(self._tree, call, grad, self._interventions())
+    def _tracer(
+        self, call: TracedCall | Batch, grad: bool | None = None, tree: Tree | None = None
+    ) -> Tracer:
+        return Tracer(tree or self._tree, call, grad, self._interventions())
 
     def _edited(self, call: TracedCall, grad: bool | None = None) -> Any:
         return run_edited(self._tree, call, grad, self._interventions())

@@ -75,7 +75,7 @@ class Envoy(Slots):
                 f"block of `with model.trace(input)` or `with tracer.invoke(input)`, or read a "
                 f"tracer.cache() afterwards."
             )
-        if mediator.model.root is not self._tree.root:
+        if not mediator.model.stands_for(self._tree):
             raise OutsideTraceError(
                 f"{self._path}.{name} belongs to a model that this block is not tracing; "
                 f"read it in the block of its own trace and use the name here."
@@ -91,18 +91,28 @@ class Envoy(Slots):
 
     def belongs_to(self, tree: Tree) -> bool:
         """Whether this stands for a module of `tree`, at the same path."""
-        return self._tree is tree or tree.modules.get(self._path) is self.module
+        if tree.stands_for(self._tree):
+            return self._path in tree.modules
+        return tree.modules.get(self._path) is self.module
 
     @property
     def module(self) -> Any:
-        """The PyTorch module itself."""
-        return self._tree.module(self._path)
+        """The PyTorch module itself; in the block of a scan, the one that runs there."""
+        return self._here().module(self._path)
+
+    def _here(self) -> Tree:
+        """The model as it runs where this is asked: in the block of a scan, its twin."""
+        mediator = current_mediator()
+        if mediator is None or mediator.model.original is None:
+            return self._tree
+        return mediator.model if mediator.model.stands_for(self._tree) else self._tree
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module on values, in a trace or outside; no trace sees this call."""
-        if self._tree.load_first is not None:
-            self._tree.load_first()
-        return self.module(*args, **kwargs)
+        tree = self._here()
+        if tree.load_first is not None:
+            tree.load_first()
+        return tree.module(self._path)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or hasattr(type(self), name):  # half-made, in copy or pickle
@@ -119,8 +129,9 @@ class Envoy(Slots):
                 f"{did_you_mean(name, known)}"
             ) from None
         is_on_meta = isinstance(value, torch.Tensor) and value.is_meta
-        if self._tree.load_first is not None and (is_on_meta or callable(value)):
-            self._tree.load_first()  # a method may use the weights, or hand them out
+        load_first = self._here().load_first
+        if load_first is not None and (is_on_meta or callable(value)):
+            load_first()  # a method may use the weights, or hand them out
             return getattr(self.module, name)
         if is_on_meta:
             raise LoadingError(
@@ -141,7 +152,7 @@ class Envoy(Slots):
                 f"{'' if is_own else did_you_mean(name, [*_VALUES, *own_children(module)])}"
             )
         setattr(module, name, value)
-        self._tree.refresh_if_changed()
+        self._here().refresh_if_changed()
 
     def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
         for name, value in state[1].items():  # what copy and pickle took from the slots
@@ -172,10 +183,12 @@ class Envoy(Slots):
         return True  # with __len__ alone, a leaf would be false
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Envoy) and other.module is self.module
+        if not isinstance(other, Envoy):
+            return False
+        return other._tree.module(other._path) is self._tree.module(self._path)
 
     def __hash__(self) -> int:
-        return id(self.module)
+        return id(self._tree.module(self._path))
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *own_children(self.module)})

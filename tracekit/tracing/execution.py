@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, final
 
@@ -83,6 +84,10 @@ class Execution:
 
         The error of a block comes before one that the model ran into because of it.
         """
+        with self._tree.mode:
+            return self._run_all(interventions)
+
+    def _run_all(self, interventions: Sequence[Intervention]) -> BaseException | None:
         if interventions or self._edits:
             self._tree.refresh_if_changed()
             for place, intervention in enumerate((*self._edits, *interventions)):
@@ -108,6 +113,11 @@ class Execution:
         mediator.channel = channel
         mediator.begin()
         return mediator
+
+    @property
+    def mode(self) -> AbstractContextManager[object]:
+        """What a block is to run under, besides the torch state of the user's thread."""
+        return self._tree.mode
 
     @property
     def is_over(self) -> bool:

@@ -45,6 +45,8 @@ class InPlace(Way):
             self._standing = Standing(self._mediator, frame, this_thread())
             self._grad_before = _set_grad(frame, grad)
             self._on_exit.enter_context(with_items_opened_by(backward_item))
+            if not frame.f_code.co_flags & _MAY_SUSPEND:  # for others, while it is suspended
+                self._on_exit.enter_context(self.execution.mode)
         except BaseException:
             self._model.release()
             raise

@@ -101,6 +101,7 @@ def layouts_of(tree: Tree, call_with: CallWith, kind: Hashable = None) -> Layout
     which is a twin of this one. `kind` tells apart calls that take different ways through the
     model, as with images and without.
     """
+    tree = tree.original or tree
     tree.refresh_if_changed()
     key = (kind, tree.root.training, _is_empty(tree))
     found: Any = tree.layouts.get(key)

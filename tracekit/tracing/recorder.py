@@ -95,8 +95,9 @@ class Recorder:
     def _by_habit(self, slot: Slot) -> tuple[list[nn.Module], list[nn.Module]]:
         """Modules whose values may be kept as they are, and those whose values are copied."""
         habits = self._habits[slot]
-        if not self._keep.detach:
-            return list(self._modules.values()), []  # a copy would have no gradient
+        if not self._keep.detach or self._tree.original is not None:
+            # a copy would have no gradient; the values of a dry run can't be overwritten
+            return list(self._modules.values()), []
         plain = [module for path, module in self._modules.items() if habits.get(path) is False]
         if len(plain) == len(self._modules):
             return plain, []

@@ -1,0 +1,49 @@
+"""Run a block beside a dry run: fake tensors, no weights, nothing computed."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from tracekit.capture import user_traceback
+from tracekit.core.dry import DryMode
+from tracekit.core.tree import Tree
+from tracekit.core.twin import copied, twin
+from tracekit.errors import DryRunError
+from tracekit.models.generation import run
+
+
+def fake_twin(tree: Tree) -> Tree:
+    """A twin of the model on fake tensors."""
+    mode = DryMode()
+    try:
+        found = twin(tree, mode.fake_tensor, lambda _: True)
+    except Exception as error:
+        raise DryRunError(
+            f"{type(tree.root).__name__} can't be run dry, as it can't be copied "
+            f"({type(error).__name__}: {error}). Write trace() for scan(), on a small input."
+        ) from error
+    found.mode = mode
+    return found
+
+
+def run_dry(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward pass of a twin, on fakes of the arguments."""
+    mode = tree.mode
+    assert isinstance(mode, DryMode)
+    given = copied((args, kwargs), mode.fake_tensor)  # a kv_cache that is handed in is filled
+    try:
+        return run(tree, *given)
+    except DryRunError as error:
+        why = f"at {_place(error)} {error.args[0].partition(': ')[0]}"
+    raise DryRunError(
+        f"{type(tree.root).__name__} can't be run dry: {why}. Write trace() for scan(), on a small "
+        f"input."
+    )
+
+
+def _place(error: BaseException) -> str:
+    """The line of the model's code at which `error` came, in words."""
+    frame = traceback.extract_tb(user_traceback(error))[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} (`{frame.line}`)"
