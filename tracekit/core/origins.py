@@ -16,18 +16,26 @@ from tracekit.core.nest import Nest, tensors
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows `start` to `stop` of `base`, counted along `axis`."""
+@dataclass(frozen=True)
+class Part:
+    """Entries `start` to `stop` along `axis`."""
 
-    base: Tensor
     axis: int
     start: int
     stop: int
 
     def of(self, whole: Tensor) -> Tensor:
-        """These rows of a tensor that is shaped as the base; a view."""
+        """This part of a tensor; a view."""
         return whole.narrow(self.axis, self.start, self.stop - self.start)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A part of `base`, which is of the whole batch."""
+
+    base: Tensor
+    part: Part
 
 
 @final
@@ -56,7 +64,7 @@ def stands_for(view: Tensor, base: Tensor, axis: int, start: int, stop: int) -> 
     The gradient of `view` then means these rows of the gradient of `base`, which the model goes
     on with. Keeps `base` alive as long as `view`.
     """
-    _put(view, replace(_entry(view), rows=Rows(base, axis, start, stop)))
+    _put(view, replace(_entry(view), rows=Rows(base, Part(axis, start, stop))))
 
 
 def origin_of(tensor: Tensor) -> Origin | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tracekit.core.keep import Keep
 from tracekit.core.nest import Nest, map_leaves
-from tracekit.core.origins import origin_of
+from tracekit.core.origins import Part, origin_of
 from tracekit.tracing.reach import edge_of
 
 
@@ -44,11 +44,11 @@ def await_gradients(value: Nest, keep: Keep) -> tuple[Nest, list[Any]]:
             return None
         arrival = Arrival()
         origin = origin_of(leaf)
-        rows = None if origin is None else origin.rows
+        rows = origin.rows if origin is not None else None
         edge = edge_of(leaf if rows is None else rows.base)
-        span = None if rows is None else (rows.axis, rows.start, rows.stop - rows.start)
-        edge.node.register_prehook(partial(_take, ref(arrival), edge.output, keep, span))
-        if leaf.is_leaf:
+        part = None if rows is None else rows.part
+        edge.node.register_prehook(partial(_take, ref(arrival), edge.output, part, keep))
+        if leaf.is_leaf or (rows is not None and rows.base.is_leaf):
             nodes.append(edge.node)
         return arrival
 
@@ -58,13 +58,14 @@ def await_gradients(value: Nest, keep: Keep) -> tuple[Nest, list[Any]]:
 def _take(
     arrival: ReferenceType[Arrival],
     output: int,
+    part: Part | None,
     keep: Keep,
-    span: tuple[int, int, int] | None,  # of the rows of one invoke
     gradients: tuple[Tensor | None, ...],
 ) -> None:
     found, gradient = arrival(), gradients[output]
     if found is not None and gradient is not None:
-        gradient = gradient if span is None else gradient.narrow(*span)
+        if part is not None:
+            gradient = part.of(gradient)
         kept = keep.tensor(gradient.detach())
         # A parameter's .grad may become this very tensor, and is added to in place.
         found.add(kept.clone() if keep.shares(gradient) else kept)

@@ -194,14 +194,14 @@ class Backward:
         """The gradient that the pass brings to `tensor`; lets the pass run that far."""
         halt, output, rows = self._go_to(tensor)
         gradient = halt.gradient(output)
-        return gradient if rows is None else rows.of(gradient)
+        return gradient if rows is None else rows.part.of(gradient)
 
     def write(self, tensor: Tensor, gradient: object) -> None:
         """Let the pass go on with `gradient` from `tensor`."""
         halt, output, rows = self._go_to(tensor)
         arrived = halt.arrived[output]
         assert arrived is not None
-        found = misfit(gradient, arrived if rows is None else rows.of(arrived), "the gradient")
+        found = misfit(gradient, arrived if rows is None else rows.part.of(arrived), "the gradient")
         if found is not None:
             raise MisfitError(
                 f"the gradient of {name_of(tensor)} cannot be replaced so: {found}; write a "
@@ -211,7 +211,7 @@ class Backward:
         if rows is None:
             halt.replace(output, new)
         else:
-            rows.of(halt.gradient(output)).copy_(new)
+            rows.part.of(halt.gradient(output)).copy_(new)
 
     def _go_to(self, tensor: Tensor) -> tuple[_Halt, int, Rows | None]:
         """Let the pass run until the gradient of `tensor` has arrived."""

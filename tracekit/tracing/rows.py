@@ -74,9 +74,11 @@ class _Leaf:
 
     def put_back(self, visit: Visit, new: Tensor) -> Tensor:
         """The whole, with `new` in the place of the part."""
+        is_leaf = new.requires_grad and not self.whole.requires_grad  # the block made it one
         is_changed = new is not self.part or version(new) != self._version
-        if not is_changed or (new is self.part and self.span and new._base is not None):
-            return self.whole  # a view: what was edited in it is there already
+        is_there = new is self.part and self.span and new._base is not None  # edited in a view
+        if (not is_changed or is_there) and not is_leaf:
+            return self.whole
         if self.span is None:
             raise RowsError(
                 f"{visit} has a tensor of shape {tuple(self.whole.shape)} that belongs to all rows "
