@@ -20,6 +20,7 @@ from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.execution import Intervention, TracedCall, run_edited
+from tracekit.tracing.session import Session
 from tracekit.tracing.tracer import Tracer
 
 M = TypeVar("M", bound="Model")
@@ -95,6 +96,14 @@ class Model(Envoy):
         if not self._edits:
             return super().__call__(*args, **kwargs)
         return self._edited(lambda _: run(self._tree, args, kwargs))
+
+    def session(self) -> Session:
+        """`with model.session() as session:` holds several traces that share their values.
+
+        Its block runs where it stands, and what a trace in it binds is there for the next, as it
+        is without a session; `session.stop()` leaves it from anywhere, also from within a trace.
+        """
+        return Session()
 
     # -- lasting edits --------------------------------------------------------------------------
 
