@@ -52,6 +52,10 @@ def a_misspelled_value() -> None:
     MODEL[0].ouput
 
 
+def a_name_that_is_taken() -> None:
+    Model(nn.Sequential(nn.ReLU()), rename={"0": "forward"})
+
+
 def a_misspelled_path() -> None:
     with MODEL.trace(X) as tracer:
         cache = tracer.cache()
@@ -192,6 +196,12 @@ CASES = [
         a_misspelled_value,
         errors.UnknownModuleError,
         "'ouput' is not in Linear (model.0); did you mean 'output' or 'input'? [unknown-module]",
+    ),
+    Case(
+        a_name_that_is_taken,
+        errors.AliasError,
+        "'forward' can't be another name of model.0: model.forward is something else already. "
+        "[alias]",
     ),
     Case(
         a_misspelled_path,

@@ -45,6 +45,12 @@ class UnknownPathError(TracekitError, KeyError):
         return f"{self.args[0]} [{self.slug}]"
 
 
+class AliasError(TracekitError, ValueError):
+    """Another name for a module that can't be one, or a name for what there is not."""
+
+    slug = "alias"
+
+
 class SiteOrderError(TracekitError):
     """A value was asked for after the model had passed it."""
 

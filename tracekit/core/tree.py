@@ -9,6 +9,7 @@ from typing import Any, final
 from torch import nn
 
 from tracekit.core.quirks import own_children
+from tracekit.core.renames import Renames, spellings
 from tracekit.core.site import Slot
 from tracekit.errors import UnknownModuleError, did_you_mean
 
@@ -21,9 +22,10 @@ class Tree:
     are aliases of it.
     """
 
-    def __init__(self, root: nn.Module, name: str) -> None:
+    def __init__(self, root: nn.Module, name: str, renames: Renames | None = None) -> None:
         self.root = root
         self.name = name
+        self.renames = renames
         self._depth = name.count(".") + 1
         self.load_first: Callable[[], None] | None = None  # brings weights that were left out
         self.original: Tree | None = None  # whose twin this is, if it is one
@@ -35,18 +37,22 @@ class Tree:
         self.called: dict[str, nn.Module] = {}  # by canonical path: what has a forward
         self._states: list[dict[str, Any]] = []  # each module's __dict__
         self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
-        self.aliases: dict[str, str] = {}  # second and later paths of shared modules
+        self.aliases: dict[str, str] = {}  # second paths of shared modules, and renames
         self.shared: list[str] = []  # canonical paths of those that can be called
+        self._renamed: dict[str, dict[str, str]] = {}
         self.order: dict[str, int] = {}  # canonical paths, in tree order
         # By kind of run, of the slots of the modules that were recorded before: whether the model
         # overwrites the value later, as Falcon adds the attention into the output of its MLP.
         self.overwrites: dict[object, dict[Slot, dict[str, bool]]] = {}
         # By kind of run, where the rows of a batch lie in every value.
         self.layouts: dict[object, object] = {}
-        self.refresh()
+        self.refresh(is_first=True)
 
-    def refresh(self) -> None:
-        """Read the modules again; what was found before is forgotten."""
+    def refresh(self, is_first: bool = False) -> None:
+        """Read the modules again; what was found before is forgotten.
+
+        Renames are checked when the modules are read first: later changes may leave them behind.
+        """
         self.modules.clear()
         self._canonical.clear()
         self._parents.clear()
@@ -62,11 +68,18 @@ class Tree:
             parent = self._canonical[path.rpartition(".")[0]] if relative else None
             if parent is not None and parent not in parents:
                 parents.append(parent)
+        if self.renames is not None:
+            aliases = self.renames.aliases(self.modules, is_checked=is_first)
+            self._renamed = {}
+            for (owner, alias), path in aliases.items():
+                self._renamed.setdefault(owner, {})[alias] = path
+            for spelled, path in spellings(self.modules, aliases):
+                self._canonical.setdefault(spelled, self._canonical[path])
         self.aliases = {path: first for path, first in self._canonical.items() if path != first}
         self.order = {path: index for index, path in enumerate(self.paths())}
         unique = {path: self.modules[path] for path in self.order}
         self.called = {path: module for path, module in unique.items() if _has_forward(module)}
-        shared = set(self.aliases.values())
+        shared = {self.aliases[path] for path in self.modules if path in self.aliases}
         self.shared = [path for path in self.called if path in shared]
         self._states = [vars(self.modules[path]) for path in self.order]
         self._shape = [
@@ -108,6 +121,10 @@ class Tree:
                 f"{path!r} is not a module of {self._kind()}{did_you_mean(path, self._canonical)}"
             )
         return self._canonical[full]
+
+    def renamed(self, path: str) -> dict[str, str]:
+        """The aliases that the module at `path` has for modules in it, and their paths."""
+        return self._renamed.get(path, {})
 
     def module(self, path: str) -> nn.Module:
         """The module at a full path, as it is now."""

@@ -37,7 +37,7 @@ def twin(tree: Tree, exchange: Callable[[Tensor], Tensor], keeps: Callable[[Any]
             # PyTorch's keys count up from 0; those below are of tracekit's own runs
             kept = ((key, hook) for key, hook in hooks.items() if key >= 0 and keeps(hook))
             memo[id(hooks)] = OrderedDict(kept)
-    found = Tree(copied(tree.root, exchange, memo), tree.name)
+    found = Tree(copied(tree.root, exchange, memo), tree.name, tree.renames)
     found.original = tree
     return found
 

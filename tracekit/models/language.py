@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tracekit.capture import caller_frame, is_with_item, showing_own_lines
+from tracekit.core.renames import Rename
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
@@ -42,6 +43,7 @@ class LanguageModel(Model):
         dispatch: bool = True,
         padding_side: str | None = None,
         name: str = "model",
+        rename: Rename | None = None,
         **options: Any,
     ) -> None:
         is_live = isinstance(model, nn.Module)
@@ -53,7 +55,7 @@ class LanguageModel(Model):
             module = loading.load_model(model, **options)
         else:
             module = loading.load_empty(model, **options)
-        super().__init__(module, name)
+        super().__init__(module, name, rename=rename)
         if tokenizer is None and not is_live:
             tokenizer = loading.load_tokenizer(model, **options)
         elif isinstance(tokenizer, (str, Path)):

@@ -11,6 +11,7 @@ from torch import nn
 
 from tracekit.capture import caller_frame, is_with_item, showing_own_lines
 from tracekit.core.nest import tensors
+from tracekit.core.renames import Rename, Renames
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
@@ -30,13 +31,18 @@ class Model(Envoy):
     """Any PyTorch module, ready to be traced.
 
     The module itself is not changed: outside a trace it runs as if tracekit were not there.
-    `name` is the first part of every path, as in `model.layers.0`.
+    `name` is the first part of every path, as in `model.layers.0`. `rename` gives modules other
+    names, which are valid wherever paths and attributes are: `{"transformer.h": "layers"}`; keys
+    are paths below any module, with `*` for any part of one, or classes of modules.
     """
 
     __slots__ = ("_edits",)
 
-    def __init__(self, module: nn.Module, name: str = "model") -> None:
-        super().__init__(Tree(module, name), name)
+    def __init__(
+        self, module: nn.Module, name: str = "model", *, rename: Rename | None = None
+    ) -> None:
+        renames = Renames(rename, frozenset(dir(type(self)))) if rename else None
+        super().__init__(Tree(module, name, renames), name)
         object.__setattr__(self, "_edits", [])
 
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:

@@ -50,7 +50,8 @@ class Cache(Mapping[str, Entries]):
             raise UnknownPathError(
                 f"{path!r} was to be recorded, but the run ended before the module was called"
             )
-        raise UnknownPathError(f"{path!r} is not in this cache{did_you_mean(path, self._entries)}")
+        known = [*self._entries, *(way for way, of in self._aliases.items() if of in self._entries)]
+        raise UnknownPathError(f"{path!r} is not in this cache{did_you_mean(path, known)}")
 
     def __iter__(self) -> Iterator[str]:
         self._check_complete("its keys")

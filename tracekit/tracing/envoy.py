@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -23,6 +25,10 @@ from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.slots import Slots
 
 _VALUES = ("output", "input", "inputs", "hidden", "skip", "next", "calls", "path", "module")
+# Methods of every module that return the module itself.
+_CHANGES: Final = frozenset(
+    {"to", "cpu", "cuda", "eval", "train", "half", "float", "double", "bfloat16", "requires_grad_"}
+)
 
 
 class Envoy(Slots):
@@ -107,6 +113,36 @@ class Envoy(Slots):
             return self._tree
         return mediator.model if mediator.model.stands_for(self._tree) else self._tree
 
+    @property
+    def parent(self) -> Envoy | None:
+        """The module that this one is a child of; None for the whole model."""
+        if self._path == self._tree.name:
+            return None
+        return Envoy(self._tree, self._path.rpartition(".")[0])
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the module's first weight is; None if it has none."""
+        module: nn.Module = self.module
+        weights = itertools.chain(module.parameters(), module.buffers())
+        return next((weight.device for weight in weights), None)
+
+    def get(self, path: str) -> Envoy:
+        """The module at a path below this one: `model.get("transformer.h.0.mlp")`."""
+        self._tree.refresh_if_changed()
+        return Envoy(self._tree, self._tree.canonical(f"{self._path}.{path.strip('.')}"))
+
+    def modules(self, include: Callable[[Envoy], bool] | None = None) -> Iterator[Envoy]:
+        """This module and all in it, or those that `include` says yes to, each once."""
+        every = (envoy for _, envoy in self.named_modules())
+        return every if include is None else filter(include, every)
+
+    def named_modules(self) -> Iterator[tuple[str, Envoy]]:
+        """The full path of this module and of all in it, each with its Envoy."""
+        for relative, _ in self.module.named_modules():
+            path = f"{self._path}.{relative}" if relative else self._path
+            yield path, Envoy(self._tree, path)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module on values, in a trace or outside; no trace sees this call."""
         tree = self._here()
@@ -120,10 +156,15 @@ class Envoy(Slots):
         module = self.module
         if own_children(module).get(name) is not None:
             return self._child(name)
+        aliases = self._tree.renamed(self._path)
+        if name in aliases:
+            return Envoy(self._tree, aliases[name])
+        if name in _CHANGES:
+            return partial(self._changed, name)
         try:
             value = getattr(module, name)
         except AttributeError:
-            known = [*own_children(module), *module._parameters, *_VALUES]
+            known = [*own_children(module), *aliases, *module._parameters, *_VALUES]
             raise UnknownModuleError(
                 f"{name!r} is not in {type(module).__name__} ({self._path})"
                 f"{did_you_mean(name, known)}"
@@ -140,11 +181,20 @@ class Envoy(Slots):
             )
         return value
 
+    def _changed(self, name: str, *args: Any, **kwargs: Any) -> Envoy:
+        """This Envoy, after `module.to(...)` or another method that returns its module."""
+        if self._tree.load_first is not None:
+            self._tree.load_first()
+        getattr(self.module, name)(*args, **kwargs)
+        return self
+
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)
             return
         module = self.module
+        if isinstance(value, Envoy):
+            value = value.module
         is_own = hasattr(type(self), name)
         if is_own or (not isinstance(value, nn.Module) and not hasattr(module, name)):
             raise UnknownModuleError(
@@ -162,9 +212,13 @@ class Envoy(Slots):
         """A child by name or, in a list of modules, by index or slice."""
         names = self._names()
         if isinstance(key, str):
+            aliases = self._tree.renamed(self._path)
+            if key in aliases and key not in names:
+                return Envoy(self._tree, aliases[key])
             if key not in names:
+                known = [*names, *aliases]
                 raise UnknownModuleError(
-                    f"{key!r} is not in {self._path}{did_you_mean(key, names)}"
+                    f"{key!r} is not in {self._path}{did_you_mean(key, known)}"
                 )
             return self._child(key)
         if isinstance(key, slice):
@@ -191,7 +245,8 @@ class Envoy(Slots):
         return id(self._tree.module(self._path))
 
     def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *own_children(self.module)})
+        aliases = self._tree.renamed(self._path)
+        return sorted({*object.__dir__(self), *own_children(self.module), *aliases})
 
     def __repr__(self) -> str:
         return f"{self._path}: {self.module!r}"

@@ -53,14 +53,18 @@ def _matches(tree: Tree, selector: Selector) -> list[tuple[str, bool]]:
 def _by_text(tree: Tree, text: str) -> list[tuple[str, bool]]:
     if any(sign in text for sign in "*?["):
         globs = (text, f"{tree.name}.{text}")
-        found = [path for path in tree.paths() if any(fnmatchcase(path, glob) for glob in globs)]
+        spelled = (*tree.paths(), *tree.aliases)
+        meant = {
+            tree.canonical(way) for way in spelled if any(fnmatchcase(way, glob) for glob in globs)
+        }
+        found = [path for path in tree.paths() if path in meant]
         return _loosely(tree, found, f"the glob {text!r}")
     try:
         return _called(tree, tree.canonical(text))
     except AttributeError:
         raise UnknownPathError(
             f"{text!r} is not a module of {type(tree.root).__name__}"
-            f"{did_you_mean(text, [*tree.modules, *_without_root(tree)])}"
+            f"{did_you_mean(text, [*tree.modules, *tree.aliases, *_without_root(tree)])}"
         ) from None
 
 
@@ -87,4 +91,4 @@ def _loosely(tree: Tree, paths: list[str], what: str) -> list[tuple[str, bool]]:
 
 
 def _without_root(tree: Tree) -> list[str]:
-    return [path.removeprefix(f"{tree.name}.") for path in tree.modules]
+    return [path.removeprefix(f"{tree.name}.") for path in (*tree.modules, *tree.aliases)]
