@@ -251,10 +251,10 @@ CASES = [
     Case(
         a_gradient_without_a_graph,
         errors.GradientError,
-        "there is no way back from Tensor[] float32 cpu (a leaf): it does not require grad, as it "
-        "was detached, or as nothing that it was computed from does (frozen parameters): make an "
-        "early value the leaf of the graph, as in "
-        "model.transformer.wte.output.requires_grad_(True). [gradient]",
+        "there is no way back from Tensor[] float32 cpu (a leaf): it does not require grad: it "
+        "was detached, or computed under torch.no_grad(), or from nothing that does (frozen "
+        "parameters: make an early value the leaf of the graph, as in "
+        "model.transformer.wte.output.requires_grad_(True)). [gradient]",
     ),
     Case(
         a_branch_in_a_dry_run,

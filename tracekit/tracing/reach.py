@@ -50,6 +50,9 @@ def name_of(tensor: Tensor) -> str:
     origin = origin_of(tensor)
     if origin is not None and origin.label is not None:
         return origin.label
+    base = origin_of(tensor._base) if tensor._base is not None else None
+    if base is not None and base.label is not None:
+        return f"a view of {base.label}"
     made_by = "a leaf" if tensor.is_leaf else type(tensor.grad_fn).__name__
     return f"{describe(tensor)} ({made_by})"
 
@@ -69,9 +72,9 @@ def why_no_graph(tensor: Tensor) -> str:
     if not torch.is_grad_enabled():
         return "it does not require grad, and torch.no_grad() is on: leave that out"
     return (
-        "it does not require grad, as it was detached, or as nothing that it was computed from "
-        "does (frozen parameters): make an early value the leaf of the graph, as in "
-        "model.transformer.wte.output.requires_grad_(True)"
+        "it does not require grad: it was detached, or computed under torch.no_grad(), or from "
+        "nothing that does (frozen parameters: make an early value the leaf of the graph, as in "
+        "model.transformer.wte.output.requires_grad_(True))"
     )
 
 
