@@ -126,6 +126,16 @@ def _around(inner: st.SearchStrategy[Part]) -> st.SearchStrategy[Part]:
 
 
 parts = st.recursive(st.sampled_from(_LEAVES), _around, max_leaves=6)
+# Whatever they return has rows, each computed from its own row of the input alone; and nothing
+# is overwritten.
+parts_with_rows = st.recursive(
+    st.sampled_from([("linear",), ("relu",), ("tanh",), ("identity",), ("again",)]),
+    lambda inner: st.one_of(
+        st.tuples(st.just("sequence"), st.lists(inner, min_size=1, max_size=3)),
+        st.tuples(st.sampled_from(["residual", "twice", "by name"]), inner),
+    ),
+    max_leaves=5,
+)
 
 
 def build(part: Part) -> Net:

@@ -481,6 +481,23 @@ def key_text(key: Any) -> str:
 
 
 @dataclass
+class Invoke(Statement):
+    """One input of several, with a block of its own."""
+
+    given: str
+    body: list[Statement]
+
+    def write(self, text: Text, depth: int) -> None:
+        self.line = text.add(depth, f"with tracer.invoke({self.given}):")
+        for statement in self.body or [Compute("0", "nothing")]:
+            statement.write(text, depth + 1)
+
+    def run(self, meaning: Meaning) -> Program:
+        raise NotImplementedError  # by hand, each is a run of its own
+        yield
+
+
+@dataclass
 class Next(Statement):
     """Go to the next step, without a loop."""
 

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, assume, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import tracekit
 from tests import tiny_models
 from tests.tracing.by_hand import ByHand, Visit, is_inside
 from tests.tracing.plain import copied, is_same, state_of
-from tests.tracing.random_models import WIDTH, build, parts
+from tests.tracing.random_models import WIDTH, build, parts, parts_with_rows
 from tests.tracing.random_programs import (
     LAYOUTS,
     STORES,
@@ -33,6 +34,7 @@ from tests.tracing.random_programs import (
     Gather,
     Guarded,
     Inner,
+    Invoke,
     Meaning,
     Next,
     Read,
@@ -74,7 +76,8 @@ def examples(share: float) -> Callable[[Any], Any]:
     def decorate(test: Any) -> Any:
         number = max(int(EXAMPLES * share), 1)
         checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
-        test = settings(max_examples=number, suppress_health_check=checks)(test)
+        phases = set(Phase) - {Phase.explain}  # takes minutes
+        test = settings(max_examples=number, suppress_health_check=checks, phases=phases)(test)
         return pytest.mark.timeout(max(120, number))(test)
 
     return decorate
@@ -166,8 +169,9 @@ class Drawing:
         self.places = found
         self.is_any_shape = False  # of a loop's body: steps differ in the number of positions
         self._applied = applied  # a module, and the width of what it takes
+        self.uses, self.stores = USES, list(STORES)
         self._bound: list[tuple[str, Place]] = []  # whole hidden tensors, by name
-        self._count = 0
+        self.count = 0
 
     def statements(self, raws: list[Any], places: list[Place], is_sorted: bool) -> list[Statement]:
         """Statements at `places`, in the order of the model if `is_sorted`."""
@@ -197,6 +201,9 @@ class Drawing:
                 else:
                     skipping = place
             begun_until = index
+            if kind == "skip":
+                end = place.visit._replace(side="output")
+                begun_until = next((at for at, p in enumerate(places) if p.visit == end), index)
             kept.append((index, kind, *rest))
         return kept
 
@@ -217,8 +224,8 @@ class Drawing:
         return make(place, spot, form, how)
 
     def _name(self, place: Place | None = None) -> str:
-        self._count += 1
-        name = f"v{self._count}"
+        self.count += 1
+        name = f"v{self.count}"
         if place is not None:
             self._bound.append((name, place))
         return name
@@ -234,11 +241,11 @@ class Drawing:
         return fits[form % len(fits)] if fits else None
 
     def _read(self, place: Place, spot: Spot, form: int, how: int) -> Statement:
-        use = USES[form % len(USES)]
-        if spot.slot == "hidden" and form % 3 == 0:
+        use = self.uses[form % len(self.uses)]
+        if self.uses is USES and spot.slot == "hidden" and form % 3 == 0:
             spot, use = replace(spot, slot="output"), "{}"  # the structure
             return Read(spot, use, list(STORES)[how % len(STORES)], self._name())
-        store = list(STORES)[how % len(STORES)]
+        store = self.stores[how % len(self.stores)]
         is_usable = store in {"name", "walrus", "pair", "twice", "annotated"}
         is_usable &= use in {"{}", "{}.clone()", "{}.save()", "{} * 2", "torch.tanh({})"}
         return Read(spot, use, store, self._name(place if is_usable else None))
@@ -307,7 +314,8 @@ class Drawing:
         return When(own, Read(own, "{}", "name", name), Read(own, "{} * 2", "name", name))
 
     def _inner(self, place: Place, spot: Spot, form: int, how: int) -> Statement:
-        return Inner(Read(spot, "{}", list(STORES)[how % len(STORES)], self._name()))
+        store = self.stores[how % len(self.stores)]
+        return Inner(Read(spot, self.uses[form % len(self.uses)], store, self._name()))
 
 
 # -- running and comparing ------------------------------------------------------------------------
@@ -371,11 +379,20 @@ def compare_cache(cache: Any, hands: ByHand, with_inputs: bool) -> None:
             assert is_same(list(entry.inputs), final)
 
 
-def run_both(source: Source, net: nn.Module, call: Callable[[], Any], **names: Any) -> None:
+def ways() -> st.SearchStrategy[dict[str, bool]]:
+    """Every way of running a block; the numbers and the errors are the same."""
+    return st.fixed_dictionaries({"lift_blocks": st.booleans(), "defer_reads": st.booleans()})
+
+
+def run_both(
+    source: Source, net: nn.Module, call: Callable[[], Any], way: dict[str, bool], **names: Any
+) -> None:
     """Run a program as a trace and by hooks, and compare."""
+    if not way["lift_blocks"]:  # there, nothing can be lent a method
+        source.text = source.text.replace(".save()", "")
     note(source.text)
     before = state_of(net)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tracekit.settings.changed(**way):
         warnings.simplefilter("ignore", ShortLoopWarning)
         ran = source.run(model=Model(net), **names)
     assert state_of(net) == before
@@ -397,7 +414,7 @@ def ended(statements: list[Statement], ending: str, record: str | None = None) -
     return [*head, *statements, *tail]
 
 
-@examples(0.4)
+@examples(0.35)
 @given(
     parts,
     st.lists(raw, max_size=8),
@@ -405,9 +422,16 @@ def ended(statements: list[Statement], ending: str, record: str | None = None) -
     st.none() | st.sampled_from(RECORDS),
     modes,
     layouts,
+    ways(),
 )
 def test_a_block_in_the_models_order(
-    part: Any, raws: list[Any], ending: str, record: str | None, mode: str, layout: str
+    part: Any,
+    raws: list[Any],
+    ending: str,
+    record: str | None,
+    mode: str,
+    layout: str,
+    way: dict[str, bool],
 ) -> None:
     net = build(part)
     note(repr(net))
@@ -415,13 +439,13 @@ def test_a_block_in_the_models_order(
     statements = Drawing(found, ("head", WIDTH)).statements(raws, found, is_sorted=True)
     source = Source(ended(statements, ending, record), "model.trace(X.clone()) as tracer", layout)
     with MODES[mode]():
-        run_both(source, net, lambda: net(X.clone()), X=X)
+        run_both(source, net, lambda: net(X.clone()), way, X=X)
 
 
-@examples(0.25)
-@given(parts, st.lists(raw, min_size=2, max_size=6), st.data(), modes, layouts)
+@examples(0.2)
+@given(parts, st.lists(raw, min_size=2, max_size=6), st.data(), modes, layouts, ways())
 def test_a_block_in_a_wrong_order(
-    part: Any, raws: list[Any], data: st.DataObject, mode: str, layout: str
+    part: Any, raws: list[Any], data: st.DataObject, mode: str, layout: str, way: dict[str, bool]
 ) -> None:
     net = build(part)
     note(repr(net))
@@ -437,7 +461,7 @@ def test_a_block_in_a_wrong_order(
         statements.insert(data.draw(st.integers(0, len(statements))), Result())
     source = Source(statements, "model.trace(X.clone()) as tracer", layout)
     with MODES[mode]():
-        run_both(source, net, lambda: net(X.clone()), X=X)
+        run_both(source, net, lambda: net(X.clone()), way, X=X)
 
 
 # -- models of transformers -----------------------------------------------------------------------
@@ -455,15 +479,15 @@ def made(name: str) -> tuple[nn.Module, dict[str, Any], list[Place]]:
 
 
 @examples(0.1)
-@given(st.sampled_from(TRACED), st.lists(raw, max_size=6), endings, modes, layouts)
+@given(st.sampled_from(TRACED), st.lists(raw, max_size=6), endings, modes, layouts, ways())
 def test_a_block_on_a_model_of_transformers(
-    name: str, raws: list[Any], ending: str, mode: str, layout: str
+    name: str, raws: list[Any], ending: str, mode: str, layout: str, way: dict[str, bool]
 ) -> None:
     net, inputs, found = made(name)
     statements = Drawing(found, ("", -1)).statements(raws, found, is_sorted=True)
     source = Source(ended(statements, ending), "model.trace(**inputs) as tracer", layout)
     with MODES[mode]():
-        run_both(source, net, lambda: net(**inputs), inputs=inputs)
+        run_both(source, net, lambda: net(**inputs), way, inputs=inputs)
 
 
 @lru_cache
@@ -517,10 +541,62 @@ def generations(draw: Any) -> tuple[str, list[Statement], str]:
 
 
 @examples(0.15)
-@given(generations(), layouts)
-def test_a_block_beside_a_generation(drawn: tuple[str, list[Statement], str], layout: str) -> None:
+@given(generations(), layouts, ways())
+def test_a_block_beside_a_generation(
+    drawn: tuple[str, list[Statement], str], layout: str, way: dict[str, bool]
+) -> None:
     name, statements, ending = drawn
     net, inputs, _ = generating(name)
     statements = ended(statements, ending or "result")
     source = Source(statements, "model.generate(**inputs) as tracer", layout)
-    run_both(source, net, lambda: net.generate(**inputs), inputs=inputs)  # pyright: ignore
+    run_both(source, net, lambda: net.generate(**inputs), way, inputs=inputs)  # pyright: ignore
+
+
+# -- several inputs, each with a block of its own -------------------------------------------------
+
+raw_of_rows = st.tuples(
+    st.integers(0, 999),
+    st.sampled_from(["read"] * 4 + ["write", "write", "edit", "skip", "apply", "inner"]),
+    st.integers(0, 11),  # so that every write fits
+    st.integers(0, 99),
+    st.booleans(),
+)
+
+
+@examples(0.1)
+@given(parts_with_rows, st.lists(st.lists(raw_of_rows, max_size=4), min_size=2, max_size=4))
+def test_each_block_of_several_inputs_is_as_if_it_were_alone(part: Any, raws: list[Any]) -> None:
+    net = build(part)
+    note(repr(net))
+    inputs = [torch.roll(X, at, 1)[: 1 + at % 2] * (at + 1) for at in range(len(raws))]
+    alone: list[tuple[list[Statement], Tensor, list[Place]]] = []
+    blocks: list[Statement] = []
+    for at, (one, x) in enumerate(zip(raws, inputs, strict=True)):
+        found = places(net, lambda x=x: net(x.clone()))
+        drawing = Drawing(found, ("head", WIDTH))
+        drawing.uses = ["{}.clone()", "{} * 2", "{}[:, 0].clone()", "{}.sum()", "torch.tanh({})"]
+        drawing.stores = ["name", "dict", "walrus", "attribute", "annotated"]
+        drawing.count = at * 100  # names of its own
+        statements = drawing.statements(one, found, is_sorted=True)
+        statements.append(Read(Spot("", "output"), "{}.clone()", "name", f"v{at * 100 + 99}"))
+        alone.append((statements, x, found))
+        blocks.append(Invoke(f"inputs[{at}].clone()", statements))
+    source = Source(blocks, "model.trace() as tracer", "function")
+    note(source.text)
+    before = state_of(net)
+    with torch.no_grad():
+        bound, _ = source.run(model=Model(net), inputs=inputs)
+        assert state_of(net) == before
+        wanted: dict[str, Any] = {}
+        for statements, x, _ in alone:
+            meaning, hands = by_hand(statements, net, lambda x=x: net(x.clone()))
+            assume(hands.outcome.failure is None)
+            values = stored(meaning.names)
+            wanted |= {**values, **values["named"], **values["box"]}
+    if bound["failure"] is not None:
+        raise bound["failure"]
+    got = stored(bound)
+    got |= {**got["named"], **got["box"]}
+    for name, value in wanted.items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
