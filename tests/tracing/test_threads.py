@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.tiny_models import make
 from tests.tracing.plain import X, small, state_of
 from tracekit import Model
+from tracekit.errors import SiteOrderError
 
 THREADS, TIMES = 4, 20
 
@@ -104,3 +108,77 @@ def test_two_threads_skip_the_same_module_with_values_of_their_own() -> None:
     assert torch.equal(got["A"], net[2](torch.zeros(3, 4)))
     assert torch.equal(got["B"], net[2](torch.ones(3, 4)))
     assert state_of(net) == before
+
+
+# -- many threads, several models, early stops and errors -----------------------------------------
+
+MANY = 16 if "TRACEKIT_EXAMPLES" in os.environ else 8
+ROUNDS = 200 if "TRACEKIT_EXAMPLES" in os.environ else 8
+
+
+class Wrong(Exception):
+    """Raised in a block, on purpose."""
+
+
+def one_round(model: Model, net: nn.Module, x: Tensor, kind: int) -> None:
+    """A trace of one of several kinds; every number is checked against plain PyTorch."""
+    first = net[0](x)
+    if kind == 0:
+        with model.trace(x) as tracer:
+            got = model[0].output.clone()
+            model[1].output = got * 2
+            result = tracer.result
+        assert torch.equal(got, first)
+        assert torch.equal(result, net[2](first * 2))
+    elif kind == 1:
+        with model.trace(x) as tracer:
+            got = model[0].output.clone()
+            tracer.stop()
+        assert torch.equal(got, first)
+    elif kind == 2:
+        with pytest.raises(Wrong):
+            with model.trace(x):
+                got = model[0].output.clone()
+                raise Wrong
+        assert torch.equal(got, first)
+    elif kind == 3:
+        with pytest.raises(SiteOrderError):
+            with model.trace(x):
+                model[2].output
+                model[0].output
+    elif kind == 4:
+        with model.trace(x) as tracer:
+            cache = tracer.cache()
+        assert torch.equal(cache["model.0"].output, first)
+        assert torch.equal(cache["model"].output, net(x))
+    else:
+        with model.trace(x) as tracer:
+            model[1].skip(model[1].input.clone())
+            result = tracer.result
+        assert torch.equal(result, net[2](first))
+
+
+KINDS = 6
+
+
+def test_many_threads_on_several_models_with_stops_and_errors_get_every_number_right() -> None:
+    nets = [small(), small(nn.Tanh()), small(nn.ReLU(inplace=True)), small(nn.Identity())]
+    models = [Model(net) for net in nets]
+    before = [state_of(net) for net in nets]
+    alive = {thread.ident for thread in threading.enumerate()}
+
+    def work(number: int) -> None:
+        draw = random.Random(number)
+        for _ in range(ROUNDS):
+            which = draw.randrange(len(nets))
+            x = torch.full((3, 4), draw.uniform(-2, 2))
+            with torch.no_grad():
+                one_round(models[which], nets[which], x, draw.randrange(KINDS))
+
+    with ThreadPoolExecutor(MANY) as pool:
+        for done in [pool.submit(work, number) for number in range(MANY)]:
+            done.result()
+    assert [state_of(net) for net in nets] == before
+    left = [thread for thread in threading.enumerate() if thread.ident not in alive]
+    assert not [thread for thread in left if not thread.daemon]
+    assert len(left) <= MANY  # parked in the pool, one for each trace that ran at a time

@@ -107,7 +107,7 @@ class Hooks:
 
     def remove(self) -> None:
         """Take everything off the model."""
-        for where, key in self._placed:
+        for where, key in reversed(self._placed):
             where.pop(key, None)
         for undo in self._skippables.values():
             undo()
@@ -116,14 +116,14 @@ class Hooks:
         self.subscriber = None
 
     def _put_before(self, module: nn.Module, hook: Any, is_first: bool = False) -> None:
-        key = self._put(module._forward_pre_hooks, hook, is_first)
-        self._placed.append((module._forward_pre_hooks_with_kwargs, key))
-        module._forward_pre_hooks_with_kwargs[key] = True
+        # The mark before the hook, and off after it: another thread may call the module meanwhile.
+        key = self._put(module._forward_pre_hooks_with_kwargs, True)
+        self._put(module._forward_pre_hooks, hook, is_first, key)
 
-    def _put(self, where: Any, hook: Any, is_first: bool = False) -> int:
-        key = next(_keys)
+    def _put(self, where: Any, what: Any, is_first: bool = False, key: int | None = None) -> int:
+        key = next(_keys) if key is None else key
         self._placed.append((where, key))  # noted first: Ctrl-C may come behind any line
-        where[key] = hook
+        where[key] = what
         if is_first:
             where.move_to_end(key, last=False)
         return key
@@ -134,8 +134,10 @@ def is_elsewhere(thread: int) -> bool:
     return this_thread() != thread or current_backward() != NO_BACKWARD
 
 
+# A call in another thread may find the hook, and then its mark (that it takes keywords) taken off:
+# there `kwargs` is missing.
 def _before(
-    thread: int, subscriber: Subscriber, watch: Watch, _: nn.Module, args: Any, kwargs: Any
+    thread: int, subscriber: Subscriber, watch: Watch, _: nn.Module, args: Any, kwargs: Any = None
 ) -> Any:
     if is_elsewhere(thread):
         return None

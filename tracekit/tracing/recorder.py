@@ -120,7 +120,7 @@ class Recorder:
             output = self._part(module, Slot.OUTPUT, output)
             self._add(module, Slot.OUTPUT, self._keep(self._copied(module, Slot.OUTPUT, output)))
 
-    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if is_elsewhere(self._thread):
             return
         inputs = self._part(module, Slot.INPUT, (args, kwargs))
