@@ -483,3 +483,51 @@ def test_edits_come_before_a_block_that_stands_in_place_too(gpt2: Model) -> None
         with halving.generate(IDS, **LOGITS) as tracer:
             last = [gpt2.lm_head.output[:, -1] for _ in tracer.all()]
     assert torch.equal(torch.stack(last), halved(gpt2, gpt2.module.transformer.h[0]))
+
+
+# -- beside everything else -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_own_steps", [False, True])
+def test_a_trace_that_stops_stops_the_run_of_an_edited_model_too(
+    gpt2: Model, has_own_steps: bool
+) -> None:
+    if has_own_steps:
+        with gpt2.edit() as (tracer, edited):
+            for _ in tracer.iter[:]:
+                gpt2.transformer.h[0].output[:] /= 2
+    else:
+        with gpt2.edit() as edited:
+            gpt2.transformer.h[0].output[:] /= 2
+    calls: list[int] = []
+    handle = gpt2.lm_head.module.register_forward_hook(lambda *_: calls.append(1))
+    with edited.generate(IDS, max_new_tokens=4) as tracer:
+        gpt2.transformer.h[0].output
+        tracer.stop()
+    handle.remove()
+    assert not calls
+
+
+def test_an_edit_sees_the_whole_batch_of_several_invokes(gpt2: Model) -> None:
+    with gpt2.edit() as edited:
+        gpt2.transformer.h[0].output[:] /= 2
+    with edited.trace() as tracer:
+        with tracer.invoke(IDS):
+            seen = gpt2.transformer.h[0].output
+            first = gpt2.lm_head.output[:, -1]
+        with tracer.invoke(IDS[:, :2]):
+            second = gpt2.lm_head.output[:, -1]
+    with gpt2.trace(IDS):
+        whole = gpt2.transformer.h[0].output
+    torch.testing.assert_close(seen, whole / 2)
+    torch.testing.assert_close(first, edited(IDS).logits[:, -1])
+    torch.testing.assert_close(second, edited(IDS[:, :2]).logits[:, -1])
+
+
+def test_a_dry_run_finds_an_edit_that_does_not_fit() -> None:
+    model = Model(small())
+    with model.edit() as edited:
+        model[0].output = model[0].output[:, :2]
+    with pytest.raises(MisfitError):
+        with edited.scan(X):
+            pass

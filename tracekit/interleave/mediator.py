@@ -134,6 +134,7 @@ class Mediator:
         self.error: BaseException | None = None  # what the block ended with
         self.has_stopped = False  # tracer.stop() was called
         self.has_skipped = False
+        self.is_lasting = False  # it is an edit: the run does not go on for it alone
         self.rounds: list[list[Site]] | None = None  # for a block that runs anew in each step:
         # what it asked for in each of its rounds so far
         self.has_finished_a_round = False
@@ -278,11 +279,11 @@ class Mediator:
     @property
     def is_at_work(self) -> bool:
         """Whether the run goes on for this block: it has not ended, and is no lasting edit."""
-        return self.state is not State.DONE and self.rounds is None
+        return self.state is not State.DONE and not self.is_lasting
 
     def overlaps(self, other: Mediator) -> bool:
         """Whether `other` is another block that sees, and may keep, some of the same rows."""
-        return other is not self and other.rounds is None and None in (self.rows, other.rows)
+        return other is not self and not other.is_lasting and None in (self.rows, other.rows)
 
     def shown(self, visit: Visit, value: object) -> Reply:
         """The worker's part of a value that the model does not go on with."""

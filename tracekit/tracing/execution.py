@@ -92,6 +92,7 @@ class Execution:
             self._tree.refresh_if_changed()
             for place, intervention in enumerate((*self._edits, *interventions)):
                 mediator = self._new_mediator(place, intervention)
+                mediator.is_lasting = place < len(self._edits)
                 run_beside(mediator, intervention.body, self._grad)
         error = self._run()
         checked: BaseException | None = None
