@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 from weakref import ref
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from tests.tiny_models import make
 from tests.tracing.plain import X, changing, plain_hooks, small, state_of
@@ -233,6 +235,39 @@ def test_a_scan_in_the_block_of_a_trace_of_the_same_model() -> None:
     assert shape == (7, 4)
     assert type(real) is type(end) is Tensor
     assert torch.equal(end, model.module(X))
+
+
+def test_weights_that_accelerate_brings_are_left_where_they_are() -> None:
+    module = small()
+    expected = module(X)
+    model = Model(accelerate.cpu_offload(module))
+    with model.scan(X):
+        shapes = [model[0].output.shape, model.output.shape]
+        weight = model[0].weight
+    assert shapes == [(3, 4), (3, 4)]
+    assert weight.shape == (4, 4)
+    assert model.module[0].weight.is_meta
+    assert torch.equal(model.module(X), expected)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, weight_norm, spectral_norm])
+def test_modules_that_are_wrapped_are_copied(wrap: Callable[[nn.Module], Any]) -> None:
+    module = small()
+    module[0] = wrap(module[0])
+    before = values_of(module)
+    model = Model(module.train())
+    with model.scan(X):
+        y = model.output
+    assert y.shape == (3, 4)
+    assert same(values_of(module), before)
+
+
+def test_a_value_of_a_dry_run_is_refused_by_a_real_one() -> None:
+    model = Model(small())
+    with model.scan(X):
+        fake = model[0].output
+    with pytest.raises(errors.MisfitError, match="without numbers"), model.trace(X):
+        model[0].output = fake
 
 
 def test_a_generator_that_is_suspended_in_a_scan_leaves_others_alone() -> None:

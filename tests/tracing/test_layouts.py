@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -222,3 +223,9 @@ def test_a_model_without_weights_shows_its_layouts() -> None:
     tree.load_first = lambda: pytest.fail("the weights were loaded")
     layouts = layouts_of(tree, lambda n: lambda other: other.root(torch.zeros(n, 3, 4)))
     assert layouts.of(Site("model.0", Slot.OUTPUT), torch.zeros(2, 3, 4), 2) == [Layout(0, 1)]
+
+
+def test_layouts_of_weights_that_accelerate_brings() -> None:
+    model = accelerate.cpu_offload(Flattens())
+    assert of(model, torch.randn(2, 3, 4), "model.flat", torch.zeros(14, 4), 2) == Layout(0, 7)
+    assert model.flat.weight.is_meta

@@ -143,8 +143,3 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__:
     if a.dim() == 3 and b.dim() == 2:
         return a.new_empty(a.shape[1], b.shape[1])
     return a.new_empty(*a.shape[:-1], b.shape[-1])
-
-
-def is_fake(value: object) -> bool:
-    """Whether `value` is a tensor without numbers."""
-    return isinstance(value, FakeTensor)

@@ -9,8 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from tracekit.core.dry import is_fake
-from tracekit.core.nest import Nest, map_leaves
+from tracekit.core.nest import Nest, is_fake, map_leaves
 
 _PLAIN = (
     bool,

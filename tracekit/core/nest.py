@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # A tensor, or any container of tensors and other values that a module may take or return.
 Nest: TypeAlias = Any  # a model's own values have no better common type
@@ -69,6 +70,11 @@ def replace_first_tensor(nest: Nest, value: object) -> Nest:
     return map_leaves(lambda leaf: value if leaf is found else leaf, nest)
 
 
+def is_fake(value: object) -> bool:
+    """Whether `value` is a tensor without numbers, of a dry run."""
+    return isinstance(value, FakeTensor)
+
+
 def describe(value: object) -> str:
     """One line for people: `Tensor[1, 10, 768] float32 cpu`, `tuple of 2`, `DynamicCache`."""
     if isinstance(value, Tensor):
@@ -105,6 +111,8 @@ def misfit(new: Nest, old: Nest, where: str = "the value") -> str | None:
 def _tensor_misfit(new: object, old: Tensor, where: str) -> str | None:
     if not isinstance(new, Tensor):
         return f"{where} was {describe(old)}, and {describe(new)} was written"
+    if is_fake(new) and not is_fake(old):
+        return f"{where} was {describe(old)}, and one without numbers, of a dry run, was written"
     if new.shape == old.shape and new.dtype == old.dtype and new.device == old.device:
         return None
     return f"{where} was {describe(old)}, and {describe(new)} was written"

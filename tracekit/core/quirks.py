@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,6 +20,17 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     `named_children` leaves out repeated ones, and then indices of a list would be off.
     """
     return module._modules  # pyright: ignore[reportPrivateUsage] - no public way to get repeated ones
+
+
+def at_rest(hook: Any) -> Any:
+    """A copy of an accelerate hook that brings no weights (AlignDevicesHook, SequentialHook; 1.1 to
+    1.15); what it does besides, such as moving inputs between devices, it still does."""
+    found = copy.copy(hook)
+    if hasattr(found, "hooks"):
+        found.hooks = tuple(at_rest(each) for each in found.hooks)
+    elif getattr(found, "offload", False):
+        found.offload, found.weights_map, found.execution_device = False, None, "cpu"
+    return found
 
 
 def is_checkpointing(module: nn.Module) -> bool:

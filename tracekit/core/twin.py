@@ -15,16 +15,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tracekit.core.nest import tensors
+from tracekit.core.quirks import at_rest
 from tracekit.core.tree import Tree
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def twin(tree: Tree, exchange: Callable[[Tensor], Tensor], keeps: Callable[[Any], bool]) -> Tree:
+def twin(
+    tree: Tree,
+    exchange: Callable[[Tensor], Tensor],
+    keeps: Callable[[Any], bool],
+    has_weights: bool = True,
+) -> Tree:
     """The twin of the model of `tree`, with `exchange(tensor)` for each of its tensors.
 
     Of the hooks on its modules it has those that `keeps` says yes to, and none of a run that is
-    under way. Raises whatever copying a module raises that can't be copied.
+    under way. Without `has_weights`, accelerate's hooks bring none. Raises whatever copying a
+    module raises that can't be copied.
     """
     memo: dict[int, Any] = {}
     for module in tree.root.modules():
@@ -32,6 +39,9 @@ def twin(tree: Tree, exchange: Callable[[Tensor], Tensor], keeps: Callable[[Any]
         for tensor in tensors(state):  # parameters, buffers, and what is neither
             if id(tensor) not in memo:
                 memo[id(tensor)] = exchange(tensor)
+        offload = state.get("_hf_hook")  # it holds the weights that are not on the model
+        if offload is not None:
+            memo[id(offload)] = offload if has_weights else at_rest(offload)
         for name in _HOOKS:
             hooks: dict[int, Any] = state[name]
             # PyTorch's keys count up from 0; those below are of tracekit's own runs

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tracekit.core.dry import is_fake
-from tracekit.core.nest import tensors
+from tracekit.core.nest import is_fake, tensors
 
 UNKNOWN: Final = -1
 

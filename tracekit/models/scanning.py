@@ -13,12 +13,14 @@ from tracekit.core.twin import copied, twin
 from tracekit.errors import DryRunError
 from tracekit.models.generation import run
 
+_NUMBERS = "making a tensor of others' numbers needs them, and a dry run has none"
+
 
 def fake_twin(tree: Tree) -> Tree:
     """A twin of the model on fake tensors."""
     mode = DryMode()
     try:
-        found = twin(tree, mode.fake_tensor, lambda _: True)
+        found = twin(tree, mode.fake_tensor, lambda _: True, has_weights=False)
     except Exception as error:
         raise DryRunError(
             f"{type(tree.root).__name__} can't be run dry, as it can't be copied "
@@ -35,8 +37,12 @@ def run_dry(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     given = copied((args, kwargs), mode.fake_tensor)  # a kv_cache that is handed in is filled
     try:
         return run(tree, *given)
-    except DryRunError as error:
-        why = f"at {_place(error)} {error.args[0].partition(': ')[0]}"
+    except (DryRunError, RuntimeError) as error:
+        is_numberless = isinstance(error, DryRunError) or "data is not allocated" in str(error)
+        if not is_numberless:
+            raise
+        what = error.args[0].partition(": ")[0] if isinstance(error, DryRunError) else _NUMBERS
+        why = f"at {_place(error)} {what}"
     raise DryRunError(
         f"{type(tree.root).__name__} can't be run dry: {why}. Write trace() for scan(), on a small "
         f"input."

@@ -176,7 +176,7 @@ def _cannot_tell(site: Site, tensor: Tensor, why: str) -> RowsError:
 
 def _dry_sizes(tree: Tree, call_with: CallWith, rows: int, knows_integers: bool = False) -> _Sizes:
     run, mode = call_with(rows), DryMode(knows_integers)
-    copied = twin(tree, mode.fake_tensor, _is_of_a_library)
+    copied = twin(tree, mode.fake_tensor, _is_of_a_library, has_weights=False)
     copied.root.register_forward_pre_hook(partial(_faked, mode), with_kwargs=True)
     seen = _watched(copied, _size)
     with mode, torch.no_grad():
