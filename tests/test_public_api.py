@@ -17,6 +17,7 @@ PUBLIC = [
     "LanguageModel",
     "Model",
     "Note",
+    "Outcome",
     "Tracer",
     "TracekitError",
     "TracekitWarning",

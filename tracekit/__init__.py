@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tracekit.models.language import LanguageModel
     from tracekit.models.model import Model
     from tracekit.tracing.cache import Cache
+    from tracekit.tracing.declared import Outcome
     from tracekit.tracing.entries import Entries, Entry
     from tracekit.tracing.envoy import Envoy
     from tracekit.tracing.gradients import backward
@@ -32,6 +33,7 @@ _HOMES = {
     "LanguageModel": "tracekit.models.language",
     "Model": "tracekit.models.model",
     "Note": "tracekit.core.keep",
+    "Outcome": "tracekit.tracing.declared",
     "Tracer": "tracekit.tracing.tracer",
     "TracekitError": "tracekit.errors",
     "TracekitWarning": "tracekit.errors",
@@ -48,6 +50,7 @@ __all__ = [
     "LanguageModel",
     "Model",
     "Note",
+    "Outcome",
     "TracekitError",
     "TracekitWarning",
     "Tracer",

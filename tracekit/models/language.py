@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from tracekit.capture import caller_frame, is_with_item, showing_own_lines
+from tracekit.capture import showing_own_lines
 from tracekit.core.renames import Rename
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError, LoadingError
@@ -122,11 +122,12 @@ class LanguageModel(Model):
         token, and `tracer.result` is the tokens; anywhere else the tokens are returned. Takes
         everything that `transformers.generate` takes; `progress=True` shows a bar.
         """
-        if is_without_input(args, kwargs) and is_with_item(caller_frame()):
-            return self._tracer(self._batch(kwargs, generate, "generate"), grad=False)
+        return super().generate(*args, **kwargs)
+
+    def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         prepared = self._prepared(args, kwargs, for_generate=True)
         inputs = self._completed(prepared, for_generate=True)
-        return self._traced_or_run(lambda end_step=None: generate(self._tree, end_step, (), inputs))
+        return lambda end_step=None: generate(self._tree, end_step, (), inputs)
 
     @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

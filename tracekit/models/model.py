@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, final, overload
 
 from torch import nn
@@ -17,10 +17,12 @@ from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import generate, run
 from tracekit.models.scanning import fake_twin, run_dry
+from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.execution import Intervention, TracedCall, run_edited
+from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
 from tracekit.tracing.tracer import Tracer
 
@@ -74,27 +76,48 @@ class Model(Envoy):
 
         Takes what the module's own `generate` takes (Hugging Face: `max_new_tokens`, …).
         """
+        if is_with_item(caller_frame()):
+            return self.generation(*args, **kwargs)
+        self._check_generates()
         call = self._generation(args, kwargs)
-        if is_without_input(args, kwargs) and is_with_item(caller_frame()):
-            batch = self._batch(kwargs, generate, "generate")
-            return self._tracer(batch, grad=False)
-        return self._traced_or_run(call)
+        return self._edited(call, grad=False) if self._edits else call()
+
+    @showing_own_lines
+    def generation(self, *args: Any, **kwargs: Any) -> Tracer:
+        """The tracer of `with model.generate(...)`, wherever it stands.
+
+        For an ExitStack, or to run a function: `model.generation(x, ...).run(function)`.
+        """
+        self._check_generates()
+        if is_without_input(args, kwargs):
+            return self._tracer(self._batch(kwargs, generate, "generate"), grad=False)
+        call = self._generation(args, kwargs)
+        return self._tracer(call, grad=False)  # generate runs without gradients
+
+    @showing_own_lines
+    def run(
+        self, *args: Any, capture: Selector = (), edits: Iterable[Any] = (), **kwargs: Any
+    ) -> Outcome:
+        """One forward pass with no block: what to record, and what to edit, said in data.
+
+        `model.run(x, capture="layers.*", edits=[("layers.3.mlp", lambda h: h * 2)])` returns an
+        Outcome, with `.result` and `.cache`. All else goes to the forward pass, as in `trace`;
+        `Tracer.run` says what `capture` and `edits` take.
+        """
+        return self.trace(*args, **kwargs).run(capture=capture, edits=edits)
 
     def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        return lambda end_step=None: generate(self._tree, end_step, args, kwargs)
+
+    def _check_generates(self) -> None:
         module = self.module
         if not callable(getattr(module, "generate", None)):
             raise InputError(f"{type(module).__name__} has no generate().")
-        return lambda end_step=None: generate(self._tree, end_step, args, kwargs)
 
     def _batch(
         self, shared: dict[str, Any], call: Callable[..., Any], kind: str, twin: Tree | None = None
     ) -> Batch:
         return Batch(_Joined(shared), twin or self._tree, call, kind)
-
-    def _traced_or_run(self, call: Callable[..., Any]) -> Any:
-        if is_with_item(caller_frame()):
-            return self._tracer(call, grad=False)  # generate runs without gradients
-        return self._edited(call, grad=False) if self._edits else call()
 
     @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -112,6 +112,13 @@ class Cache(Mapping[str, Entries]):
         return list(self.items())[:12]
 
 
+def empty_cache() -> Cache:
+    """The complete cache of a run that recorded nothing."""
+    cache = Cache()
+    cache._freeze({}, {}, [])  # pyright: ignore[reportPrivateUsage] - same file
+    return cache
+
+
 @final
 class Branch:
     """A place on the way to recorded modules: `cache.model.transformer`."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Any, cast, final
+from typing import Any, TypeVar, cast, final, overload
 
 import torch
 
@@ -15,15 +15,18 @@ from tracekit.capture import (
     capture,
     drop_machinery,
     show_own_lines,
+    showing_own_lines,
 )
 from tracekit.core.keep import Keep
 from tracekit.core.settings import settings
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.errors import CacheError, CaptureError, OutsideTraceError
+from tracekit.errors import CacheError, CaptureError, InputError, OutsideTraceError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.cache import Cache
+from tracekit.tracing.called import Called, call_of
+from tracekit.tracing.declared import Outcome, run_declared
 from tracekit.tracing.execution import Execution, Intervention, TracedCall
 from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
@@ -31,6 +34,8 @@ from tracekit.tracing.quiet import asks_for_nothing
 from tracekit.tracing.select import Selector
 from tracekit.tracing.steps import Steps
 from tracekit.tracing.ways import Lifted, Quiet, Way
+
+T = TypeVar("T")
 
 
 @final
@@ -148,6 +153,54 @@ class Tracer:
                 f"need there, as in `out = tracer.result`."
             )
         return mediator
+
+    # -- without a block ------------------------------------------------------------------------
+
+    @overload
+    def run(self, function: Callable[..., T]) -> T: ...
+    @overload
+    def run(self, *, capture: Selector = (), edits: Iterable[Any] = ()) -> Outcome: ...
+    @showing_own_lines
+    def run(
+        self,
+        function: Callable[..., T] | None = None,
+        *,
+        capture: Selector = (),
+        edits: Iterable[Any] = (),
+    ) -> T | Outcome:
+        """Run a function in the place of a block, and return what it returns.
+
+        It is called as `function()`, or as `function(tracer)` if it requires an argument, and may
+        do all that a block may; it needs no source. It returns None if it said `tracer.stop()`.
+
+        Without a function: record the modules of `capture` (as `tracer.cache` takes them), make
+        the `edits`, and return an Outcome, with `.result` and `.cache`. An edit is a pair of
+        modules and what becomes of their `.hidden`: a function of it (which returns the new value,
+        or None if it changed it in place), a tensor to write, or a number. NeverRanError if one
+        was not made.
+        """
+        if self._way is not None or not callable(self._call):
+            what = "this trace has one" if self._way is not None else "a trace of invokes needs one"
+            raise InputError(f"tracer.run() takes the place of a block, and {what}.")
+        if function is None:
+            return run_declared(self._tree, self._call, self._declared, capture, edits)
+        if capture != () or edits != ():
+            raise InputError("tracer.run() takes a function, or capture= and edits=, not both.")
+        way = Called(call_of(function, self), self._execution())
+        self._way, self._block, self._told = way, None, way.told
+        try:
+            failure = way.finish()
+        finally:
+            self._way = None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # its frames refer to this one
+        return way.value
+
+    def _declared(self, call: TracedCall, edits: Sequence[Intervention]) -> Execution:
+        return Execution(self._tree, call, self._grad, [*self._edits, *edits])
 
     # -- the with statement ---------------------------------------------------------------------
 

@@ -1,0 +1,126 @@
+"""A run said in data: what to capture and what to edit, with no block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias, cast, final
+
+import torch
+from torch import Tensor
+
+from tracekit.core.keep import Keep
+from tracekit.core.tree import Tree
+from tracekit.errors import InputError, NeverRanError
+from tracekit.tracing.cache import Cache, empty_cache
+from tracekit.tracing.envoy import Envoy
+from tracekit.tracing.execution import Execution, Intervention, TracedCall
+from tracekit.tracing.rounds import in_each_step
+from tracekit.tracing.select import Selector, select
+
+# What becomes of a hidden state: the value that a function returns (None: it changed it in place),
+# a tensor in its place, or a number everywhere in it.
+Change: TypeAlias = "Callable[[Any], Any] | Tensor | float"
+
+
+@final
+@dataclass(frozen=True)
+class Outcome:
+    """What a declared run gives: what the call returned, and the cache of what was captured."""
+
+    result: Any
+    cache: Cache
+
+
+@final
+class DeclaredEdit:
+    """One `(modules, change)`: the change is made to the `.hidden` of each, in each step."""
+
+    def __init__(self, tree: Tree, edit: object) -> None:
+        modules, self._change = _pair(edit)
+        found, named = select(tree, modules)
+        self._modules = modules
+        self._paths = {path: path in named for path in found}
+        self._envoys = [Envoy(tree, path) for path in found]
+        self._has_fired = False
+
+    def interventions(self) -> list[Intervention]:
+        """What runs beside the model, one for each module: they need not be in its order."""
+        return [
+            Intervention(
+                partial(in_each_step, partial(self._run, envoy), f"the edit of {envoy.path}"),
+                has_rounds=True,
+            )
+            for envoy in self._envoys
+        ]
+
+    def check(self) -> None:
+        """NeverRanError if it was not made at all."""
+        if not self._has_fired:
+            raise NeverRanError(
+                f"the edit of {self._modules!r} was not made: none of its modules ran."
+            )
+
+    def _run(self, envoy: Envoy) -> None:
+        try:
+            value = envoy.hidden
+        except NeverRanError:
+            if self._paths[envoy.path]:
+                raise
+            return  # one of several that a glob or a predicate found; another may run
+        self._has_fired = True
+        if isinstance(self._change, Tensor):
+            envoy.hidden = self._change
+        elif callable(self._change):
+            changed = self._change(value)
+            if changed is not None:
+                envoy.hidden = changed
+        else:
+            envoy.hidden = torch.full_like(value, self._change)
+
+
+def run_declared(
+    tree: Tree,
+    call: TracedCall,
+    start: Callable[[TracedCall, Sequence[Intervention]], Execution],
+    capture: Selector,
+    edits: Iterable[object],
+) -> Outcome:
+    """Run `call` with the edits made, and the modules of `capture` recorded.
+
+    `start` makes the Execution of a call and of the edits beside it. Raises UnknownPathError, with
+    near matches, for unknown modules, before anything runs.
+    """
+    made = [DeclaredEdit(tree, edit) for edit in edits]
+    results: list[Any] = []
+
+    def kept(end_step: Callable[[], None]) -> Any:
+        results.append(call(end_step))
+        return results[0]
+
+    execution = start(kept, [each for edit in made for each in edit.interventions()])
+    if isinstance(capture, tuple) and not capture:
+        cache = empty_cache()
+    else:
+        keep = Keep(torch.device("cpu"), None, detach=True, clone=False)
+        cache = execution.record(capture, keep, inputs=False, outputs=True, grads=False)
+    failure = execution.run([])
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure  # its frames refer to this one
+    for edit in made:
+        edit.check()
+    return Outcome(results.pop(), cache)
+
+
+def _pair(edit: object) -> tuple[Selector, Change]:
+    pair = cast("tuple[Any, ...]", edit) if isinstance(edit, (tuple, list)) else ()
+    if len(pair) != 2 or not (callable(pair[1]) or isinstance(pair[1], (Tensor, int, float))):
+        raise InputError(
+            f"edits= takes pairs of modules and what becomes of their .hidden: a function of it, a "
+            f"tensor or a number, as in ('transformer.h.0.mlp', lambda h: h * 2); not {edit!r:.80}."
+        )
+    return pair[0], pair[1]
