@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.tiny_models import make
 from tests.tracing.plain import X, is_same, plain_hooks, small, state_of
 from tracekit import Model
+from tracekit.errors import TracekitWarning
 
 
 def check(net: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -146,10 +147,15 @@ def test_a_compiled_model_runs_as_python_under_a_trace() -> None:
     compiled = torch.compile(net, backend="eager")
     compiled(X)
     model = Model(compiled)
-    with model.trace(X) as tracer:
-        value = model._orig_mod[0].output
-        model._orig_mod[1].output = torch.ones(3, 4)
-        result = tracer.result
+    with pytest.warns(TracekitWarning, match="was compiled by torch") as warned:
+        with model.trace(X) as tracer:
+            value = model._orig_mod[0].output
+            model._orig_mod[1].output = torch.ones(3, 4)
+            result = tracer.result
+        with model.trace(X):
+            again = model._orig_mod[0].output
+    assert [warning.filename for warning in warned] == [__file__]  # once
+    assert torch.equal(again, net[0](X))
     assert torch.equal(value, net[0](X))
     assert torch.equal(result, net[2](torch.ones(3, 4)))
     assert torch.equal(compiled(X), net(X))

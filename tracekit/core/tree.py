@@ -38,6 +38,7 @@ class Tree:
         self._states: list[dict[str, Any]] = []  # each module's __dict__
         self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
         self.aliases: dict[str, str] = {}  # second paths of shared modules, and renames
+        self.was_told_eager = False  # the user, that what is compiled runs as Python
         self.shared: list[str] = []  # canonical paths of those that can be called
         self._renamed: dict[str, dict[str, str]] = {}
         self.order: dict[str, int] = {}  # canonical paths, in tree order

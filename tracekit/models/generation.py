@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 
+from tracekit.capture import caller_frame
 from tracekit.core.tree import Tree
+from tracekit.errors import TracekitWarning
 
 
 def generate(
@@ -37,8 +40,11 @@ def _generate(
     tree: Tree, end_step: Callable[[], None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     module: Any = tree.root
-    if end_step is None or not _is_transformers(module):
+    if end_step is None:
         return module.generate(*args, **kwargs)
+    if not _is_transformers(module):
+        with eager(tree):
+            return module.generate(*args, **kwargs)
     names = list(inspect.signature(type(module).generate).parameters)[1:]
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     kwargs["stopping_criteria"] = _with_end_of_step(kwargs.get("stopping_criteria"), end_step)
@@ -54,8 +60,23 @@ def run(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def eager(tree: Tree) -> AbstractContextManager[Any]:
-    """Run compiled parts as Python: hooks placed after a compilation do not fire in it."""
-    return torch.compiler.set_stance("force_eager") if tree.is_compiled() else nullcontext()
+    """Run compiled parts as Python: hooks placed after a compilation do not fire in it.
+
+    Says so once for each model.
+    """
+    if not tree.is_compiled():
+        return nullcontext()
+    if not tree.was_told_eager:
+        tree.was_told_eager = True
+        frame = caller_frame()
+        warnings.warn_explicit(
+            f"{type(tree.root).__name__} was compiled by torch; under a trace it runs as Python, "
+            f"and slower: what is compiled can't be seen or changed. Outside it stays compiled.",
+            TracekitWarning,
+            frame.f_code.co_filename,
+            frame.f_lineno,
+        )
+    return torch.compiler.set_stance("force_eager")
 
 
 def _is_transformers(module: Any) -> bool:
