@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -614,6 +615,51 @@ def test_save_is_left_alone_where_no_helper_is_given(tmp_path: Path) -> None:
     run = load(text, tmp_path / "unsaved.py")["run"]
     assert run(lambda: FakeTracer(helpers={}), Box()) == 7
     assert run(FakeTracer, Box())[0] == "saved"
+
+
+class Loss:
+    """Something with a `backward` that no `with` can enter, as torch's."""
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        self.called = args, kwargs
+
+
+@contextmanager
+def opened(owner: object, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    yield owner, args, kwargs
+
+
+def test_backward_becomes_the_helper_where_a_with_enters_it() -> None:
+    loss = Loss()
+
+    def open_loss(number: int) -> Any:
+        with loss.backward(number) as entered:  # type: ignore[attr-defined]
+            return entered
+
+    with FakeTracer(helpers={"backward": opened}):
+        with loss.backward() as first:  # type: ignore[attr-defined]
+            inside = 1
+        with opened(2) as other, loss.backward(3, key=inside) as second:  # type: ignore[attr-defined]
+            pass
+
+        def nested() -> Any:
+            with loss.backward(4) as entered:  # type: ignore[attr-defined]
+                return entered
+
+        third = nested()
+        with FakeTracer(helpers={"backward": opened}):
+            with loss.backward(5) as fourth:  # type: ignore[attr-defined]
+                pass
+        plain = loss.backward(6)  # not a `with`
+    assert first == (loss, (), {})
+    assert other[0] == 2
+    assert second == (loss, (3,), {"key": 1})
+    assert third == (loss, (4,), {})
+    assert fourth == (loss, (5,), {})
+    assert plain is None
+    assert loss.called == ((6,), {})
+    with pytest.raises((TypeError, AttributeError)):  # functions around the block are as written
+        open_loss(7)
 
 
 def test_one_place_serves_many_frames_at_once() -> None:
