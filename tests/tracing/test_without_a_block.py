@@ -276,3 +276,8 @@ def test_an_error_in_a_change_shows_its_line(model: Model) -> None:
         model.run(X, edits=[("1", lambda hidden: hidden / (1 // 0))])
     entries = traceback.extract_tb(caught.value.__traceback__)
     assert [entry.filename for entry in entries] == [__file__] * 2
+
+
+def test_an_outcome_is_shown_by_shapes(model: Model) -> None:
+    shown = repr(model.run(X, capture=["1"]))
+    assert shown.startswith("Outcome(result=Tensor[3, 4] float32 cpu, cache=Cache(1 modules")

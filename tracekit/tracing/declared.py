@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tracekit.core.keep import Keep
+from tracekit.core.nest import describe
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError, NeverRanError
 from tracekit.tracing.cache import Cache, empty_cache
@@ -31,6 +32,9 @@ class Outcome:
 
     result: Any
     cache: Cache
+
+    def __repr__(self) -> str:
+        return f"Outcome(result={describe(self.result)}, cache={self.cache!r})"
 
 
 @final
