@@ -29,6 +29,8 @@ class Work(Enum):
     EMPTY = "empty trace"
     READ = "1 live read"
     READS = "12 live reads"
+    STORED = "12 stored reads"
+    MANY_STORED = "48 stored reads"
     CACHE_12 = "cache(12 modules)"
     CACHE_ALL = "cache()"
     GENERATE = "generate, outside a trace"
@@ -141,6 +143,7 @@ def tracekit(subject: Subject) -> Contender:
     ids = subject.ids
     places = [_envoy(model, path) for path in subject.places]
     layers = [_envoy(model, path) for path in subject.layers]
+    many = [_envoy(model, path) for path in subject.many_places]
     return Contender(
         "tracekit",
         partial(subject.module, input_ids=ids, use_cache=False),
@@ -149,6 +152,8 @@ def tracekit(subject: Subject) -> Contender:
             Work.EMPTY: partial(_empty, model, ids),
             Work.READ: partial(_reads, model, ids, places[:1]),
             Work.READS: partial(_reads, model, ids, places),
+            Work.STORED: partial(_stored, model, ids, places),
+            Work.MANY_STORED: partial(_stored, model, ids, many),
             Work.CACHE_12: partial(_cache, model, ids, places),
             Work.CACHE_ALL: partial(_cache, model, ids, None),
             Work.GENERATE_EMPTY: partial(_generate_empty, model, ids),
@@ -179,6 +184,16 @@ def _empty(model: Any, ids: Tensor) -> None:
 
 
 def _reads(model: Any, ids: Tensor, places: list[Any]) -> list[Any]:
+    values: list[Any] = []
+    with model.trace(ids, use_cache=False):
+        for place in places:
+            value = place.output
+            assert value is not None  # it is used, so it has to be here
+            values.append(value)
+    return values
+
+
+def _stored(model: Any, ids: Tensor, places: list[Any]) -> list[Any]:
     values: list[Any] = []
     with model.trace(ids, use_cache=False):
         for place in places:
@@ -217,6 +232,7 @@ def nnsight(subject: Subject) -> Contender:
     ids = own.ids
     places = [_envoy(model, path) for path in own.places]
     layers = [_envoy(model, path) for path in own.layers]
+    many = [_envoy(model, path) for path in own.many_places]
     forward = partial(own.module, input_ids=ids, use_cache=False)
     return Contender(
         "nnsight",
@@ -226,6 +242,8 @@ def nnsight(subject: Subject) -> Contender:
             Work.EMPTY: partial(_empty, model, ids),
             Work.READ: partial(_reads, model, ids, places[:1]),
             Work.READS: partial(_reads, model, ids, places),
+            Work.STORED: partial(_stored, model, ids, places),
+            Work.MANY_STORED: partial(_stored, model, ids, many),
             Work.CACHE_12: partial(_cache, model, ids, places),
             Work.CACHE_ALL: partial(_cache, model, ids, None),
             Work.GENERATE_EMPTY: partial(_generate_empty, model, ids),
@@ -310,8 +328,9 @@ def agree(subject: Subject, everybody: list[Contender]) -> None:
     for name in ("tracekit", "nnsight"):
         if name not in works:
             continue
-        read = works[name][Work.READS]()
-        _check(name, Work.READS, read, list(by_hand[Work.CACHE_12]().values()))
+        for work in (Work.READS, Work.STORED):
+            read = works[name][work]()
+            _check(name, work, read, list(by_hand[Work.CACHE_12]().values()))
         for work in (Work.CACHE_12, Work.CACHE_ALL, Work.GENERATE_CACHE):
             kept, expected = works[name][work](), by_hand[work]()
             for path, value in expected.items():

@@ -37,6 +37,12 @@ class Subject:
             return self.layers[:READS]
         return [f"{layer}.{part}" for layer in self.layers for part in ("ln_1", "attn", "mlp")]
 
+    @property
+    def many_places(self) -> list[str]:
+        """Four paths of each of twelve blocks, in the model's order; all there are with fewer."""
+        parts = ("ln_1", "attn", "ln_2", "mlp")
+        return [f"{layer}.{part}" for layer in self.layers[:READS] for part in parts]
+
     def copied(self) -> Subject:
         """The same with a module of its own, for libraries that change the module they wrap."""
         return Subject(self.title, copy.deepcopy(self.module), self.tokenizer, self.ids)

@@ -5,6 +5,7 @@ Knows nothing of models and imports no torch.
 
 from tracekit.capture.block import Block, Body, capture
 from tracekit.capture.family import Family, Member
+from tracekit.capture.forecast import Plan
 from tracekit.capture.frames import (
     caller_frame,
     is_running,
@@ -20,6 +21,7 @@ from tracekit.capture.tracebacks import (
     showing_own_lines,
     user_traceback,
 )
+from tracekit.capture.world import Scope, Unsure
 
 __all__ = [
     "Block",
@@ -27,7 +29,10 @@ __all__ = [
     "Family",
     "LastingBody",
     "Member",
+    "Plan",
+    "Scope",
     "Skip",
+    "Unsure",
     "caller_frame",
     "capture",
     "drop_machinery",

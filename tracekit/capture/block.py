@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 from tracekit.capture.bytecode import BodyStart, body_start
 from tracekit.capture.extract import check, is_empty
 from tracekit.capture.family import CellSpot, ItemSpot, Member, Spot
+from tracekit.capture.forecast import Plan, groups
 from tracekit.capture.locate import FUTURES, Place, locate
 from tracekit.capture.percode import PerCode
 from tracekit.capture.rewrite import (
@@ -118,6 +119,16 @@ class Block:
     _compiled: dict[_Form, CompiledBody] = field(
         default_factory=dict["_Form", CompiledBody], repr=False
     )
+    _plans: dict[int | None, Plan] = field(default_factory=dict["int | None", Plan], repr=False)
+
+    def plan(self, group: int | None = None) -> Plan:
+        """The forecast of the whole block, or of the `group`-th run of statements in it."""
+        known = self._plans.get(group)
+        if known is None:
+            body, shared = self.tree.body, self.names.shared
+            statements = body if group is None else groups(body, shared)[group]
+            known = self._plans[group] = Plan(statements, shared)
+        return known
 
     def compiled(self, form: _Form) -> CompiledBody:
         known = self._compiled.get(form)

@@ -19,6 +19,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
 from tracekit.capture.extract import check_namespace
+from tracekit.capture.forecast import call_before_groups
 from tracekit.capture.locate import quiet_compiler, remember_origin
 from tracekit.capture.scope import own_names
 from tracekit.capture.siblings import bound_by_siblings, waiting_for
@@ -36,7 +37,8 @@ _BODY: Final = f"{HIDDEN}body"
 SAVE: Final = "save"
 WAIT: Final = "wait"
 BACKWARD: Final = "backward"
-HELPERS: Final = (SAVE, BACKWARD)  # what a tracer gives its blocks
+AHEAD: Final = "ahead"
+HELPERS: Final = (SAVE, BACKWARD, AHEAD)  # what a tracer gives its blocks
 _SEE_ALL: Final = frozenset(
     {"locals", "vars", "dir", "eval", "exec", "breakpoint", "set_trace", "embed"}
 )
@@ -62,7 +64,7 @@ def compile_function_body(place: Place, names: FrameNames, helpers: Sequence[str
     """The body for a frame of a function, or of a module (whose names are all global)."""
     visible = _visible(place, names)
     first_argument = _first_argument(place) if "__class__" in names.shared else None
-    statements = _OwnScope(first_argument).rewrite(_statements(place, helpers))
+    statements = _OwnScope(first_argument).rewrite(_statements(place, names, helpers))
     parameters = sorted(visible | {helper_name(name) for name in helpers})
     first = _body_code(_compile(place, names, parameters, statements))
     bound = {
@@ -105,7 +107,7 @@ def _visible(place: Place, names: FrameNames) -> set[str]:
 def compile_namespace_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CompiledBody:
     """The body for a class body, or for `exec` with its own locals: it runs in that namespace."""
     check_namespace(place, names.shared)
-    code = _compile_tree(ast.Module(_statements(place, helpers), []), place, names)
+    code = _compile_tree(ast.Module(_statements(place, names, helpers), []), place, names)
     code = _with_own_name(code, names.function_name, _qualified_name(place))
     remember_origin(code, place.source)
     return CompiledBody(code, frozenset())
@@ -178,8 +180,10 @@ def _made(kind: Any, **fields: object) -> ast.stmt:
     )
 
 
-def _statements(place: Place, helpers: Sequence[str]) -> list[ast.stmt]:
+def _statements(place: Place, names: FrameNames, helpers: Sequence[str]) -> list[ast.stmt]:
     statements = _calling(helpers, place.statement.body)
+    if AHEAD in helpers:
+        call_before_groups(statements, names.shared, helper_name(AHEAD))
     if WAIT not in helpers:
         return statements
     return waiting_for(bound_by_siblings(place), helper_name(WAIT), statements)

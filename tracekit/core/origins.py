@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Final, final
+from typing import Final, NamedTuple, final
 from weakref import ReferenceType, ref
 
 from torch import Tensor
@@ -38,13 +38,11 @@ class Rows:
     part: Part
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Origin:
+class Origin(NamedTuple):  # one is made for each tensor that is read: a dataclass costs more
     """What is known of one tensor."""
 
     tensor: ReferenceType[Tensor]
-    label: str | None = None  # the visit where a block got it
+    label: object = None  # the visit where a block got it
     had_grad: bool = True  # whether the model computed under grad mode then
     rows: Rows | None = None
 
@@ -55,7 +53,7 @@ _origins: Final[dict[int, Origin]] = {}
 def note_visit(label: object, nest: Nest, had_grad: bool) -> None:
     """Remember that a block got every tensor in `nest` at `label`."""
     for tensor in tensors(nest):
-        _put(tensor, replace(_entry(tensor), label=str(label), had_grad=had_grad))
+        _put(tensor, _entry(tensor)._replace(label=label, had_grad=had_grad))
 
 
 def stands_for(view: Tensor, base: Tensor, axis: int, start: int, stop: int) -> None:
@@ -64,7 +62,7 @@ def stands_for(view: Tensor, base: Tensor, axis: int, start: int, stop: int) -> 
     The gradient of `view` then means these rows of the gradient of `base`, which the model goes
     on with. Keeps `base` alive as long as `view`.
     """
-    _put(view, replace(_entry(view), rows=Rows(base, Part(axis, start, stop))))
+    _put(view, _entry(view)._replace(rows=Rows(base, Part(axis, start, stop))))
 
 
 def origin_of(tensor: Tensor) -> Origin | None:

@@ -38,3 +38,9 @@ def is_checkpointing(module: nn.Module) -> bool:
     kinds = (kind.__name__ for kind in type(module).__mro__)
     is_on = module.training and getattr(module, "gradient_checkpointing", False)
     return bool(is_on) and "GradientCheckpointingLayer" in kinds
+
+
+def is_config(value: object) -> bool:
+    """Whether this is a configuration of transformers, whose attributes are computed by name."""
+    names = ("PretrainedConfig", "PreTrainedConfig")  # transformers 4, 5
+    return any(kind.__name__ in names for kind in type(value).__mro__)

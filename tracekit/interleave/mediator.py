@@ -13,6 +13,8 @@ from typing import Any, Protocol, final
 from tracekit.core.site import Site, Slot, Visit
 from tracekit.errors import MisfitError, TracekitError
 from tracekit.interleave import unserved
+from tracekit.interleave.answers import Answers, Asked
+from tracekit.interleave.duties import Run
 from tracekit.interleave.protocol import (
     TRANSITIONS,
     Move,
@@ -37,39 +39,6 @@ class Channel(Protocol):
 
     def suspend_worker(self) -> None:
         """Worker's side: let the model run until it resumes this worker."""
-        ...
-
-
-class Run(Protocol):
-    """What a mediator needs to know of its run (an Interleaver)."""
-
-    @property
-    def steps_begun(self) -> int:
-        """How many steps are known to have begun."""
-        ...
-
-    def expect(self, mediator: Mediator, visit: Visit) -> None:
-        """Prepare for `visit`, or raise if it can't be served any more."""
-        ...
-
-    def expect_skip(self, mediator: Mediator, visit: Visit) -> None:
-        """Prepare to skip the module at `visit`, or raise if it has begun."""
-        ...
-
-    def expect_step(self, step: int) -> bool | None:
-        """Prepare for `step`: True if it is the current one, None if it may come, else False."""
-        ...
-
-    def ran_in(self, path: str, step: int) -> bool | None:
-        """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
-        ...
-
-    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
-        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
-        ...
-
-    def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
-        """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
         ...
 
 
@@ -139,6 +108,7 @@ class Mediator:
         # what it asked for in each of its rounds so far
         self.has_finished_a_round = False
         self.last: tuple[Visit, str] | None = None  # served last, and the line that asked
+        self.answers: Answers | None = None  # to what was asked ahead of the block
         self._reply: Reply | None = None
         self._at: Visit | None = None  # where the model is paused for this worker
         self._value: object = None  # what it goes on with from there
@@ -164,16 +134,17 @@ class Mediator:
     def read(self, site: Site, call: int = 0) -> object:
         """The value at `site` in the current step; may block until the model gets there."""
         visit = Visit(site, self.step, call)
-        if visit != self._at:
-            self._run.expect(self, visit)
+        if self.answers is not None:
+            return self.recall(visit)
+        if self.expect(visit):
             self._ask(Read(visit))
         return self._value
 
     def write(self, site: Site, value: object, call: int = 0) -> None:
         """Let the model go on with `value` at `site`; may block until the model gets there."""
         visit = Visit(site, self.step, call)
-        if visit != self._at:
-            self._run.expect(self, visit)
+        self._check_asked(visit)
+        if self.expect(visit):
             self._ask(Write(visit, value))
             return
         self._check_fit(visit, value, self._value)
@@ -182,6 +153,7 @@ class Mediator:
     def skip(self, site: Site, value: object, call: int = 0) -> None:
         """Do not run the module of `site`; blocks until the model gets there."""
         visit = Visit(site, self.step, call)
+        self._check_asked(visit)
         if self._at != Visit(Site(site.path, Slot.INPUT), self.step, call):
             self._run.expect_skip(self, visit)
         self.has_skipped = True
@@ -189,12 +161,12 @@ class Mediator:
 
     def wait_for_step(self, step: int) -> bool:
         """Block until `step` begins; False if the run ends before. Later requests are about it."""
-        begun = self._run.expect_step(step)
-        if begun is None:
-            begun = bool(self._ask(NextStep(step)))
-        if begun:
-            self.step = step
-        return begun
+        if self.answers is not None:
+            begun = bool(self.recall(NextStep(step)))
+            self.step = step if begun else self.step
+            return begun
+        begun = self.expect_step(step)
+        return bool(self._ask(NextStep(step))) if begun is None else begun
 
     def go_to_step(self, step: int) -> None:
         """Block until `step` begins; StepError if the run ends before."""
@@ -236,17 +208,67 @@ class Mediator:
 
     def collect(self, request: Request, line: str) -> object:
         """Take the reply to `request`, just after the worker was resumed."""
-        reply, self._reply = self._reply, None
+        reply = self.take_reply()
         assert reply is not None
         if reply.error is not None:
             try:
                 raise reply.error
             finally:
                 del reply  # this frame is in the error's traceback, and must not refer to it
-        if isinstance(request, (Read, Write, Skip)):
-            self._at, self._value = request.visit, reply.value
-            self.last = (request.visit, line)
+        self.arrive(request, reply.value, line)
         return reply.value
+
+    def take_reply(self) -> Reply | None:
+        """What came back for the last request, if anything did."""
+        reply, self._reply = self._reply, None
+        return reply
+
+    def arrive(self, request: Request, value: object, line: str) -> None:
+        """The model is paused for `request`, which was made at `line`."""
+        if isinstance(request, (Read, Write, Skip)):
+            self._at, self._value = request.visit, value
+            self.last = (request.visit, line)
+        elif isinstance(request, NextStep) and value:
+            self.step = request.step
+
+    # -- ahead of the block (ahead.Ahead) -----------------------------------------------------
+
+    def expect(self, visit: Visit) -> bool:
+        """Prepare for `visit`; False if it is where the model is paused, with `value`."""
+        if visit == self._at:
+            return False
+        self._run.expect(self, visit)
+        return True
+
+    def expect_step(self, step: int) -> bool | None:
+        """True if `step` has begun, None if it may come, False if the run has ended."""
+        begun = self._run.expect_step(step)
+        self.step = step if begun else self.step
+        return begun
+
+    @property
+    def value(self) -> object:
+        """What the model goes on with from where it is paused."""
+        return self._value
+
+    def remember(self, answers: Answers) -> None:
+        """Let the block begin, or go on, with `answers` to what it will ask."""
+        self.step = answers.step
+        self.answers = answers if answers or answers.is_all else None
+
+    def recall(self, asked: Asked) -> object:
+        """Worker's side: the answer to what was asked ahead."""
+        assert self.answers is not None
+        try:
+            return self.answers.take(asked)
+        finally:
+            if not self.answers and not self.answers.is_all:
+                self.answers = None
+
+    def _check_asked(self, asked: Asked) -> None:
+        """Nothing but reads is asked ahead: raises if something still is answered."""
+        if self.answers is not None:
+            self.recall(f"to change {asked}")
 
     def _check_fit(self, visit: Visit, new: object, old: object) -> None:
         found = self._misfit(new, old)

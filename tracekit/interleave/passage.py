@@ -91,16 +91,16 @@ class Passage:
         self._watch_ends = at_end
         self._watch_begins = at_begin
         self._watches: dict[str, Watch] = {}
-        self._expected: set[str] = set()  # paths with everything on the way watched
+        self._opened: set[str] = set()  # paths that are watched fully, with all their children
 
     def expect(self, path: str, step: int) -> Watch:
         """The Watch of the module at `path`, with everything on the way to it watched as well."""
-        if not self._expected:  # their calls can't be counted from where one of them is asked for
+        if not self._opened:  # their calls can't be counted from where one of them is asked for
             for shared in self._modules.shared:
                 self._watch(shared, step)
-        if path not in self._expected:
-            self._expected.add(path)
-            for ancestor in reversed(self._modules.ancestors(path)):
+        for ancestor in reversed(self._modules.ancestors(path)):
+            if ancestor not in self._opened:
+                self._opened.add(ancestor)
                 self._watch_fully(ancestor, step)
                 for child in self._modules.called_children(ancestor):
                     self._watch(child, step)

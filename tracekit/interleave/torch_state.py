@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -52,6 +52,11 @@ class TorchState:
                 _dispatch_stack._push_mode(mode)
                 stack.callback(_dispatch_stack._pop_mode)
             yield
+
+
+def grad_mode(grad: bool | None) -> AbstractContextManager[object]:
+    """`with` it, gradients are on or off as `grad` says, or as they are."""
+    return nullcontext() if grad is None else torch.set_grad_enabled(grad)
 
 
 def _autocast_devices() -> tuple[str, ...]:

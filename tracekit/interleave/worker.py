@@ -19,9 +19,9 @@ from typing import Protocol, final
 from tracekit.capture import user_traceback
 from tracekit.interleave.baton import Baton
 from tracekit.interleave.mediator import Channel, Mediator
-from tracekit.interleave.protocol import State
+from tracekit.interleave.protocol import State, Unwind
 from tracekit.interleave.standing import standing_here
-from tracekit.interleave.torch_state import TorchState
+from tracekit.interleave.torch_state import TorchState, grad_mode
 
 _idle: list[Worker] = []  # the pool; list.append and list.pop are atomic
 _local = threading.local()
@@ -44,7 +44,8 @@ class Side(Protocol):
 
 def current_mediator() -> Mediator | None:
     """The mediator of the block that runs on this thread, if one does."""
-    return standing_here(get_ident(), getattr(_local, "mediator", None))
+    here: Mediator | None = getattr(_local, "here", None)
+    return here or standing_here(get_ident(), getattr(_local, "mediator", None))
 
 
 def run_beside(side: Side, body: Callable[[], None], grad: bool | None = None) -> None:
@@ -54,6 +55,37 @@ def run_beside(side: Side, body: Callable[[], None], grad: bool | None = None) -
     """
     worker = _idle.pop() if _idle else Worker()
     worker.prepare(side, body, TorchState(), grad)
+
+
+def later_beside(
+    side: Side, body: Callable[[], None], grad: bool | None = None
+) -> Callable[[], None]:
+    """What gives `side` a worker and resumes it, under the torch state that the caller has now."""
+    state = TorchState()
+
+    def begin() -> None:
+        worker = _idle.pop() if _idle else Worker()
+        worker.prepare(side, body, state, grad)
+        worker.resume_worker()
+
+    return begin
+
+
+def run_here(mediator: Mediator, body: Callable[[], None], grad: bool | None = None) -> None:
+    """Run a block that has all its answers, on this thread; its error is the mediator's then."""
+    before, _local.here = getattr(_local, "here", None), mediator
+    mediator.error = None
+    try:
+        with grad_mode(grad):
+            body()
+        if mediator.answers is not None:
+            mediator.answers.check_taken()
+    except Unwind:
+        pass
+    except BaseException as caught:  # noqa: BLE001 - every way out of the block ends here
+        mediator.error = caught.with_traceback(user_traceback(caught))
+    finally:
+        _local.here = before
 
 
 @final

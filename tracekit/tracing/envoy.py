@@ -64,14 +64,17 @@ class Envoy(Slots):
     def _at(self, slot: Slot, name: str) -> tuple[Mediator, Site]:
         """Whom to ask for a value of this module, and for what."""
         mediator = self._mediator(name)
-        tree: Tree = mediator.model
-        path = tree.canonical(tree.name + self._path.removeprefix(self._tree.name))
+        return mediator, self._site(mediator.model, slot)
+
+    def _site(self, tree: Tree, slot: Slot) -> Site:
+        path, own, name = self._path, self._tree.name, tree.name
+        path = tree.canonical(path if own == name else name + path.removeprefix(own))
         if not tree.is_called(path):
             raise NeverRanError(
                 f"{self._path} is a {type(self.module).__name__}, which is never called and has "
                 f"no {slot.value}; ask one of its modules, as in {self._path}[0].{slot.value}."
             )
-        return mediator, Site(path, slot)
+        return Site(path, slot)
 
     def _mediator(self, name: str) -> Mediator:
         mediator = current_mediator()
@@ -270,3 +273,11 @@ class Calls:
         if call < 0:
             raise IndexError("calls are counted from 0; how many there will be is not known.")
         return Envoy(self._tree, self._path, call)
+
+
+def place_of(envoy: Envoy, tree: Tree, slot: Slot) -> tuple[Site, int]:
+    """The site, and the call, that an Envoy stands for in a run of `tree`."""
+    own, site, call = envoy._tree, envoy._site, envoy._call  # pyright: ignore[reportPrivateUsage] - a friend
+    if own.root is not tree.root:
+        raise OutsideTraceError(f"{envoy.path} belongs to another model.")
+    return site(tree, slot), call

@@ -23,12 +23,13 @@ from tracekit.core.site import Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import Versions
 from tracekit.errors import CacheError, OverwrittenError, TracekitError, UnsupportedError
+from tracekit.interleave.ahead import Ahead, Forecast
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver
 from tracekit.interleave.mediator import Channel, Mediator, Rows, Scope
 from tracekit.interleave.passage import Passage
 from tracekit.interleave.protocol import Unwind
-from tracekit.interleave.worker import current_mediator, run_beside
+from tracekit.interleave.worker import current_mediator, later_beside, run_beside, run_here
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.select import Selector, select
@@ -46,6 +47,7 @@ class Intervention:
     rows: Rows | None = None  # None: the whole batch
     scope: Scope | None = None  # of its names, if it shares them with other blocks
     has_rounds: bool = False  # it runs its block anew in each step (rounds.py)
+    forecast: Forecast | None = None  # of what it will ask, if that can be said
 
 
 @final
@@ -75,6 +77,7 @@ class Execution:
         self._passage = Passage(tree, self._hooks.watch_ends, self._hooks.watch_begins)
         self._versions = Versions()
         self.mediators: list[Mediator] = []
+        self._deferred: list[tuple[Mediator, Callable[[], None]]] = []
         self._recorders: list[Recorder] = []
         self._interleaver = Interleaver(self._passage, self._hooks, witness=self)
         self._hooks.subscriber = self._interleaver
@@ -93,8 +96,9 @@ class Execution:
             for place, intervention in enumerate((*self._edits, *interventions)):
                 mediator = self._new_mediator(place, intervention)
                 mediator.is_lasting = place < len(self._edits)
-                run_beside(mediator, intervention.body, self._grad)
+                self._begin(mediator, intervention)
         error = self._run()
+        self._run_deferred()
         checked: BaseException | None = None
         try:
             for mediator in self.mediators:
@@ -166,6 +170,22 @@ class Execution:
         recorder.place(self._hooks, self._interleaver, inputs, outputs, grads)
         self._recorders.append(recorder)
         return cache
+
+    def _begin(self, mediator: Mediator, intervention: Intervention) -> None:
+        body = intervention.body
+        if intervention.forecast is None:
+            run_beside(mediator, body, self._grad)
+            return
+        go_live = later_beside(mediator, body, self._grad)
+        mediator.channel = Ahead(mediator, intervention.forecast, go_live, is_all=True)
+        self._deferred.append((mediator, body))
+
+    def _run_deferred(self) -> None:
+        """Run the blocks that have all their answers by now."""
+        for mediator, body in self._deferred:
+            if mediator.answers is not None and mediator.answers.is_all:
+                run_here(mediator, body, self._grad)
+        self._deferred.clear()
 
     def _new_mediator(self, place: int, intervention: Intervention | None = None) -> Mediator:
         """A mediator at this place in the order; a block that stands in place gives way."""

@@ -49,7 +49,7 @@ def name_of(tensor: Tensor) -> str:
     """What an error calls `tensor`: the visit where a block got it, or its shape and operation."""
     origin = origin_of(tensor)
     if origin is not None and origin.label is not None:
-        return origin.label
+        return str(origin.label)
     base = origin_of(tensor._base) if tensor._base is not None else None
     if base is not None and base.label is not None:
         return f"a view of {base.label}"

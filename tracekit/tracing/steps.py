@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, final
 
 from tracekit.capture import caller_frame
 from tracekit.errors import ShortLoopWarning, StepError
@@ -21,39 +21,40 @@ class Steps:
 
     def __getitem__(self, key: int | slice | Sequence[int]) -> Iterator[int]:
         """The steps, in order; a loop without an end stops with the run, and what follows runs."""
-        if isinstance(key, slice):
-            return self._span(key)
-        steps = [key] if isinstance(key, int) else list(key)
-        _check_order(steps)
-        return self._listed(steps)
+        steps = steps_of(key)
+        return self._open(steps) if isinstance(steps, itertools.count) else self._listed(steps)
 
     def __iter__(self) -> Iterator[int]:
-        return self._span(slice(None))
+        return self[:]
 
-    def _span(self, key: slice) -> Iterator[int]:
-        first, stride = key.start or 0, 1 if key.step is None else key.step
-        if stride == 0:
-            raise StepError("a stride of 0 goes nowhere; leave it out, or give 1 or more.")
-        for number in (first, stride, key.stop or 0):
-            _check_counts_from_start(number)
-        if key.stop is not None:
-            return self._listed(range(first, key.stop, stride))
-        return self._open(first, stride)
-
-    def _listed(self, steps: Sequence[int]) -> Iterator[int]:
+    def _listed(self, steps: Iterable[int]) -> Iterator[int]:
         for step in steps:
             if not self._mediator().wait_for_step(step):
                 _warn_cut_short(f"step {step} was asked for")
                 return
             yield step
 
-    def _open(self, first: int, stride: int) -> Iterator[int]:
-        step = first
+    def _open(self, steps: Iterator[int]) -> Iterator[int]:
+        first = step = next(steps)
         while self._mediator().wait_for_step(step):
             yield step
-            step += stride
+            step = next(steps)
         if step == first or self._mediator().steps_begun > step:
             _warn_cut_short(f"steps from {first} on were asked for")
+
+
+def steps_of(key: Any) -> Iterable[int]:
+    """The steps that `tracer.iter[key]` goes through; an `itertools.count` if it is open."""
+    if not isinstance(key, slice):
+        steps = [key] if isinstance(key, int) else list(key)
+        _check_order(steps)
+        return steps
+    first, stride = key.start or 0, 1 if key.step is None else key.step
+    if stride == 0:
+        raise StepError("a stride of 0 goes nowhere; leave it out, or give 1 or more.")
+    for number in (first, stride, key.stop or 0):
+        _check_counts_from_start(number)
+    return itertools.count(first, stride) if key.stop is None else range(first, key.stop, stride)
 
 
 def _check_counts_from_start(step: int) -> None:

@@ -88,6 +88,9 @@ class Tracer:
         execution = self._way.execution if self._way is not None else None
         if execution is None:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
+        mediator = current_mediator()
+        if mediator in execution.mediators and mediator.answers is not None:
+            return cast("Cache", mediator.recall("cache"))  # it was made ahead of the block
         if not (include_output or include_inputs or include_grads):
             raise CacheError("include_output=False and include_inputs=False record nothing.")
         if dtype is not None and not isinstance(cast("object", dtype), torch.dtype):
@@ -221,7 +224,7 @@ class Tracer:
             if asks_for_nothing(block):
                 way: Way = Quiet(self._execution())
             else:
-                way = Lifted(block, frame, self, self._execution)
+                way = Lifted(block, frame, self, self._execution, self._tree)
         except CaptureError as error:
             return InPlace(frame, self._execution, self._grad, error.args[0])
         self._block = block

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any, final
 
 from tracekit.capture import Block, Skip, skip_body
+from tracekit.core.tree import Tree
 from tracekit.errors import CaptureError
 from tracekit.tracing.execution import Execution, Intervention
+from tracekit.tracing.foresight import ask_group, forecast
 from tracekit.tracing.gradients import backward_item
 from tracekit.tracing.save import save_method
 
-HELPERS: Mapping[str, Any] = {"save": save_method, "backward": backward_item}
+HELPERS: dict[str, Any] = {"save": save_method, "backward": backward_item}
 
 
 class Way(ABC):
@@ -60,12 +63,19 @@ class Lifted(Way):
     told = "The block was lifted out of its place, and ran on a worker beside the model."
 
     def __init__(
-        self, block: Block, frame: FrameType, entered: object, start: Callable[[], Execution]
+        self,
+        block: Block,
+        frame: FrameType,
+        entered: object,
+        start: Callable[[], Execution],
+        tree: Tree,
     ) -> None:
         self._skip: Skip = skip_body(block, frame, entered=entered)
         self._block = block
         self._frame: FrameType | None = frame
+        self._entered = entered
         self._start = start
+        self._tree = tree
         self._is_skipped = False
 
     def is_own(self, error: BaseException | None) -> bool:
@@ -86,9 +96,11 @@ class Lifted(Way):
                 "coverage tool) took the trace function away while tracekit kept it from running."
             )
         assert frame is not None
-        body = self._block.body(frame, HELPERS)
+        block, entered, tree = self._block, self._entered, self._tree
+        body = block.body(frame, HELPERS | {"ahead": partial(ask_group, block, entered, tree)})
         self.execution = self._start()
         try:
-            return self.execution.run([Intervention(body)])
+            foreseen = forecast(block, frame, entered, tree)
+            return self.execution.run([Intervention(body, forecast=foreseen)])
         finally:
             body.hand_back()

@@ -1,0 +1,43 @@
+"""What a mediator leaves to the run that it is part of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from tracekit.core.site import Visit
+
+if TYPE_CHECKING:
+    from tracekit.interleave.mediator import Mediator
+
+
+class Run(Protocol):
+    """What a mediator needs to know of its run (an Interleaver)."""
+
+    @property
+    def steps_begun(self) -> int:
+        """How many steps are known to have begun."""
+        ...
+
+    def expect(self, mediator: Mediator, visit: Visit) -> None:
+        """Prepare for `visit`, or raise if it can't be served any more."""
+        ...
+
+    def expect_skip(self, mediator: Mediator, visit: Visit) -> None:
+        """Prepare to skip the module at `visit`, or raise if it has begun."""
+        ...
+
+    def expect_step(self, step: int) -> bool | None:
+        """Prepare for `step`: True if it is the current one, None if it may come, else False."""
+        ...
+
+    def ran_in(self, path: str, step: int) -> bool | None:
+        """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
+        ...
+
+    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
+        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
+        ...
+
+    def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
+        """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
+        ...
