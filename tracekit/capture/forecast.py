@@ -11,15 +11,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Final, final
 
 from tracekit.capture.pure import (
+    READS,
     Pure,
     check_name,
     elements,
     has_descriptor,
+    has_plain_attributes,
     is_key,
     pure,
 )
 from tracekit.capture.readings import (
-    READS,
     Action,
     Forecast,
     Store,
@@ -318,7 +319,7 @@ def _store_attribute(container: Pure, name: str) -> Store:
     def store(scope: Scope, _: Any) -> None:
         target = container(scope)
         kind = type(target)
-        is_plain = kind.__setattr__ is object.__setattr__ and not has_descriptor(kind, name)
+        is_plain = has_plain_attributes(kind) and not has_descriptor(kind, name)
         if not is_plain or type(getattr(target, "__dict__", None)) is not dict:
             raise Unsure
         scope.note_change(target)

@@ -10,11 +10,12 @@ import ast
 import builtins
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Final, TypeAlias
 
 from tracekit.capture.world import Scope, Taken, Unsure
 
+READS: Final = frozenset({"output", "input", "inputs", "hidden", "result"})
 Pure: TypeAlias = Callable[[Scope], Any]
 
 SCALARS: Final = (int, str, float, bool, type(None), bytes, complex, type(...))
@@ -84,6 +85,8 @@ def _name(node: ast.Name) -> Pure:
 
 def _attribute(node: ast.Attribute) -> Pure:
     of, name = pure(node.value), check_name(node.attr)
+    if name in READS:  # of whatever it may be; a forecast of what it asks is in readings.py
+        raise Unsure
     return lambda scope: _own_attribute(of(scope), name, scope)
 
 
@@ -93,11 +96,17 @@ def _own_attribute(of: object, name: str, scope: Scope) -> object:
             return vars(of)[name]
         raise Unsure
     kind = type(of)
-    if kind.__getattribute__ is object.__getattribute__ and not has_descriptor(kind, name):
+    is_plain = kind.__getattribute__ is object.__getattribute__ or kind is SimpleNamespace
+    if is_plain and not has_descriptor(kind, name):
         own = getattr(of, "__dict__", None)
         if type(own) is dict and name in own:
             return scope.known(of).__dict__[name]
     return scope.world.attribute(of, name)
+
+
+def has_plain_attributes(kind: type) -> bool:
+    """Whether attributes of its instances are set without running code of the class."""
+    return kind.__setattr__ is object.__setattr__ or kind is SimpleNamespace
 
 
 def has_descriptor(kind: type, name: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias, final
 
 from tracekit.capture.pure import (
+    READS,
     Pure,
     check_name,
     elements,
@@ -16,8 +17,6 @@ from tracekit.capture.pure import (
     pure,
 )
 from tracekit.capture.world import Scope, Taken, Unsure, World
-
-READS: Final = frozenset({"output", "input", "inputs", "hidden", "result"})
 
 
 class Asking(World, Protocol):
