@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 EMPTY: Final[Mapping[str, Any]] = MappingProxyType({})
 _UNBOUND: Final = object()
-_blocks: PerCode[dict[int, Block]] = PerCode()
+_blocks: PerCode[dict[int, Block | str]] = PerCode()  # or why there is none
 
 
 def capture(frame: FrameType) -> Block:
@@ -43,21 +43,35 @@ def capture(frame: FrameType) -> Block:
     Raises CaptureError, before anything is installed, where the body cannot be lifted out.
     """
     known = _blocks.get(frame.f_code)
-    block = known.get(frame.f_lasti) if known is not None else None
-    return block if block is not None else _capture_anew(frame)
+    found = known.get(frame.f_lasti) if known is not None else None
+    if found is None:
+        found = _capture_anew(frame)
+    if isinstance(found, str):
+        raise CaptureError(found)
+    return found
 
 
-def _capture_anew(frame: FrameType) -> Block:
+def _capture_anew(frame: FrameType) -> Block | str:
+    """The block, or why it cannot be lifted out; remembered for as long as its code lives."""
+    found: Block | str
+    try:
+        found = _captured(frame)
+    except CaptureError as error:
+        found = error.args[0]
+    known = _blocks.get(frame.f_code)
+    if known is None:
+        _blocks.put(frame.f_code, known := {})
+    known[frame.f_lasti] = found
+    return found
+
+
+def _captured(frame: FrameType) -> Block:
     place = locate(frame)
     check(place)
     block = _block(place, frame.f_code, frame.f_lasti)
     if not block.is_empty:
         # Compiled now, so that what cannot be compiled is refused before anything runs.
         block.compiled(_Form(_is_namespace(block.names, frame), HELPERS))
-    known = _blocks.get(frame.f_code)
-    if known is None:
-        _blocks.put(frame.f_code, known := {})
-    known[frame.f_lasti] = block
     return block
 
 
