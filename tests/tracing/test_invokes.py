@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import runpy
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -571,3 +573,22 @@ def test_a_block_that_cannot_be_lifted_is_refused_with_the_way_out() -> None:
 
     with pytest.raises(CaptureError, match="several invokes run together"):
         returns()
+
+
+AT_MODULE_LEVEL = """
+with model.trace() as tracer:
+    with tracer.invoke(one):
+        borrowed = model.transformer.h[0].output[:, -1]
+    with tracer.invoke(other):
+        model.transformer.h[0].output[:, -1] = borrowed
+        patched = model.transformer.h[0].output
+"""
+
+
+def test_blocks_of_a_script_share_names_that_nobody_had_bound_before(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(AT_MODULE_LEVEL)
+    model = LanguageModel(make("gpt2")[0])
+    given = {"model": model, "one": torch.tensor([[11, 3, 7]]), "other": torch.tensor([[5, 9, 2]])}
+    found = runpy.run_path(str(script), given)
+    assert torch.equal(found["patched"][:, -1], found["borrowed"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import textwrap
 from collections import ChainMap
 from dataclasses import dataclass, field
@@ -233,7 +234,10 @@ def _member_of_namespace(
     used, bound = global_names(compiled.code)
     namespace: Any = frame.f_locals
     names = {name for name in used if not name.startswith(HIDDEN)}
-    known = {name for name in names if name in namespace or name in bound}
+    # What is neither there nor bound here, a sibling may bind: it is no builtin.
+    known = {name for name in names if name in namespace or not hasattr(builtins, name)} | (
+        names & bound
+    )
     spots = {name: ItemSpot(namespace, name) for name in known}
     return Member(body, frame, spots, frozenset(bound & known), block.first_line)
 
