@@ -217,7 +217,7 @@ class Execution:
         if any(mediator.has_stopped or mediator.has_skipped for mediator in self.mediators):
             is_whole = False
         for recorder in self._recorders:
-            recorder.freeze()
+            recorder.freeze(is_whole)
         try:
             self._check_versions()
             for recorder in self._recorders:

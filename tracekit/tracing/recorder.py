@@ -212,8 +212,13 @@ class Recorder:
 
     # -- the end --------------------------------------------------------------------------------
 
-    def freeze(self) -> None:
-        """Complete the cache with what was recorded."""
+    def freeze(self, was_whole: bool) -> None:
+        """Complete the cache with what was recorded, and let go of all else.
+
+        `was_whole` says that the run was neither stopped nor made to skip a module: what such a
+        run did not overwrite may yet be overwritten by another.
+        """
+        self._learn(was_whole)
         found: dict[str, list[Entry]] = {}
         begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
         for index, (module, slot, step, value, _) in enumerate(self._records):
@@ -236,12 +241,7 @@ class Recorder:
         self._cache._freeze(found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def check(self, was_whole: bool) -> None:
-        """Raise if a record is not what was seen, or if a module that was named did not run.
-
-        `was_whole` says that the run was neither stopped nor made to skip a module: what such a
-        run did not overwrite may yet be overwritten by another.
-        """
-        self._learn(was_whole)
+        """Raise if a record is not what was seen, or if a module that was named did not run."""
         for record in self._records:
             then = record.versions
             if not (isinstance(then, int) and then >= 0 and record.value._version == then):
