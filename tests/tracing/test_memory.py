@@ -215,6 +215,37 @@ def an_edit_that_was_never_made(model: Model) -> None:
             model[1].output
 
 
+def left_early(model: Model) -> None:
+    def returned() -> torch.Tensor:
+        with model.trace(X) as tracer:
+            tracer.cache()
+            return model[0].output
+
+    def suspended() -> Iterator[torch.Tensor]:
+        with model.trace(X):
+            yield model[0].output
+            yield model[1].output
+
+    def failing() -> None:
+        with model.trace(torch.zeros(3, 5)):
+            model[1].output
+            return
+
+    assert torch.equal(returned(), next(suspended()))
+    with pytest.raises(RuntimeError):
+        failing()
+
+
+def without_a_block(model: Model) -> None:
+    value = model.trace(X).run(lambda tracer: model[0].output + tracer.result)
+    outcome = model.run(X, capture="*", edits=[("1", lambda hidden: hidden * 2)])
+    assert value.shape == outcome.result.shape
+    with pytest.raises(ZeroDivisionError):
+        model.trace(X).run(lambda: model[0].output / (1 // 0))
+    with pytest.raises(ZeroDivisionError):
+        model.run(X, edits=[("1", lambda hidden: hidden / (1 // 0))])
+
+
 KINDS = [
     edited,
     an_edit_that_was_never_made,
@@ -240,6 +271,8 @@ KINDS = [
     cache_of_what_never_ran,
     overwritten,
     caught_in_the_block,
+    left_early,
+    without_a_block,
 ]
 
 

@@ -1,4 +1,4 @@
-"""Threads that run interventions; a pool, because starting a thread costs more than a trace."""
+"""Threads that run blocks, or the model of a block in place; pooled, as starting one is dear."""
 
 # Guarantees:
 #   - whoever waited for a worker puts it back into the pool, so a trace after a trace reuses its
