@@ -468,3 +468,54 @@ def test_backward_of_something_else_in_a_block_is_its_own() -> None:
         with other.backward(1) as found:
             pass
     assert found == 2
+
+
+def test_functions_in_the_place_of_blocks_go_back_too() -> None:
+    model = Model(small())
+    found: list[Tensor] = []
+
+    def block() -> Tensor:
+        value = model[0].output
+        with model.output.sum().backward():
+            return value.grad
+
+    def edit(edited: Any) -> None:
+        value = edited[0].output
+        with edited[1].output.sum().backward(retain_graph=True):
+            found.append(value.grad)
+
+    plain = model.module[0](X)
+    rest = model.module[1](plain)
+    expected = torch.autograd.grad(model.module[2](rest).sum(), plain, retain_graph=True)[0]
+    assert torch.equal(model.trace(X).run(block), expected)
+    model.edit(edit)(X)
+    assert torch.equal(found[0], torch.autograd.grad(rest.sum(), plain)[0])
+
+
+def test_a_lasting_edit_goes_back() -> None:
+    model = Model(small())
+    with model.edit() as edited:
+        value = edited[0].output
+        with edited[1].output.sum().backward(retain_graph=True):
+            gradient = value.grad
+        edited[1].output = edited[1].output + gradient
+    with edited.trace(X):
+        result = edited.output
+    plain = model.module[0](X)
+    rest = model.module[1](plain)
+    (gradient,) = torch.autograd.grad(rest.sum(), plain, retain_graph=True)
+    assert torch.equal(result, model.module[2](rest + gradient))
+
+
+def test_a_dry_run_goes_back_without_computing() -> None:
+    model = Model(small())
+    with model.scan(X):
+        early, late = model[0].output, model[1].output
+        with model.output.sum().backward(retain_graph=True):
+            gradient = early.grad
+        with pytest.raises(SiteOrderError):
+            with model.output.sum().backward():
+                early.grad
+                late.grad
+    assert gradient.shape == X.shape
+    assert model.module[0].weight.grad is None

@@ -13,10 +13,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any, cast, final
+from typing import Any, TypeVar, cast, final
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from tracekit.core.versions import UNKNOWN, version
 from tracekit.errors import GradientError, MisfitError, SiteOrderError
 from tracekit.interleave.aside import Aside
 from tracekit.interleave.protocol import State
-from tracekit.tracing.attribute import answering
+from tracekit.tracing.attribute import answering, with_items_opened_by
 from tracekit.tracing.reach import (
     Edge,
     edge_of,
@@ -38,6 +39,8 @@ from tracekit.tracing.reach import (
     why_no_graph,
     why_not_reached,
 )
+
+T = TypeVar("T")
 
 
 def backward(
@@ -70,6 +73,12 @@ def backward_item(value: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(value, Tensor)
         else value.backward(*args, **kwargs)
     )
+
+
+def with_backward_items(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, where `with x.backward(...):` opens a block, though nothing compiles it."""
+    with with_items_opened_by(backward_item):
+        return function(*args)
 
 
 class _Halt:
