@@ -119,6 +119,14 @@ def a_name_that_never_comes() -> Any:
             meet()
 
 
+def a_name_of_a_later_block() -> None:
+    with MODEL.trace() as tracer:
+        with tracer.invoke(X):
+            MODEL[0].output = later_value  # noqa: F821
+        with tracer.invoke(X):
+            later_value = MODEL[0].output  # noqa: F841
+
+
 def rows_that_belong_to_all() -> None:
     class Shared(nn.Module):
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -280,6 +288,13 @@ CASES = [
         errors.NeverCameError,
         "the block waited for 2 blocks to call a barrier, and the run ended before that came; read "
         "the value where the model still can go on to it, or in a trace of its own. [never-came]",
+    ),
+    Case(
+        a_name_of_a_later_block,
+        errors.LaterBlockError,
+        f"'later_value' is bound by the block at {line(a_name_of_a_later_block, 4)}, which stands "
+        "after this one: put that block first, or let both call a barrier where it is bound "
+        "(barrier = tracer.barrier(2)). [later-block]",
     ),
     Case(
         rows_that_belong_to_all,

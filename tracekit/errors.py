@@ -69,6 +69,12 @@ class NeverCameError(TracekitError):
     slug = "never-came"
 
 
+class LaterBlockError(TracekitError, NameError):
+    """A block read a name that only a block behind it binds."""
+
+    slug = "later-block"
+
+
 class StepError(TracekitError):
     """A step was asked for that did not happen, or that cannot be named this way."""
 

@@ -249,7 +249,7 @@ def _member_of_function(
     cells, copied = _cells(compiled, frame, helpers, names)
     run = _function(compiled, frame, cells, names)
     spots: dict[str, Spot] = {
-        name: CellSpot(cell, is_private=name in copied)
+        name: CellSpot(cell, name, frame, is_private=name in copied)
         for name, cell in cells.items()
         if not name.startswith(HIDDEN)
     }

@@ -3,12 +3,16 @@
 # Guarantees:
 #   - a name means to a block what it would mean if the blocks ran one behind the other: what the
 #     block bound itself, else what the nearest block before it bound, else what it was where the
-#     block stands (a loop's variable: in that round of the loop);
+#     block stands (a loop's variable: in that round of the loop); what a block behind it bound it
+#     sees once both have met at a barrier, if those leave the name open;
 #   - so one block's `h` is never another's, though both stand in one function;
+#   - what a block before it is still to bind is unbound for a block: it waits where it reads the
+#     name itself, and functions that it calls fail, where they would find an old value;
 #   - afterwards names are bound as if the last block had come last, and nothing is held.
 #
-# The blocks share the frame's names, and only one block runs at a time. So before each turn of a
-# block its view of the names is put in place, and behind it what it bound is taken out.
+# The blocks share variables: those of one frame, and cells and globals that functions share. Only
+# one block runs at a time. So before each turn of a block its view of the variables is put in
+# place, and behind it what it bound is taken out.
 
 from __future__ import annotations
 
@@ -18,14 +22,21 @@ from types import CellType, FrameType
 from typing import Any, Final, Protocol, TypeAlias, final
 
 from tracekit.capture.variables import bind, forget_snapshot
+from tracekit.errors import LaterBlockError
 
 UNBOUND: Final = object()
+Key: TypeAlias = "tuple[int, str]"  # one variable, by whatever frame it is reached
 # Sleep until the function given says so; the text says what for.
 Sleep: TypeAlias = Callable[[Callable[[], bool], str], None]
 
 
 class Spot(Protocol):
     """Where the value of a name lives."""
+
+    @property
+    def key(self) -> Key:
+        """The same for each spot of one variable."""
+        ...
 
     @property
     def is_private(self) -> bool:
@@ -39,10 +50,16 @@ class Spot(Protocol):
 @final
 @dataclass(frozen=True)
 class CellSpot:
-    """A variable of a function, in its cell."""
+    """A variable of a function, in its cell, or in a copy of its own if `is_private`."""
 
     cell: CellType
+    name: str
+    frame: FrameType
     is_private: bool
+
+    @property
+    def key(self) -> Key:
+        return id(self.frame if self.is_private else self.cell), self.name
 
     def get(self) -> object:
         try:
@@ -65,6 +82,10 @@ class ItemSpot:
     namespace: dict[str, Any]
     name: str
     is_private = False
+
+    @property
+    def key(self) -> Key:
+        return id(self.namespace), self.name
 
     def get(self) -> object:
         return self.namespace.get(self.name, UNBOUND)
@@ -90,13 +111,16 @@ class Member:
     ) -> None:
         self._run: Callable[[], object] | None = run
         self.frame: FrameType | None = frame
-        self.spots: Mapping[str, Spot] = spots
-        self.writes = writes
         self.line = line
-        self.own: dict[str, object] = {}  # what the block bound, or unbound
+        self.keys = {name: spot.key for name, spot in spots.items()}
+        self.spots: dict[Key, Spot] = {spot.key: spot for spot in spots.values()}
+        self.writes = frozenset(self.keys[name] for name in writes)
+        self.own: dict[Key, object] = {}  # what the block bound, or unbound
         self.has_ended = False
-        self._taken = {name: spot.get() for name, spot in spots.items()}
-        self._in_place: dict[str, object] = {}
+        self.taken = {key: spot.get() for key, spot in self.spots.items()}
+        self._met: dict[Key, object] = {}  # what blocks behind it had bound at its last barrier
+        self._in_place: dict[Key, object] = {}
+        self._pending: list[Key] = []  # unbound in this turn, as a block before is to bind them
         self._family: Family | None = None
         self._index = 0
 
@@ -104,6 +128,15 @@ class Member:
         """Run beside the others of `family`."""
         self._family = family
         self._index = index
+
+    def learn_of(self, other: Member) -> None:
+        """See what `other` binds as it should be, also in functions that the block calls."""
+        for key in other.writes - self.spots.keys():
+            spot = other.spots[key]
+            if not spot.is_private and (other.frame is self.frame or isinstance(spot, ItemSpot)):
+                self.spots[key] = spot
+                self.keys.setdefault(key[1], key)
+                self.taken[key] = other.taken[key] if self._index < other._index else spot.get()
 
     def __call__(self) -> None:
         """Run the statements of the block, in turns."""
@@ -116,78 +149,94 @@ class Member:
 
     def enter(self) -> None:
         """A turn of the block begins."""
-        for name, spot in self.spots.items():
-            seen = self._view(name)
-            self._in_place[name] = seen
+        for key, spot in self.spots.items():
+            seen = self._view(key)
+            if isinstance(seen, Member):
+                self._pending.append(key)
+                seen = UNBOUND
+            self._in_place[key] = seen
             if spot.get() is not seen:
                 spot.set(seen)
 
     def leave(self) -> None:
         """The turn is over."""
-        for name, spot in self.spots.items():
+        for key, spot in self.spots.items():
             value = spot.get()
-            if value is not self._in_place[name]:
-                self.own[name] = value
+            if value is not self._in_place[key]:
+                self.own[key] = value
                 if self._family is not None:
-                    self._family.written.add(name)
+                    self._family.written.add(key)
+        for key in self._pending:  # what runs between turns knows nothing of the blocks
+            if key not in self.own:
+                self.spots[key].set(self.taken[key])
         self._in_place.clear()
+        self._pending.clear()
+
+    def meet(self) -> None:
+        """Within a turn: see also what blocks behind this one have bound by now."""
+        self.leave()
+        for key in self.spots:
+            bound = (each.own[key] for each in self._behind(key) if key in each.own)
+            self._met[key] = next(bound, self._met.get(key, UNBOUND))
+        self.enter()
 
     def wait_for(self, name: str, sleep: Sleep) -> None:
         """Sleep until the block before this one that binds `name` has bound it."""
-        while name in self._in_place and name not in self.own:
-            if self.spots[name].get() is not self._in_place[name]:
+        key = self.keys.get(name)
+        while key is not None and key in self._in_place and key not in self.own:
+            if self.spots[key].get() is not self._in_place[key]:
                 return  # bound in this turn
-            binder = self._binder(name)
-            if binder is None:
+            view = self._view(key)
+            if view is UNBOUND:
+                self._refuse_later(name, key)
+            if not isinstance(view, Member):
                 return
             sleep(
-                lambda binder=binder: name in binder.own or binder.has_ended,
-                f"{name!r}, which the block at line {binder.line} binds",
+                lambda binder=view, key=key: key in binder.own or binder.has_ended,
+                f"{name!r}, which the block at line {view.line} binds",
             )
 
     def let_go(self) -> None:
         """Hold nothing: functions made in the block may outlive it, and refer to it."""
         self._run, self.frame, self._family = None, None, None
-        self.spots, self.own, self._taken, self._in_place = {}, {}, {}, {}
+        self.spots, self.own, self.taken, self._met, self._in_place = {}, {}, {}, {}, {}
 
-    def _binder(self, name: str) -> Member | None:
-        """The sibling that is still to bind `name` for this block."""
-        for sibling in self._before(name):
-            if name in sibling.own:
-                return None
-            if name in sibling.writes and not sibling.has_ended:
+    def _view(self, key: Key) -> object:
+        """What the block sees of a variable: its value, or the block that is still to bind it."""
+        if key in self.own:
+            return self.own[key]
+        for sibling in self._before(key):
+            if key in sibling.own:
+                return sibling.own[key]
+            if key in sibling.writes and not sibling.has_ended:
                 return sibling
-        if self._view(name) is not UNBOUND:
-            return None
-        behind = (each for each in self._behind(name) if name in each.writes)
-        return next((each for each in behind if not each.has_ended), None)
+        met = self._met.get(key, UNBOUND)
+        return self.taken[key] if met is UNBOUND else met
 
-    def _view(self, name: str) -> object:
-        if name in self.own:
-            return self.own[name]
-        for sibling in self._before(name):
-            if name in sibling.own:
-                return sibling.own[name]
-        for sibling in self._behind(name):
-            if name in sibling.own:
-                return sibling.own[name]
-        return self._taken[name]
+    def _refuse_later(self, name: str, key: Key) -> None:
+        later = next((each for each in self._behind(key) if key in each.writes), None)
+        if later is not None:
+            raise LaterBlockError(
+                f"{name!r} is bound by the block at line {later.line}, which stands after this "
+                f"one: put that block first, or let both call a barrier where it is bound "
+                f"(barrier = tracer.barrier(2))."
+            )
 
-    def _before(self, name: str) -> Iterator[Member]:
-        """The blocks of the same frame that know the name and stand before, nearest first."""
-        return self._relatives(range(self._index - 1, -1, -1), name)
+    def _before(self, key: Key) -> Iterator[Member]:
+        """The blocks that know the variable and stand before, nearest first."""
+        return self._relatives(range(self._index - 1, -1, -1), key)
 
-    def _behind(self, name: str) -> Iterator[Member]:
+    def _behind(self, key: Key) -> Iterator[Member]:
         assert self._family is not None
-        return self._relatives(range(self._index + 1, len(self._family.members)), name)
+        return self._relatives(range(self._index + 1, len(self._family.members)), key)
 
-    def _relatives(self, indices: range, name: str) -> Iterator[Member]:
+    def _relatives(self, indices: range, key: Key) -> Iterator[Member]:
         assert self._family is not None
-        if name not in self._family.written:
+        if key not in self._family.written:
             return
         for index in indices:
             member = self._family.members[index]
-            if member.frame is self.frame and name in member.spots:
+            if key in member.spots:
                 yield member
 
 
@@ -197,17 +246,20 @@ class Family:
 
     def __init__(self) -> None:
         self.members: list[Member] = []
-        self.written: set[str] = set()  # names that any of them binds
+        self.written: set[Key] = set()  # variables that any of them binds
         self._before: list[tuple[Spot, object]] = []
 
     def add(self, member: Member) -> None:
         """One more block, behind the others."""
         member.join(self, len(self.members))
+        for other in self.members:
+            member.learn_of(other)
+            other.learn_of(member)
         self.members.append(member)
         self.written |= member.writes
 
     def begin(self) -> None:
-        """Note what the names are that others can see, before the first turn."""
+        """Note what the variables are that others can see, before the first turn."""
         self._before = [
             (spot, spot.get())
             for member in self.members
@@ -225,11 +277,11 @@ class Family:
         for member in members:
             assert member.frame is not None
             _, bound = private.setdefault(id(member.frame), (member.frame, {}))
-            for name, value in member.own.items():
-                if member.spots[name].is_private:
-                    bound[name] = value
+            for key, value in member.own.items():
+                if member.spots[key].is_private:
+                    bound[key[1]] = value
                 else:
-                    member.spots[name].set(value)
+                    member.spots[key].set(value)
         try:
             for frame, bound in private.values():
                 removed = [name for name, value in bound.items() if value is UNBOUND]

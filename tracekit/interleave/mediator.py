@@ -57,6 +57,10 @@ class Scope(Protocol):
         """Worker's side: wait for a name that another block binds."""
         ...
 
+    def meet(self) -> None:
+        """Worker's side: the block has met others, and sees what they bound."""
+        ...
+
 
 class Part(Protocol):
     """The part of a value that a block sees."""

@@ -153,7 +153,10 @@ class Invoke:
 
 @final
 class Barrier:
-    """A place where blocks wait for each other: each calls it, and goes on when `count` have."""
+    """A place where blocks wait for each other: each calls it, and goes on when `count` have.
+
+    Behind it, each sees the names that the others have bound.
+    """
 
     def __init__(self, count: int) -> None:
         if count < 1:
@@ -169,6 +172,8 @@ class Barrier:
         self._arrived += 1
         needed = -(-self._arrived // self._count) * self._count
         mediator.sleep(lambda: self._arrived >= needed, f"{self._count} blocks to call a barrier")
+        if mediator.scope is not None:
+            mediator.scope.meet()
 
 
 def gathered_of(way: Way | None) -> Gathered:
