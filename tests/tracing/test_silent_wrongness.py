@@ -62,7 +62,7 @@ def test_nonlocal_writes_in_a_block() -> None:
 
 
 def test_an_edit_of_output_0_on_a_batch_edits_row_0_and_hidden_edits_them_all() -> None:
-    """`.output` is what the module returned, so [0] of a tensor is a row; `.hidden` is the tensor."""
+    """`.output` is what the module returned: [0] of a tensor is a row. `.hidden` is the tensor."""
     net, inputs = make("gpt2")
     model = Model(net)
     layer = net.get_submodule("transformer.h.0")
