@@ -234,7 +234,7 @@ CASES = [
         a_step_counted_from_the_end,
         errors.StepError,
         "step -1 counts from an end that is not known while the model generates; count steps "
-        "from 0. [step]",
+        "from 0, or loop over tracer.iter[:] and keep what came last. [step]",
     ),
     Case(
         a_value_of_another_shape,

@@ -357,6 +357,14 @@ def test_steps_counted_from_the_end_are_refused(key: Any, model: Model, inputs: 
                 pass
 
 
+@pytest.mark.parametrize("key", ["1", None, 1.0, [0, 1.0], slice("0", None)])
+def test_what_is_no_number_of_a_step_is_refused(key: Any, model: Model, inputs: Any) -> None:
+    with pytest.raises(StepError, match="steps are whole numbers"):
+        with model.generate(inputs, max_new_tokens=3) as tracer:
+            for _ in tracer.iter[key]:
+                model.model.layers[0].output
+
+
 def test_a_step_beyond_the_end_is_refused(model: Model, inputs: Any) -> None:
     with pytest.raises(StepError, match=r"the run had 4 steps, 0 to 3|the run ended"):
         with model.generate(**inputs):

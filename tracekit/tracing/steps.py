@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final
@@ -46,22 +47,33 @@ class Steps:
 def steps_of(key: Any) -> Iterable[int]:
     """The steps that `tracer.iter[key]` goes through; an `itertools.count` if it is open."""
     if not isinstance(key, slice):
-        steps = [key] if isinstance(key, int) else list(key)
+        steps = [_number(each) for each in (key if isinstance(key, Iterable) else [key])]
         _check_order(steps)
         return steps
-    first, stride = key.start or 0, 1 if key.step is None else key.step
+    first, stride, stop = (
+        given if given is None else _number(given) for given in (key.start, key.step, key.stop)
+    )
+    first, stride = first or 0, 1 if stride is None else stride
     if stride == 0:
         raise StepError("a stride of 0 goes nowhere; leave it out, or give 1 or more.")
-    for number in (first, stride, key.stop or 0):
+    for number in (first, stride, stop or 0):
         _check_counts_from_start(number)
-    return itertools.count(first, stride) if key.stop is None else range(first, key.stop, stride)
+    return itertools.count(first, stride) if stop is None else range(first, stop, stride)
+
+
+def _number(given: object) -> int:
+    try:
+        return operator.index(given)  # pyright: ignore[reportArgumentType] - so it says
+    except TypeError:
+        text = f"steps are whole numbers, a slice or a list of them, not {given!r}."
+        raise StepError(text) from None
 
 
 def _check_counts_from_start(step: int) -> None:
     if step < 0:
         raise StepError(
             f"step {step} counts from an end that is not known while the model generates; "
-            f"count steps from 0."
+            f"count steps from 0, or loop over tracer.iter[:] and keep what came last."
         )
 
 
