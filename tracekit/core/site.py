@@ -37,3 +37,17 @@ class Visit(NamedTuple):
     def __str__(self) -> str:
         when = f"step {self.step}" if self.call == 0 else f"step {self.step}, call {self.call}"
         return f"{self.site} ({when})"
+
+
+class Line(str):
+    """A line of the user's code; for people, it is "line 12"."""
+
+    __slots__ = ("file", "number")
+
+    file: str
+    number: int
+
+    def __new__(cls, file: str, number: int) -> Line:
+        made = super().__new__(cls, f"line {number}")
+        made.file, made.number = file, number
+        return made

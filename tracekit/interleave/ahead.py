@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeAlias, final
 
-from tracekit.core.site import Site, Visit
+from tracekit.core.site import Line, Site, Visit
 from tracekit.interleave.answers import Answers, Asked, Made
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.protocol import NextStep, Read, Reply, Request, Unwind
@@ -43,12 +43,18 @@ class Ahead:
     """
 
     def __init__(
-        self, mediator: Mediator, forecast: Forecast, go_live: Callable[[], None], is_all: bool
+        self,
+        mediator: Mediator,
+        forecast: Forecast,
+        go_live: Callable[[], None],
+        is_all: bool,
+        file: str,
     ) -> None:
         self._mediator = mediator
         self._forecast: Forecast | None = forecast
         self._go_live: Callable[[], None] | None = go_live
         self._is_all = is_all
+        self._file = file
         self._answers = Answers(mediator.step, is_all)
         self._asked: tuple[Request, str] | None = None  # what the model's side is to answer
         self._error: BaseException | None = None  # what was answered last
@@ -81,7 +87,7 @@ class Ahead:
         assert isinstance(request, (Read, NextStep))
         self._note(request.visit if isinstance(request, Read) else request, reply)
         if reply.error is None:
-            self._mediator.arrive(request, reply.value, line)
+            self._mediator.arrive(request, reply.value, line, deferred=True)
         return reply.value
 
     def _ask_on(self, value: object) -> bool:
@@ -108,7 +114,7 @@ class Ahead:
                 self._note(self._asked_for(asked), request)
                 value = request.value
                 continue
-            self._asked = request, f"line {line}"
+            self._asked = request, Line(self._file, line)
             self._mediator.submit(request)
             return True
         return False
@@ -154,7 +160,7 @@ class Ahead:
         self._go_live = None
 
 
-def ask_ahead(mediator: Mediator, forecast: Forecast) -> None:
+def ask_ahead(mediator: Mediator, forecast: Forecast, file: str) -> None:
     """Worker's side: have the model's side answer a whole forecast, and wait only once for it."""
     worker = mediator.channel
     assert worker is not None
@@ -163,7 +169,7 @@ def ask_ahead(mediator: Mediator, forecast: Forecast) -> None:
         mediator.channel = worker
         worker.resume_worker()
 
-    ahead = Ahead(mediator, forecast, go_live, is_all=False)
+    ahead = Ahead(mediator, forecast, go_live, is_all=False, file=file)
     if ahead.begin():
         mediator.channel = ahead
         worker.suspend_worker()

@@ -81,6 +81,9 @@ class Rows(Protocol):
         ...
 
 
+KINDS = {Read: "read", Write: "write", Skip: "skip"}  # for people
+
+
 @final
 class Mediator:
     """One intervention beside one run. Methods say from which side they are called."""
@@ -113,6 +116,7 @@ class Mediator:
         self.has_finished_a_round = False
         self.last: tuple[Visit, str] | None = None  # served last, and the line that asked
         self.answers: Answers | None = None  # to what was asked ahead of the block
+        self.note: Callable[..., None] | None = None  # takes (kind, visit, value, line, deferred)
         self._reply: Reply | None = None
         self._at: Visit | None = None  # where the model is paused for this worker
         self._value: object = None  # what it goes on with from there
@@ -153,6 +157,8 @@ class Mediator:
             return
         self._check_fit(visit, value, self._value)
         self._value = value
+        if self.note is not None:
+            self.note("write", visit, value, self._line())
 
     def skip(self, site: Site, value: object, call: int = 0) -> None:
         """Do not run the module of `site`; blocks until the model gets there."""
@@ -193,6 +199,8 @@ class Mediator:
 
     def stop(self) -> None:
         """Leave the block, and let the model compute nothing after this point."""
+        if self.note is not None and not self.has_stopped:
+            self.note("stop", "tracer.stop()", None, self._line())
         self.has_stopped = True
         raise Unwind(self)
 
@@ -227,13 +235,17 @@ class Mediator:
         reply, self._reply = self._reply, None
         return reply
 
-    def arrive(self, request: Request, value: object, line: str) -> None:
+    def arrive(self, request: Request, value: object, line: str, deferred: bool = False) -> None:
         """The model is paused for `request`, which was made at `line`."""
         if isinstance(request, (Read, Write, Skip)):
+            if self.note is not None:
+                self.note(KINDS[type(request)], request.visit, value, line, deferred)
             self._at, self._value = request.visit, value
             self.last = (request.visit, line)
         elif isinstance(request, NextStep) and value:
             self.step = request.step
+            if self.note is not None:
+                self.note("step", f"step {request.step}", None, line, deferred)
 
     # -- ahead of the block (ahead.Ahead) -----------------------------------------------------
 

@@ -19,7 +19,7 @@ from tracekit.core.keep import Keep
 from tracekit.core.nest import map_leaves, misfit
 from tracekit.core.origins import note_visit
 from tracekit.core.quirks import is_checkpointing
-from tracekit.core.site import Visit
+from tracekit.core.site import Line, Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import Versions
 from tracekit.errors import CacheError, OverwrittenError, TracekitError, UnsupportedError
@@ -31,6 +31,7 @@ from tracekit.interleave.passage import Passage
 from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.worker import current_mediator, later_beside, run_beside, run_here
 from tracekit.tracing.cache import Cache
+from tracekit.tracing.graph import Log
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.select import Selector, select
 
@@ -48,6 +49,7 @@ class Intervention:
     scope: Scope | None = None  # of its names, if it shares them with other blocks
     has_rounds: bool = False  # it runs its block anew in each step (rounds.py)
     forecast: Forecast | None = None  # of what it will ask, if that can be said
+    file: str = ""  # where the block stands, for a forecast
 
 
 @final
@@ -76,6 +78,7 @@ class Execution:
         self._hooks = Hooks(tree.module, thread)
         self._passage = Passage(tree, self._hooks.watch_ends, self._hooks.watch_begins)
         self._versions = Versions()
+        self.log = Log()
         self.mediators: list[Mediator] = []
         self._deferred: list[tuple[Mediator, Callable[[], None]]] = []
         self._recorders: list[Recorder] = []
@@ -169,6 +172,7 @@ class Execution:
         recorder = Recorder(cache, self._tree, found, named, keep, self._kind, rows)
         recorder.place(self._hooks, self._interleaver, inputs, outputs, grads)
         self._recorders.append(recorder)
+        self.log.note(0, "cache", f"{len(found)} modules", None, _line())
         return cache
 
     def _begin(self, mediator: Mediator, intervention: Intervention) -> None:
@@ -177,7 +181,7 @@ class Execution:
             run_beside(mediator, body, self._grad)
             return
         go_live = later_beside(mediator, body, self._grad)
-        mediator.channel = Ahead(mediator, intervention.forecast, go_live, is_all=True)
+        mediator.channel = Ahead(mediator, intervention.forecast, go_live, True, intervention.file)
         self._deferred.append((mediator, body))
 
     def _run_deferred(self) -> None:
@@ -193,6 +197,7 @@ class Execution:
         scope = intervention.scope if intervention is not None else None
         mediator = Mediator(self._tree, self._interleaver, misfit, _line, rows, scope)
         mediator.rounds = [] if intervention is not None and intervention.has_rounds else None
+        self.log.of(mediator, place - len(self._edits) if place >= len(self._edits) else None)
         self.mediators.insert(place, mediator)
         self._interleaver.mediators.insert(place, mediator)
         return mediator
@@ -261,7 +266,10 @@ class Execution:
 
         It is a copy then: the model may write into it, and the block may write it elsewhere too.
         """
-        is_changed = self._versions.renew(visit) or is_other
+        is_edited = self._versions.renew(visit)
+        if is_edited:
+            self.log.edited(visit)
+        is_changed = is_edited or is_other
         if is_changed and self._has_grad and self._is_recomputed(visit.site.path):
             raise UnsupportedError(
                 f"{visit} was edited inside a layer under gradient checkpointing: backward would "
@@ -303,4 +311,5 @@ def _over(_: Callable[[], None]) -> Any:
 
 
 def _line() -> str:
-    return f"line {caller_frame().f_lineno}"
+    frame = caller_frame()
+    return Line(frame.f_code.co_filename, frame.f_lineno)

@@ -48,7 +48,7 @@ def ask_group(block: Block, tracer: Any, tree: Tree, group: int) -> None:
         return
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     plan = block.plan(group)
-    ask_ahead(mediator, plan.run(Scope(frame, Foresight(tracer, tree))))
+    ask_ahead(mediator, plan.run(Scope(frame, Foresight(tracer, tree))), block.filename)
 
 
 @final

@@ -28,6 +28,7 @@ from tracekit.tracing.cache import Cache
 from tracekit.tracing.called import Called, call_of
 from tracekit.tracing.declared import Outcome, run_declared
 from tracekit.tracing.execution import Execution, Intervention, TracedCall
+from tracekit.tracing.graph import Graph, Log
 from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
 from tracekit.tracing.quiet import asks_for_nothing
@@ -56,6 +57,7 @@ class Tracer:
         self._block: Block | None = None
         self._way: Way | None = None  # while the block runs
         self._told = ""
+        self._log = Log()  # of the run
 
     # -- in the block ---------------------------------------------------------------------------
 
@@ -141,6 +143,11 @@ class Tracer:
         gathered_of(self._way)
         return Barrier(count)
 
+    @property
+    def graph(self) -> Graph:
+        """What the blocks asked for so far, in order: a node for each request, with its line."""
+        return self._log.graph()
+
     def explain(self) -> str:
         """In which way the block ran, and why; its source and syntax tree if it was captured."""
         if not self._told:
@@ -203,7 +210,9 @@ class Tracer:
         return way.value
 
     def _declared(self, call: TracedCall, edits: Sequence[Intervention]) -> Execution:
-        return Execution(self._tree, call, self._grad, [*self._edits, *edits])
+        execution = Execution(self._tree, call, self._grad, [*self._edits, *edits])
+        self._log = execution.log
+        return execution
 
     # -- the with statement ---------------------------------------------------------------------
 
@@ -234,7 +243,9 @@ class Tracer:
         own = self._call if callable(self._call) else None
         chosen = call or own
         assert chosen is not None
-        return Execution(self._tree, chosen, self._grad, self._edits, thread)
+        execution = Execution(self._tree, chosen, self._grad, self._edits, thread)
+        self._log = execution.log
+        return execution
 
     def __exit__(
         self,

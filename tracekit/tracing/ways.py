@@ -101,6 +101,6 @@ class Lifted(Way):
         self.execution = self._start()
         try:
             foreseen = forecast(block, frame, entered, tree)
-            return self.execution.run([Intervention(body, forecast=foreseen)])
+            return self.execution.run([Intervention(body, forecast=foreseen, file=block.filename)])
         finally:
             body.hand_back()
