@@ -14,6 +14,7 @@ PUBLIC = [
     "Entries",
     "Entry",
     "Envoy",
+    "Graph",
     "LanguageModel",
     "Model",
     "Note",

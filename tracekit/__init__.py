@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tracekit.tracing.entries import Entries, Entry
     from tracekit.tracing.envoy import Envoy
     from tracekit.tracing.gradients import backward
+    from tracekit.tracing.graph import Graph
     from tracekit.tracing.save import save
     from tracekit.tracing.tracer import Tracer
 
@@ -30,6 +31,7 @@ _HOMES = {
     "Entries": "tracekit.tracing.entries",
     "Entry": "tracekit.tracing.entries",
     "Envoy": "tracekit.tracing.envoy",
+    "Graph": "tracekit.tracing.graph",
     "LanguageModel": "tracekit.models.language",
     "Model": "tracekit.models.model",
     "Note": "tracekit.core.keep",
@@ -47,6 +49,7 @@ __all__ = [
     "Entries",
     "Entry",
     "Envoy",
+    "Graph",
     "LanguageModel",
     "Model",
     "Note",

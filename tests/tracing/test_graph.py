@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from tests.tracing.plain import X, small
-from tracekit import Model, settings
-from tracekit.tracing.graph import Graph
+from tracekit import Graph, Model, settings
 
 
 def traced(model: Model) -> Graph:
@@ -74,7 +73,7 @@ def test_it_goes_to_json_and_back_and_is_shown_as_a_table() -> None:
     lines = repr(graph).splitlines()
     assert len(lines) == 1 + len(graph)
     assert "model.1.output" in lines[3] and "[3, 4] float32" in lines[3]
-    page = graph._repr_html_()
+    page = graph.to_html()
     assert page.count("<tr>") == 1 + len(graph)
 
 
@@ -83,7 +82,7 @@ def test_lines_are_escaped_in_html() -> None:
     with model.trace(X) as tracer:
         low = model[0].output < 0
     assert low.dtype is torch.bool
-    assert "output &lt; 0" in tracer.graph._repr_html_()
+    assert "output &lt; 0" in tracer.graph.to_html()
 
 
 def test_the_difference_between_two_runs_is_said_in_words() -> None:

@@ -16,6 +16,7 @@ from tracekit.interleave import unserved
 from tracekit.interleave.answers import Answers, Asked
 from tracekit.interleave.duties import Run
 from tracekit.interleave.protocol import (
+    KINDS,
     TRANSITIONS,
     Move,
     NextStep,
@@ -79,9 +80,6 @@ class Rows(Protocol):
     def narrow(self, visit: Visit, whole: object) -> Part:
         """The part of `whole`; RowsError if it can't be told."""
         ...
-
-
-KINDS = {Read: "read", Write: "write", Skip: "skip"}  # for people
 
 
 @final

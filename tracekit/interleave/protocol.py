@@ -50,6 +50,9 @@ class Sleep:
 
 Request: TypeAlias = Read | Write | Skip | NextStep | Sleep
 
+# What requests about a value are called, for people.
+KINDS: dict[type, str] = {Read: "read", Write: "write", Skip: "skip"}
+
 
 @dataclass(frozen=True)
 class Reply:

@@ -82,6 +82,10 @@ class Graph(Sequence[Node]):
         )
 
     def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def to_html(self) -> str:
+        """The same table as HTML; a notebook shows it."""
         head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
