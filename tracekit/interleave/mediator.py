@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, final
 
 from tracekit.core.site import Site, Slot, Visit
-from tracekit.errors import MisfitError, TracekitError
+from tracekit.errors import TracekitError
 from tracekit.interleave import unserved
 from tracekit.interleave.answers import Answers, Asked
 from tracekit.interleave.duties import Run
@@ -287,7 +287,7 @@ class Mediator:
     def _check_fit(self, visit: Visit, new: object, old: object) -> None:
         found = self._misfit(new, old)
         if found is not None:
-            raise misfit_error(visit, found)
+            raise unserved.misfit_error(visit, found)
 
     # -- the model's side ---------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class Mediator:
             if isinstance(request, (Write, Skip)) and is_written:
                 found = self._misfit(request.value, given)
                 if found is not None:
-                    self.answer(Reply(error=misfit_error(visit, found)))
+                    self.answer(Reply(error=unserved.misfit_error(visit, found)))
                     continue  # the block may catch it, and write another value
                 shown = request.value
             is_own = isinstance(request, (Write, Skip))
@@ -393,11 +393,3 @@ class Mediator:
 
     def _move(self, move: Move) -> None:
         self.state = TRANSITIONS[self.state, move]
-
-
-def misfit_error(visit: Visit, found: str) -> MisfitError:
-    """The error for a written value that can't stand in the place of the one it replaces."""
-    cure = "write a value of the same structure, shape, dtype and device"
-    if visit.site.slot is Slot.OUTPUT and "tuple" in found:
-        cure += ", or assign to .hidden to replace the hidden-state tensor alone"
-    return MisfitError(f"{visit.site} cannot be replaced so: {found}; {cure}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tracekit.core.site import Visit
+from tracekit.core.site import Slot, Visit
 from tracekit.errors import NeverCameError, NeverRanError, SiteOrderError, StepError
 
 
@@ -114,3 +114,11 @@ def never_ran(visit: Visit, callers: list[str], ran: list[str]) -> NeverRanError
         f"{visit} was asked for, but the module was not called, nor was {names}, which "
         f"contains it; ask for a module that takes part in this run."
     )
+
+
+def misfit_error(visit: Visit, found: str) -> MisfitError:
+    """The error for a written value that can't stand in the place of the one it replaces."""
+    cure = "write a value of the same structure, shape, dtype and device"
+    if visit.site.slot is Slot.OUTPUT and "tuple" in found:
+        cure += ", or assign to .hidden to replace the hidden-state tensor alone"
+    return MisfitError(f"{visit.site} cannot be replaced so: {found}; {cure}.")
