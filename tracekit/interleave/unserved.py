@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tracekit.core.site import Slot, Visit
-from tracekit.errors import NeverCameError, NeverRanError, SiteOrderError, StepError
+from tracekit.errors import MisfitError, NeverCameError, NeverRanError, SiteOrderError, StepError
 
 
 def too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
