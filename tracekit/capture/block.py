@@ -7,7 +7,7 @@ import builtins
 import textwrap
 from collections import ChainMap
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import CellType, FrameType, FunctionType, MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
@@ -17,13 +17,13 @@ from tracekit.capture.family import CellSpot, ItemSpot, Member, Spot
 from tracekit.capture.forecast import Plan, groups
 from tracekit.capture.locate import FUTURES, Place, locate
 from tracekit.capture.percode import PerCode
+from tracekit.capture.reads import names_read
 from tracekit.capture.rewrite import (
     HELPERS,
     HIDDEN,
     CompiledBody,
     compile_function_body,
     compile_namespace_body,
-    global_names,
     helper_name,
 )
 from tracekit.capture.variables import FrameNames, bind, forget_snapshot, names_of, shared_cells
@@ -145,6 +145,11 @@ class Block:
             known = self._plans[group] = Plan(statements, shared)
         return known
 
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The names that the block may read before it binds them."""
+        return names_read(self.tree.body)
+
     def compiled(self, form: _Form) -> CompiledBody:
         known = self._compiled.get(form)
         if known is None:
@@ -231,7 +236,7 @@ def _member_of_namespace(
     block: Block, compiled: CompiledBody, frame: FrameType, helpers: Mapping[str, object]
 ) -> Member:
     body = block.body(frame, helpers)
-    used, bound = global_names(compiled.code)
+    used, bound = compiled.global_names
     namespace: Any = frame.f_locals
     names = {name for name in used if not name.startswith(HIDDEN)}
     # What is neither there nor bound here, a sibling may bind: it is no builtin.
@@ -253,7 +258,7 @@ def _member_of_function(
         for name, cell in cells.items()
         if not name.startswith(HIDDEN)
     }
-    bound = frozenset(global_names(compiled.code)[1])  # of a function that says `global`
+    _, bound = compiled.global_names  # of a function that says `global`
     for name in bound:
         spots[name] = ItemSpot(frame.f_globals, name)
     return Member(run, frame, spots, compiled.handed_back | bound, block.first_line)

@@ -124,6 +124,12 @@ class Member:
         self._family: Family | None = None
         self._index = 0
 
+    @property
+    def names_taken(self) -> dict[str, object]:
+        """What the names were where the block stands."""
+        values = {name: self.taken[key] for name, key in self.keys.items()}
+        return {name: value for name, value in values.items() if value is not UNBOUND}
+
     def join(self, family: Family, index: int) -> None:
         """Run beside the others of `family`."""
         self._family = family

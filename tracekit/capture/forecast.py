@@ -49,6 +49,11 @@ class Plan:
         """Whether it says anything."""
         return bool(self._actions) and self._actions[0] is not _end
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it says everything, should the names mean what they seem to mean."""
+        return _end not in self._actions
+
     def run(self, scope: Scope) -> Forecast:
         """Ask; ends where the statements end, or raises Unsure."""
         for action in self._actions:

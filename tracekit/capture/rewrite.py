@@ -15,6 +15,7 @@ import ast
 import copy
 import dis
 from dataclasses import dataclass
+from functools import cached_property
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
@@ -58,6 +59,12 @@ class CompiledBody:
 
     code: CodeType
     handed_back: frozenset[str]  # locals of the frame that the body binds or deletes
+
+    @cached_property
+    def global_names(self) -> tuple[frozenset[str], frozenset[str]]:
+        """The names outside of functions that the body uses, and those of them that it binds."""
+        used, bound = _global_names(self.code)
+        return frozenset(used), frozenset(bound)
 
 
 def compile_function_body(place: Place, names: FrameNames, helpers: Sequence[str]) -> CompiledBody:
@@ -304,8 +311,7 @@ def _body_code(code: CodeType) -> CodeType:
     return next(_body_code(constant) for constant in inner if constant.co_consts)
 
 
-def global_names(code: CodeType) -> tuple[set[str], set[str]]:
-    """The names outside of functions that the body, or a function in it, uses; those it binds."""
+def _global_names(code: CodeType) -> tuple[set[str], set[str]]:
     used: set[str] = set()
     bound: set[str] = set()
     for step in dis.get_instructions(code):
@@ -315,7 +321,7 @@ def global_names(code: CodeType) -> tuple[set[str], set[str]]:
             bound.add(step.argval)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            inner_used, inner_bound = global_names(constant)
+            inner_used, inner_bound = _global_names(constant)
             used |= inner_used
             bound |= inner_bound
     return used, bound

@@ -43,10 +43,13 @@ class Taken:
 class Scope:
     """The names of a block's frame as they are now, and those that the block has bound since."""
 
-    def __init__(self, frame: FrameType, world: World) -> None:
+    def __init__(
+        self, frame: FrameType, world: World, taken: Mapping[str, object] | None = None
+    ) -> None:
         self.own: dict[str, object] = {}
         self.world = world
         self._outer: tuple[Mapping[str, object], ...] = (
+            taken or {},  # names that mean something else to the block
             frame.f_globals if frame.f_locals is frame.f_globals else dict(frame.f_locals),
             frame.f_globals,
             frame.f_builtins,

@@ -34,6 +34,10 @@ class Run(Protocol):
         """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
         ...
 
+    def note_sleep(self, mediator: Mediator) -> None:
+        """`mediator` is about to sleep for what another block does."""
+        ...
+
     def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
         """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
         ...

@@ -71,6 +71,8 @@ class Interleaver:
         self._placement = placement
         self._witness = witness
         self._serving: Visit | None = None  # where the model is paused
+        self._sleepers: list[Mediator] = []
+        self._has_stopped = False  # one of the blocks said stop
         self._result: object = _RESULT_NOT_YET
         self._steps_seen = -1  # the last step in which a watched module began
 
@@ -203,6 +205,7 @@ class Interleaver:
         for mediator in self.mediators:
             mediator.close()
         self.mediators.clear()
+        self._sleepers.clear()
         self._result = None
 
     def _begin_step(self) -> None:
@@ -217,36 +220,40 @@ class Interleaver:
 
     def _serve(self, visit: Visit, value: object) -> object:
         served: list[Mediator] = []
-        mediator = self._who_awaits(visit)
-        while mediator is not None:
-            if any(mediator.overlaps(other) for other in served):  # an edit shows from here on only
-                value = self._witness.apart(value)
-            served.append(mediator)
-            self._serving = visit
-            value = mediator.offer(visit, value)
-            self._after_turn(mediator, visit, value)
-            self._serving = None
-            mediator = self._who_awaits(visit)
+        count = -1
+        while count != len(served):  # who was woken meanwhile may ask for this visit, too
+            count = len(served)
+            for mediator in self.mediators:
+                if mediator.awaits(visit):
+                    if any(mediator.overlaps(other) for other in served):
+                        value = self._witness.apart(value)  # an edit shows from here on only
+                    served.append(mediator)
+                    self._serving = visit
+                    value = mediator.offer(visit, value)
+                    self._after_turn(mediator, visit, value)
+                    self._serving = None
         return value
 
-    def _who_awaits(self, visit: Visit) -> Mediator | None:
-        return next((each for each in self.mediators if each.awaits(visit)), None)
+    def note_sleep(self, mediator: Mediator) -> None:
+        """`mediator` is about to sleep for what another block does."""
+        self._sleepers.append(mediator)
 
     def _after_turn(
         self, mediator: Mediator, visit: Visit | None = None, value: object = None
     ) -> None:
         """Wake the blocks that slept for what `mediator` did, and leave if the run is over."""
+        self._has_stopped = self._has_stopped or mediator.has_stopped
         while mediator.error is None:
-            sleeper = next((each for each in self.mediators if each.sleeps_no_more()), None)
+            sleeper = next((each for each in self._sleepers if each.sleeps_no_more()), None)
             if sleeper is None:
                 break
+            self._sleepers.remove(sleeper)
             mediator = sleeper
             mediator.answer(Reply())
+            self._has_stopped = self._has_stopped or mediator.has_stopped
         if mediator.error is not None:
             raise Unwind
-        if any(each.has_stopped for each in self.mediators) and not any(
-            each.is_at_work for each in self.mediators
-        ):
+        if self._has_stopped and not any(each.is_at_work for each in self.mediators):
             if visit is not None:  # the hooks of the observers will not be reached
                 self._placement.show(visit, value)
             raise Unwind

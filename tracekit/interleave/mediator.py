@@ -184,6 +184,7 @@ class Mediator:
     def sleep(self, is_over: Callable[[], bool], what_for: str) -> None:
         """Block until another block has brought about what `is_over` tells."""
         if not is_over():
+            self._run.note_sleep(self)
             self._ask(Sleep(is_over, what_for))
 
     @property

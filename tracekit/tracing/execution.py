@@ -187,8 +187,13 @@ class Execution:
     def _run_deferred(self) -> None:
         """Run the blocks that have all their answers by now."""
         for mediator, body in self._deferred:
-            if mediator.answers is not None and mediator.answers.is_all:
-                run_here(mediator, body, self._grad)
+            if mediator.answers is None or not mediator.answers.is_all:
+                continue
+            if mediator.scope is not None:
+                mediator.scope.enter()
+            run_here(mediator, body, self._grad)
+            if mediator.scope is not None:
+                mediator.scope.leave()
         self._deferred.clear()
 
     def _new_mediator(self, place: int, intervention: Intervention | None = None) -> Mediator:

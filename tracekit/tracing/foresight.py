@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final, final
 
 from torch import Tensor
@@ -33,12 +33,17 @@ _TENSORS: Final = (Tensor, Parameter)
 _VIEW: Final = object()  # a view of a tensor of the model's: which one makes no difference here
 
 
-def forecast(block: Block, frame: Any, tracer: Any, tree: Tree) -> Forecast | None:
-    """What the block in `frame` will ask; None where nothing can be said of it."""
+def forecast(
+    block: Block, frame: Any, tracer: Any, tree: Tree, taken: Mapping[str, object] | None = None
+) -> Forecast | None:
+    """What the block in `frame` will ask; None where nothing can be said of it.
+
+    `taken` are names that mean something else to the block than they mean in the frame by now.
+    """
     plan = block.plan()
     if not (settings.defer_reads and plan.is_useful):
         return None
-    return plan.run(Scope(frame, Foresight(tracer, tree)))
+    return plan.run(Scope(frame, Foresight(tracer, tree, has_rows=taken is not None), taken))
 
 
 def ask_group(block: Block, tracer: Any, tree: Tree, group: int) -> None:
@@ -55,7 +60,8 @@ def ask_group(block: Block, tracer: Any, tree: Tree, group: int) -> None:
 class Foresight:
     """An Asking (capture.readings) for one trace of the model of `tree`."""
 
-    def __init__(self, tracer: Any, tree: Tree) -> None:
+    def __init__(self, tracer: Any, tree: Tree, has_rows: bool = False) -> None:
+        self._has_rows = has_rows  # a cache that the block makes records its own rows
         self._tracer = tracer
         self._tree = tree
 
@@ -111,7 +117,7 @@ class Foresight:
             raise Unsure
         if name == "stop" and not args and not kwargs:
             return Stop()
-        if name != "cache":
+        if name != "cache" or self._has_rows:
             raise Unsure
         return Made(name, self._tracer.cache(*args, **kwargs))
 

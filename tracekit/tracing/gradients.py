@@ -76,7 +76,7 @@ def backward_item(value: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def with_backward_items(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`, where `with x.backward(...):` opens a block, though nothing compiles it."""
+    """`function(*args)`, where `with x.backward(...):` opens a block, compiled or not."""
     with with_items_opened_by(backward_item):
         return function(*args)
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Hashable
 from types import FrameType, TracebackType
 from typing import Any, Protocol, final
 
-from tracekit.capture import Family, Member, Skip, caller_frame, capture, skip_body
+from tracekit.capture import Block, Family, Skip, caller_frame, capture, skip_body
 from tracekit.core.tree import Tree
 from tracekit.errors import CaptureError, InputError, OutsideTraceError
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.execution import Execution, Intervention, TracedCall
 from tracekit.tracing.layouts import layouts_of
 from tracekit.tracing.rows import InvokeRows
+from tracekit.tracing.unison import forecasts
 from tracekit.tracing.ways import HELPERS, Way
 
 _WAY_OUT = (
@@ -48,10 +49,18 @@ class Gathered(Way):
 
     told = "The blocks of the invokes were lifted out of their places, and ran beside one run."
 
-    def __init__(self, tree: Tree, batch: Batch, start: Callable[[TracedCall], Execution]) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        batch: Batch,
+        start: Callable[[TracedCall], Execution],
+        tracer: object,
+    ) -> None:
         self._tree = tree
+        self._tracer = tracer
         self._batch = batch
         self._family = Family()
+        self._blocks: list[Block] = []
         self._spans: list[tuple[int, int] | None] = []  # of each block; None: all rows
         self._size = 0
         self.is_open = True
@@ -65,9 +74,10 @@ class Gathered(Way):
         self._size += self._batch.add(args, kwargs)
         return start, self._size
 
-    def add_block(self, member: Member, span: tuple[int, int] | None) -> None:
+    def add_block(self, block: Block, frame: FrameType, span: tuple[int, int] | None) -> None:
         """Run one more block, for the rows of `span`."""
-        self._family.add(member)
+        self._blocks.append(block)
+        self._family.add(block.member(frame, _HELPERS))
         self._spans.append(span)
 
     def abandon(self, error: BaseException) -> None:
@@ -96,12 +106,14 @@ class Gathered(Way):
 
     def _interventions(self) -> list[Intervention]:
         members = self._family.members
-        if all(span in (None, (0, self._size)) for span in self._spans):
-            return [Intervention(member, None, member) for member in members]
-        layouts = layouts_of(self._tree, self._batch.call_with, self._batch.kind)
+        foreseen = forecasts(self._blocks, members, self._tracer, self._tree)
+        rows: list[InvokeRows | None] = [None] * len(members)
+        if any(span not in (None, (0, self._size)) for span in self._spans):
+            layouts = layouts_of(self._tree, self._batch.call_with, self._batch.kind)
+            rows = [InvokeRows(layouts, *s, self._size) if s else None for s in self._spans]
         return [
-            Intervention(member, InvokeRows(layouts, *span, self._size) if span else None, member)
-            for member, span in zip(members, self._spans, strict=True)
+            Intervention(member, own, member, forecast=forecast)
+            for member, own, forecast in zip(members, rows, foreseen, strict=True)
         ]
 
 
@@ -147,7 +159,7 @@ class Invoke:
         if not skip.is_own(error):
             return None
         assert frame is not None
-        self._gathered.add_block(self._block.member(frame, _HELPERS), self._span)
+        self._gathered.add_block(self._block, frame, self._span)
         return True  # pyright: ignore[reportReturnType] - it swallows the skip of the body
 
 

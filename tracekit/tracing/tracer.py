@@ -225,7 +225,8 @@ class Tracer:
         """How the block of the `with` that `frame` enters runs."""
         self._block = None
         if not callable(self._call):
-            return Gathered(self._tree, self._call, partial(self._execution, None))
+            start = partial(self._execution, None)
+            return Gathered(self._tree, self._call, start, self)
         if not settings.lift_blocks:
             return InPlace(frame, self._execution, self._grad, "settings.lift_blocks is False.")
         try:
