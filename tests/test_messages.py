@@ -62,6 +62,15 @@ def a_misspelled_path() -> None:
     cache["model.O"]
 
 
+def a_misspelled_operation() -> None:
+    Model(make("gpt2")[0]).transformer.h[0].mlp.source.self_c_prj_0
+
+
+def the_operations_of_a_builtin() -> None:
+    with MODEL.trace(X):
+        MODEL[0].source.F_linear_0.source
+
+
 def the_wrong_order() -> None:
     with MODEL.trace(X):
         MODEL[1].output
@@ -216,6 +225,19 @@ CASES = [
         errors.UnknownPathError,
         "'model.O' is not in this cache; did you mean 'model.1' or 'model.0' or 'model'? "
         "[unknown-path]",
+    ),
+    Case(
+        a_misspelled_operation,
+        errors.UnknownOperationError,
+        "'self_c_prj_0' is no operation of model.transformer.h.0.mlp.source (print it to see all "
+        "of them); did you mean 'self_c_proj_0' or 'self_c_fc_0' or 'self_act_0'? "
+        "[unknown-operation]",
+    ),
+    Case(
+        the_operations_of_a_builtin,
+        errors.SourceError,
+        "torch._C._nn.linear is not written in Python (a builtin_function_or_method): there are no "
+        "operations to stop at in it; its own input and output can be read and edited. [source]",
     ),
     Case(
         the_wrong_order,

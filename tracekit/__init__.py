@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tracekit.tracing.gradients import backward
     from tracekit.tracing.graph import Graph
     from tracekit.tracing.save import save
+    from tracekit.tracing.source import Operation, Source
     from tracekit.tracing.tracer import Tracer
 
 __version__ = "0.1.0"
@@ -35,7 +36,9 @@ _HOMES = {
     "LanguageModel": "tracekit.models.language",
     "Model": "tracekit.models.model",
     "Note": "tracekit.core.keep",
+    "Operation": "tracekit.tracing.source",
     "Outcome": "tracekit.tracing.declared",
+    "Source": "tracekit.tracing.source",
     "Tracer": "tracekit.tracing.tracer",
     "TracekitError": "tracekit.errors",
     "TracekitWarning": "tracekit.errors",
@@ -53,7 +56,9 @@ __all__ = [
     "LanguageModel",
     "Model",
     "Note",
+    "Operation",
     "Outcome",
+    "Source",
     "TracekitError",
     "TracekitWarning",
     "Tracer",

@@ -51,6 +51,18 @@ class AliasError(TracekitError, ValueError):
     slug = "alias"
 
 
+class UnknownOperationError(TracekitError, AttributeError):
+    """A name that is no operation of a function's source."""
+
+    slug = "unknown-operation"
+
+
+class SourceError(TracekitError):
+    """The operations of a function cannot be listed or reached."""
+
+    slug = "source"
+
+
 class SiteOrderError(TracekitError):
     """A value was asked for after the model had passed it."""
 

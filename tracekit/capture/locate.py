@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from tracekit.capture.bytecode import with_sites
 from tracekit.capture.percode import PerCode
@@ -83,13 +83,13 @@ def _here(frame: FrameType) -> str:
 
 def _checked_source(frame: FrameType) -> Source:
     code = frame.f_code
-    text = _text(frame)
+    text = text_of(code.co_filename, frame.f_globals)
     if not text:
         raise CaptureError(
             f"the source of the block at {_here(frame)} is not available; {_WAY_OUT}"
         )
     try:
-        source = _parse(code.co_filename, text)
+        source = parse(code.co_filename, text)
         is_fresh = _is_source_of(source, frame)
     except SyntaxError as error:
         raise CaptureError(_changed(frame)) from error
@@ -109,10 +109,10 @@ def _changed(frame: FrameType) -> str:
     )
 
 
-def _text(frame: FrameType) -> str:
-    filename = frame.f_code.co_filename
+def text_of(filename: str, namespace: dict[str, Any]) -> str:
+    """The text of a file as it is now, or of a notebook's cell; nothing where there is none."""
     linecache.checkcache(filename)
-    lines = linecache.getlines(filename, frame.f_globals)
+    lines = linecache.getlines(filename, namespace)
     if not lines and filename == "<string>":
         return _command_line_text()
     return "".join(lines)
@@ -140,7 +140,8 @@ def quiet_compiler() -> Generator[None]:
 
 
 @lru_cache(maxsize=_KEPT_FILES)
-def _parse(filename: str, text: str) -> Source:
+def parse(filename: str, text: str) -> Source:
+    """The file, parsed once for each text; SyntaxError as `ast.parse` raises it."""
     with quiet_compiler():
         return Source(filename, text, ast.parse(text, filename))
 
@@ -152,7 +153,7 @@ def _is_source_of(source: Source, frame: FrameType) -> bool:
     code = frame.f_code
     if _is_notebook_cell(code.co_filename):
         return True
-    is_same = _is_alike if _is_rewritten_on_import(frame) else _is_equal
+    is_same = _is_alike if is_rewritten_on_import(frame.f_globals) else _is_equal
     return any(
         is_same(candidate, code)
         for compiled in _compiled_forms(source, code)
@@ -166,12 +167,12 @@ def _is_notebook_cell(filename: str) -> bool:
     return filename.startswith("<ipython-input-") or "ipykernel_" in filename
 
 
-def _is_rewritten_on_import(frame: FrameType) -> bool:
+def is_rewritten_on_import(namespace: dict[str, Any]) -> bool:
     """Has pytest, or a runtime type checker, its own loader for this module?"""
-    loader = frame.f_globals.get("__loader__")
+    loader = namespace.get("__loader__")
     plain = {"importlib._bootstrap_external", "_frozen_importlib_external", "zipimport", "builtins"}
     owner = loader.__module__ if isinstance(loader, type) else type(loader).__module__
-    return "@pytest_ar" in frame.f_globals or owner not in plain | {"_frozen_importlib"}
+    return "@pytest_ar" in namespace or owner not in plain | {"_frozen_importlib"}
 
 
 def _compiled_forms(source: Source, code: CodeType) -> Iterator[CodeType]:

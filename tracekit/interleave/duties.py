@@ -38,6 +38,14 @@ class Run(Protocol):
         """`mediator` is about to sleep for what another block does."""
         ...
 
+    def is_open(self, mediator: Mediator, visit: Visit) -> bool:
+        """Whether the call of `visit` (INPUT) has begun, with its operations watched."""
+        ...
+
+    def open_source(self, mediator: Mediator, path: str) -> object:
+        """The operations of what runs at `path`, sites from now on, or raise if it runs already."""
+        ...
+
     def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
         """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
         ...

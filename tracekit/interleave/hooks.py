@@ -26,9 +26,9 @@ from torch import nn
 
 from tracekit.core.quirks import NO_BACKWARD, current_backward
 from tracekit.core.site import Slot, Visit
+from tracekit.interleave.forwards import Body, rewritable, skippable
 from tracekit.interleave.passage import Watch
 from tracekit.interleave.protocol import Skip
-from tracekit.interleave.skipping import skippable
 from tracekit.interleave.worker import this_thread
 
 # A hook as PyTorch calls it: `(module, args, output)`, or `(module, args, kwargs)` before the call.
@@ -41,6 +41,7 @@ class Subscriber(Protocol):
     def before(self, watch: Watch, inputs: object) -> object: ...
     def instead(self, watch: Watch) -> Skip | None: ...
     def after(self, watch: Watch, output: object) -> object: ...
+    def watch_inside(self, path: str) -> None: ...
 
 
 _keys = count(-1, -1)  # PyTorch's own keys count up from 0
@@ -56,6 +57,7 @@ class Hooks:
         self._placed: list[tuple[dict[int, Any], int]] = []
         self._watches: dict[str, Watch] = {}
         self._skippables: dict[str, Callable[[], None]] = {}  # what takes each of them back
+        self._rewritten: list[Callable[[], None]] = []
         self._observers: list[tuple[list[nn.Module], Slot, ForwardHook]] = []
         self.subscriber: Any = None  # a Subscriber from the start of the run to its end
 
@@ -81,6 +83,11 @@ class Hooks:
         if path not in self._skippables:
             answer = partial(_instead, self.thread, self.subscriber, self._watches[path])
             self._skippables[path] = skippable(self._module(path), answer)
+
+    def rewrite(self, path: str, body: Body) -> None:
+        """Ask `body`, on the thread of the forward pass, what the module at `path` is to run."""
+        asked = partial(_here, self.thread, body)
+        self._rewritten.append(rewritable(self._module(path), asked))
 
     # -- OBSERVER -------------------------------------------------------------------------------
 
@@ -109,9 +116,10 @@ class Hooks:
         """Take everything off the model."""
         for where, key in reversed(self._placed):
             where.pop(key, None)
-        for undo in self._skippables.values():
+        for undo in (*self._skippables.values(), *self._rewritten):
             undo()
-        for held in (self._placed, self._watches, self._skippables, self._observers):
+        self._skippables.clear()
+        for held in (self._placed, self._watches, self._rewritten, self._observers):
             held.clear()
         self.subscriber = None
 
@@ -153,6 +161,10 @@ def _after(
         return None
     changed = subscriber.after(watch, output)
     return None if changed is output else changed
+
+
+def _here(thread: int, body: Body, forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    return None if is_elsewhere(thread) else body(forward)
 
 
 def _instead(thread: int, subscriber: Subscriber, watch: Watch) -> Skip | None:

@@ -38,6 +38,14 @@ class Placement(Protocol):
         """Show the observers a value that they would not see, as the run stops there."""
         ...
 
+    def opened(self, path: str) -> object:
+        """The operations of what runs at `path`, or None if it was not opened."""
+        ...
+
+    def open(self, path: str) -> object:
+        """Make sites of the operations of what runs at `path`; SourceError if that can't be."""
+        ...
+
 
 class Witness(Protocol):
     """Takes note of what blocks see."""
@@ -75,6 +83,7 @@ class Interleaver:
         self._has_stopped = False  # one of the blocks said stop
         self._result: object = _RESULT_NOT_YET
         self._steps_seen = -1  # the last step in which a watched module began
+        self._entering = ""  # the module whose call begins the step, while blocks wake for that
 
     # -- the worker's side --------------------------------------------------------------------
 
@@ -101,6 +110,31 @@ class Interleaver:
     def expect_skip(self, mediator: Mediator, visit: Visit) -> None:
         """Prepare to skip the module at `visit`; SiteOrderError if it has begun."""
         self.expect(mediator, Visit(Site(visit.site.path, Slot.INPUT), visit.step, visit.call))
+
+    def open_source(self, mediator: Mediator, path: str) -> object:
+        """The operations of what runs at `path`, sites from now on; SiteOrderError if it runs."""
+        watch = self._passage.expect(path, self.step)
+        is_beginning = self._serving is not None and self._serving.site == watch.input
+        known = self._placement.opened(path)
+        if known is not None and not is_beginning:
+            return known
+        if len(watch.running) > is_beginning or path == self._entering:
+            raise unserved.opened_too_late(path, self.step, mediator.last)
+        known = self._placement.open(path)
+        self.watch_inside(path)
+        return known
+
+    def is_open(self, mediator: Mediator, visit: Visit) -> bool:
+        """Whether the call of `visit` has begun, with its operations watched.
+
+        SiteOrderError if the model is in it without that.
+        """
+        watch = self._passage.expect(visit.site.path, self.step)
+        if self._placement.opened(visit.site.path) is not None:
+            return watch.has_passed(visit)
+        if visit.call in watch.running and visit != self._serving:
+            raise unserved.opened_too_late(visit.site.path, self.step, mediator.last)
+        return False
 
     def expect_step(self, step: int) -> bool | None:
         """True if `step` is the current one, None if it may come, False if the run has ended."""
@@ -154,7 +188,9 @@ class Interleaver:
     def before(self, watch: Watch, inputs: object) -> object:
         """The module of `watch` is about to run with `inputs`; what it runs with."""
         if self._steps_seen != self.step:
+            self._entering = watch.path
             self._begin_step()
+            self._entering = ""
         watch.align(self.step)
         call = watch.begin()
         if not watch.is_asked:
@@ -181,6 +217,10 @@ class Interleaver:
         if call is None or not watch.is_asked:
             return output
         return self._serve(Visit(watch.output, self.step, call), output)
+
+    def watch_inside(self, path: str) -> None:
+        """What is directly in `path` changed: watch all of it."""
+        self._passage.watch_inside(path, self.step)
 
     def end_step(self) -> None:
         """A decoding iteration has ended."""

@@ -167,6 +167,15 @@ class Mediator:
         self.has_skipped = True
         self._ask(Skip(visit, value))
 
+    def open_source(self, site: Site, call: int | None = None) -> object:
+        """The operations of what runs at `site` (an INPUT), sites from now on.
+
+        What the `call` of an operation runs shows there: blocks until the model gets there.
+        """
+        if call is not None and not self._run.is_open(self, Visit(site, self.step, call)):
+            self.read(site, call)
+        return self._run.open_source(self, site.path)
+
     def wait_for_step(self, step: int) -> bool:
         """Block until `step` begins; False if the run ends before. Later requests are about it."""
         if self.answers is not None:

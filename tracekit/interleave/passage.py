@@ -106,6 +106,11 @@ class Passage:
                     self._watch(child, step)
         return self._watch_fully(path, step)
 
+    def watch_inside(self, path: str, step: int) -> None:
+        """Watch all that is directly in `path`, and has not begun."""
+        for child in self._modules.called_children(path):
+            self._watch_fully(child, step)
+
     def skipped_above(self, path: str, step: int) -> str | None:
         """The module that contains `path` and was skipped in this step, if one was."""
         for above in self._modules.ancestors(path):

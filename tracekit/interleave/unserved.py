@@ -41,6 +41,15 @@ def was_skipped(visit: Visit, above: str) -> NeverRanError:
     )
 
 
+def opened_too_late(path: str, step: int, last: tuple[Visit, str] | None) -> SiteOrderError:
+    """The function at `path` runs already, without its operations being watched."""
+    got = f" The block's last value was {last[0]} ({last[1]})." if last else ""
+    return SiteOrderError(
+        f"{path}.source was asked for when {path} was running already (step {step}); ask for "
+        f"{path}.source before, at the beginning of the block.{got}"
+    )
+
+
 def after_the_end(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
     """The traced call has returned."""
     got = f" The block's last value was {last[0]} ({last[1]})." if last else ""
@@ -102,6 +111,12 @@ def never_ran(visit: Visit, callers: list[str], ran: list[str]) -> NeverRanError
     """The module of `visit` was not called; `ran` are those of its `callers` that were."""
     if not callers:
         return NeverRanError(f"{visit} was asked for, but the model was never called.")
+    around, _, name = visit.site.path.rpartition(".source.")
+    if callers == [around] and ran:
+        return NeverRanError(
+            f"{visit} was asked for, but {around} ran without making the call {name}: it is on a "
+            f"line that this run did not come to."
+        )
     names = " and ".join(callers)
     if ran:
         ended = " and ".join(ran)

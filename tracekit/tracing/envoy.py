@@ -22,9 +22,11 @@ from tracekit.errors import (
 )
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
-from tracekit.tracing.slots import Slots
+from tracekit.tracing.slots import Calls, Slots, mediator_of, path_in
+from tracekit.tracing.source import Source, source_of
 
-_VALUES = ("output", "input", "inputs", "hidden", "skip", "next", "calls", "path", "module")
+_SLOTS = ("output", "input", "inputs", "hidden", "skip")
+_VALUES = (*_SLOTS, "next", "calls", "source", "path", "module")
 # Methods of every module that return the module itself.
 _CHANGES: Final = frozenset(
     {"to", "cpu", "cuda", "eval", "train", "half", "float", "double", "bfloat16", "requires_grad_"}
@@ -57,9 +59,14 @@ class Envoy(Slots):
         return self
 
     @property
-    def calls(self) -> Calls:
+    def calls(self) -> Calls[Envoy]:
         """`module.calls[1]` is the module's second call within a step, if it runs several times."""
-        return Calls(self._tree, self._path)
+        return Calls(lambda call: Envoy(self._tree, self._path, call))
+
+    @property
+    def source(self) -> Source:
+        """The operations inside the module's forward: print it to see them beside their lines."""
+        return source_of(self._tree, self._path, self._call)
 
     def _at(self, slot: Slot, name: str) -> tuple[Mediator, Site]:
         """Whom to ask for a value of this module, and for what."""
@@ -67,8 +74,7 @@ class Envoy(Slots):
         return mediator, self._site(mediator.model, slot)
 
     def _site(self, tree: Tree, slot: Slot) -> Site:
-        path, own, name = self._path, self._tree.name, tree.name
-        path = tree.canonical(path if own == name else name + path.removeprefix(own))
+        path = path_in(tree, self._tree, self._path)
         if not tree.is_called(path):
             raise NeverRanError(
                 f"{self._path} is a {type(self.module).__name__}, which is never called and has "
@@ -77,19 +83,7 @@ class Envoy(Slots):
         return Site(path, slot)
 
     def _mediator(self, name: str) -> Mediator:
-        mediator = current_mediator()
-        if mediator is None:
-            raise OutsideTraceError(
-                f"{self._path}.{name} has a value only while the model runs: ask for it in the "
-                f"block of `with model.trace(input)` or `with tracer.invoke(input)`, or read a "
-                f"tracer.cache() afterwards."
-            )
-        if not mediator.model.stands_for(self._tree):
-            raise OutsideTraceError(
-                f"{self._path}.{name} belongs to a model that this block is not tracing; "
-                f"read it in the block of its own trace and use the name here."
-            )
-        return mediator
+        return mediator_of(self._tree, f"{self._path}.{name}")
 
     # -- the module -----------------------------------------------------------------------------
 
@@ -259,20 +253,6 @@ class Envoy(Slots):
 
     def _child(self, name: str) -> Envoy:
         return Envoy(self._tree, f"{self._path}.{name}")
-
-
-class Calls:
-    """The calls of one module within a step, by index."""
-
-    def __init__(self, tree: Tree, path: str) -> None:
-        self._tree = tree
-        self._path = path
-
-    def __getitem__(self, call: int) -> Envoy:
-        """The module's `call`-th call in a step, counted from 0."""
-        if call < 0:
-            raise IndexError("calls are counted from 0; how many there will be is not known.")
-        return Envoy(self._tree, self._path, call)
 
 
 def place_of(envoy: Envoy, tree: Tree, slot: Slot) -> tuple[Site, int]:

@@ -28,6 +28,7 @@ from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver
 from tracekit.interleave.mediator import Channel, Mediator, Rows, Scope
 from tracekit.interleave.passage import Passage
+from tracekit.interleave.places import Places
 from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.worker import current_mediator, later_beside, run_beside, run_here
 from tracekit.tracing.cache import Cache
@@ -76,13 +77,14 @@ class Execution:
         modes = (grad, torch.is_grad_enabled(), tree.root.training)
         self._kind = (*modes, bool(edits))  # models differ by it
         self._hooks = Hooks(tree.module, thread)
-        self._passage = Passage(tree, self._hooks.watch_ends, self._hooks.watch_begins)
+        self._places = Places(tree, self._hooks)
+        self._passage = Passage(self._places, self._places.watch_ends, self._places.watch_begins)
         self._versions = Versions()
         self.log = Log()
         self.mediators: list[Mediator] = []
         self._deferred: list[tuple[Mediator, Callable[[], None]]] = []
         self._recorders: list[Recorder] = []
-        self._interleaver = Interleaver(self._passage, self._hooks, witness=self)
+        self._interleaver = Interleaver(self._passage, self._places, witness=self)
         self._hooks.subscriber = self._interleaver
 
     def run(self, interventions: Sequence[Intervention]) -> BaseException | None:
@@ -288,8 +290,8 @@ class Execution:
         return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
 
     def _is_recomputed(self, path: str) -> bool:
-        above = (self._tree.module(ancestor) for ancestor in self._tree.ancestors(path))
-        return any(is_checkpointing(module) for module in above)
+        above = filter(self._places.is_module, self._places.ancestors(path))
+        return any(is_checkpointing(self._tree.module(ancestor)) for ancestor in above)
 
 
 def run_edited(

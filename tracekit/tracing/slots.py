@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, final
 
 from tracekit.core.nest import describe, first_input, first_tensor, replace_first_tensor
 from tracekit.core.site import Site, Slot
-from tracekit.errors import MisfitError
+from tracekit.core.tree import Tree
+from tracekit.errors import MisfitError, OutsideTraceError
 from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.worker import current_mediator
+
+T_co = TypeVar("T_co", bound="Slots", covariant=True)
 
 
 class Slots(ABC):
@@ -80,3 +85,40 @@ class Slots(ABC):
         """Do not run it in this step; its output is `value`."""
         mediator, site = self._at(Slot.OUTPUT, "skip()")
         mediator.skip(site, value, self._call)
+
+
+@final
+class Calls(Generic[T_co]):
+    """The calls of one place within a step, by index."""
+
+    def __init__(self, of_call: Callable[[int], T_co]) -> None:
+        self._of_call = of_call
+
+    def __getitem__(self, call: int) -> T_co:
+        """The place at its `call`-th call in a step, counted from 0."""
+        if call < 0:
+            raise IndexError("calls are counted from 0; how many there will be is not known.")
+        return self._of_call(call)
+
+
+def mediator_of(tree: Tree, what: str) -> Mediator:
+    """Whom to ask for `what`, a value in the model of `tree`; OutsideTraceError if nobody."""
+    mediator = current_mediator()
+    if mediator is None:
+        raise OutsideTraceError(
+            f"{what} has a value only while the model runs: ask for it in the block of "
+            f"`with model.trace(input)` or `with tracer.invoke(input)`, or read a tracer.cache() "
+            f"afterwards."
+        )
+    if not mediator.model.stands_for(tree):
+        raise OutsideTraceError(
+            f"{what} belongs to a model that this block is not tracing; read it in the block of "
+            f"its own trace and use the name here."
+        )
+    return mediator
+
+
+def path_in(tree: Tree, own: Tree, path: str) -> str:
+    """The canonical path, in the tree of a run, of what is at `path` in `own`."""
+    same = tree.name == own.name
+    return tree.canonical(path if same else tree.name + path.removeprefix(own.name))
