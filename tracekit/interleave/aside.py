@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import final
 
-from tracekit.interleave.mediator import Channel
+from tracekit.interleave.duties import Channel
 from tracekit.interleave.protocol import TRANSITIONS, Move, State, Unwind
 from tracekit.interleave.worker import run_beside
 

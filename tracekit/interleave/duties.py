@@ -1,7 +1,8 @@
-"""What a mediator leaves to the run that it is part of."""
+"""What a mediator leaves to others: its run, its worker, the names and the rows of its block."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from tracekit.core.site import Visit
@@ -52,4 +53,55 @@ class Run(Protocol):
 
     def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
         """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
+        ...
+
+
+class Channel(Protocol):
+    """The hand-over between the model's side and one worker's side (a Baton with its Worker)."""
+
+    def resume_worker(self) -> None:
+        """Model's side: let the worker run until it suspends or ends."""
+        ...
+
+    def suspend_worker(self) -> None:
+        """Worker's side: let the model run until it resumes this worker."""
+        ...
+
+
+class Scope(Protocol):
+    """What has to be in place while a block runs (its names)."""
+
+    def enter(self) -> None:
+        """Model's side: a turn of the block begins."""
+        ...
+
+    def leave(self) -> None:
+        """Model's side: the turn is over."""
+        ...
+
+    def wait_for(self, name: str, sleep: Callable[[Callable[[], bool], str], None]) -> None:
+        """Worker's side: wait for a name that another block binds."""
+        ...
+
+    def meet(self) -> None:
+        """Worker's side: the block has met others, and sees what they bound."""
+        ...
+
+
+class Part(Protocol):
+    """The part of a value that a block sees."""
+
+    @property
+    def value(self) -> object: ...
+
+    def put_back(self, new: object) -> object:
+        """The whole value, with `new` in the place of the part."""
+        ...
+
+
+class Rows(Protocol):
+    """Which part of each value belongs to a block."""
+
+    def narrow(self, visit: Visit, whole: object) -> Part:
+        """The part of `whole`; RowsError if it can't be told."""
         ...

@@ -8,13 +8,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from tracekit.core.site import Site, Slot, Visit
 from tracekit.errors import TracekitError
 from tracekit.interleave import unserved
 from tracekit.interleave.answers import Answers, Asked
-from tracekit.interleave.duties import Run
+from tracekit.interleave.duties import Channel, Rows, Run, Scope
 from tracekit.interleave.protocol import (
     KINDS,
     TRANSITIONS,
@@ -29,57 +29,6 @@ from tracekit.interleave.protocol import (
     Unwind,
     Write,
 )
-
-
-class Channel(Protocol):
-    """The hand-over between the model's side and one worker's side (a Baton with its Worker)."""
-
-    def resume_worker(self) -> None:
-        """Model's side: let the worker run until it suspends or ends."""
-        ...
-
-    def suspend_worker(self) -> None:
-        """Worker's side: let the model run until it resumes this worker."""
-        ...
-
-
-class Scope(Protocol):
-    """What has to be in place while a block runs (its names)."""
-
-    def enter(self) -> None:
-        """Model's side: a turn of the block begins."""
-        ...
-
-    def leave(self) -> None:
-        """Model's side: the turn is over."""
-        ...
-
-    def wait_for(self, name: str, sleep: Callable[[Callable[[], bool], str], None]) -> None:
-        """Worker's side: wait for a name that another block binds."""
-        ...
-
-    def meet(self) -> None:
-        """Worker's side: the block has met others, and sees what they bound."""
-        ...
-
-
-class Part(Protocol):
-    """The part of a value that a block sees."""
-
-    @property
-    def value(self) -> object: ...
-
-    def put_back(self, new: object) -> object:
-        """The whole value, with `new` in the place of the part."""
-        ...
-
-
-class Rows(Protocol):
-    """Which part of each value belongs to a block."""
-
-    def narrow(self, visit: Visit, whole: object) -> Part:
-        """The part of `whole`; RowsError if it can't be told."""
-        ...
 
 
 @final

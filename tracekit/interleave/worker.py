@@ -18,7 +18,8 @@ from typing import Protocol, final
 
 from tracekit.capture import user_traceback
 from tracekit.interleave.baton import Baton
-from tracekit.interleave.mediator import Channel, Mediator
+from tracekit.interleave.duties import Channel
+from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.protocol import State, Unwind
 from tracekit.interleave.standing import standing_here
 from tracekit.interleave.torch_state import TorchState, grad_mode

@@ -24,9 +24,10 @@ from tracekit.core.tree import Tree
 from tracekit.core.versions import Versions
 from tracekit.errors import CacheError, OverwrittenError, TracekitError, UnsupportedError
 from tracekit.interleave.ahead import Ahead, Forecast
+from tracekit.interleave.duties import Channel, Rows, Scope
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver
-from tracekit.interleave.mediator import Channel, Mediator, Rows, Scope
+from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.passage import Passage
 from tracekit.interleave.places import Places
 from tracekit.interleave.protocol import Unwind

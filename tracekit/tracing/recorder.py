@@ -26,8 +26,8 @@ from tracekit.core.site import Site, Slot, Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import storage_key, version
 from tracekit.errors import NeverRanError, OverwrittenError
+from tracekit.interleave.duties import Rows
 from tracekit.interleave.hooks import Hooks, is_elsewhere
-from tracekit.interleave.mediator import Rows
 from tracekit.tracing.arrivals import await_gradients
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.entries import ABSENT, Entry

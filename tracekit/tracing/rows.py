@@ -11,7 +11,7 @@ from tracekit.core.origins import stands_for
 from tracekit.core.site import Slot, Visit
 from tracekit.core.versions import version
 from tracekit.errors import RowsError
-from tracekit.interleave.mediator import Part
+from tracekit.interleave.duties import Part
 from tracekit.tracing.layouts import Layouts
 
 
