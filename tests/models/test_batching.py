@@ -44,6 +44,41 @@ def test_each_row_of_a_padded_batch_is_what_it_is_alone(name: str, side: str) ->
         torch.testing.assert_close(own, plain, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mixtral", "t5", "bart"])
+def test_a_generation_of_several_invokes_gives_each_what_it_gives_alone(name: str) -> None:
+    module, _ = make(name)
+    model = LanguageModel(module)
+    rows = [torch.tensor([[11, 12, 13, 14]]), torch.tensor([[21, 22, 23, 24]])]
+    exactly: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    last = [envoy for path, envoy in model.named_modules() if path.endswith("lm_head")][-1]
+    tokens: list[Tensor] = []
+    logits: list[list[Tensor]] = []
+    with model.generate(**exactly) as tracer:
+        for ids in rows:
+            with tracer.invoke(ids):
+                logits.append([last.output for _ in tracer.iter[:]])
+                tokens.append(tracer.result)
+    for ids, seen, found in zip(rows, logits, tokens, strict=True):
+        alone = module.generate(ids, output_logits=True, return_dict_in_generate=True, **exactly)
+        assert torch.equal(found, alone.sequences)
+        for step, plain in zip(seen, alone.logits, strict=True):
+            torch.testing.assert_close(step[:, -1], plain, atol=1e-5, rtol=1e-4)
+
+
+def test_an_encoder_is_divided_into_rows_while_a_decoder_generates() -> None:
+    module, _ = make("t5")
+    model = LanguageModel(module)
+    rows = [torch.tensor([[11, 12, 13, 14]]), torch.tensor([[21, 22, 23, 24]])]
+    encoded: list[Tensor] = []
+    with model.generate(max_new_tokens=2) as tracer:
+        for ids in rows:
+            with tracer.invoke(ids):
+                encoded.append(model.encoder.output.last_hidden_state)
+    for ids, found in zip(rows, encoded, strict=True):
+        plain = module.encoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+
+
 def _main(output: Any) -> Tensor:
     return output["logits"] if "logits" in output else output["last_hidden_state"]
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from tracekit.core.nest import map_leaves, tensors
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
-from tracekit.models.generation import run
+from tracekit.models.generation import of_a_forward, run
 
 Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 # What is padded along its second axis, and with what; None: the token for padding.
@@ -75,14 +75,16 @@ class Batch:
     def call_with(self, rows: int) -> Callable[[Tree], object]:
         """Runs a forward pass of the model of a Tree on the first row, repeated."""
         size = sum(map(_rows, self._read))
-        joined = self._reader.joined(self._read)
+        args, kwargs = self._reader.joined(self._read)
+        if self._kind == "generate":
+            kwargs = of_a_forward(self._tree.root, kwargs)
 
         def repeated(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
                 return leaf[:1].repeat(rows, *[1] * (leaf.dim() - 1))
             return leaf
 
-        inputs: Any = map_leaves(repeated, joined)
+        inputs: Any = map_leaves(repeated, (args, kwargs))
         return lambda tree: run(tree, *inputs)
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from tracekit.capture import caller_frame
+from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
 from tracekit.errors import TracekitWarning
+from tracekit.models.signatures import accepts
 
 
 def generate(
@@ -57,6 +59,16 @@ def run(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward pass, run as Python."""
     with eager(tree):
         return tree.root(*args, **kwargs)
+
+
+def of_a_forward(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of a generation, those of a forward pass."""
+    taken = {name: value for name, value in kwargs.items() if accepts(module, name)} or dict(kwargs)
+    first = next(tensors(taken), None)
+    if first is not None and getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        some = torch.arange(2, device=first.device).repeat(first.shape[0], 1)  # any two tokens
+        taken.setdefault("decoder_input_ids", some)
+    return taken
 
 
 def eager(tree: Tree) -> AbstractContextManager[Any]:
