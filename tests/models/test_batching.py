@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.tiny_models import NAMES, SPECS, make
 from tracekit import LanguageModel
+from tracekit.core.nest import tensors
 from tracekit.errors import InputError, PaddingError
 from tracekit.models.batching import join_inputs
 
@@ -77,6 +78,23 @@ def test_an_encoder_is_divided_into_rows_while_a_decoder_generates() -> None:
     for ids, found in zip(rows, encoded, strict=True):
         plain = module.encoder(input_ids=ids).last_hidden_state
         torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_positions_are_divided_into_rows_while_a_model_generates(name: str) -> None:
+    module, _ = make(name)
+    model = LanguageModel(module)
+    places = model.transformer.wpe if name == "gpt2" else model.model.rotary_emb
+    seen: list[Any] = []
+    with model.generate(max_new_tokens=2) as tracer:
+        for ids in (torch.tensor([[11, 12, 13, 14]]), torch.tensor([[21, 22]])):
+            with tracer.invoke(ids):
+                seen.append(places.output)
+    for output in seen:
+        for tensor in tensors(output):
+            assert tensor.shape[:2] == (1, 4)
+    firsts = [next(tensors(output)) for output in seen]
+    assert torch.equal(firsts[0][:, :2], firsts[1][:, 2:])  # the second is padded on the left
 
 
 def _main(output: Any) -> Tensor:

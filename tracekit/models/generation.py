@@ -68,6 +68,11 @@ def of_a_forward(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     if first is not None and getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         some = torch.arange(2, device=first.device).repeat(first.shape[0], 1)  # any two tokens
         taken.setdefault("decoder_input_ids", some)
+    elif first is not None and first.dim() > 1 and accepts(module, "position_ids"):
+        columns = torch.arange(
+            first.shape[1], device=first.device
+        )  # generate gives every row its own
+        taken.setdefault("position_ids", columns.repeat(first.shape[0], 1))
     return taken
 
 

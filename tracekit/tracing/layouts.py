@@ -53,6 +53,7 @@ class _Learned:
     per_row: int = 0  # entries for each row, in the runs that it was learned from
     is_sure: bool = True  # in the order of the rows, as far as sizes can tell
     doubt: str | None = None  # why it can't be told
+    ones: tuple[int, ...] = ()  # if it has no rows: the axes of size 1, which may be broadcast
 
 
 _Known: TypeAlias = "dict[Site, list[dict[_Key, _Learned]]]"  # of every call, in order
@@ -86,6 +87,10 @@ class Layouts:
         if found.doubt is not None:
             raise _cannot_tell(site, tensor, found.doubt)
         if found.axis is None:
+            is_same_rank = batch > 1 and tensor.dim() == found.dims
+            if is_same_rank and any(tensor.shape[axis] == batch for axis in found.ones):
+                why = f"it held one entry for all rows before, and now {batch}"
+                raise _cannot_tell(site, tensor, why)
             return None
         size = tensor.shape[found.axis] if tensor.dim() == found.dims else 0
         if not size or size % batch:
@@ -230,7 +235,8 @@ def _by_two_sizes(few: torch.Size, many: torch.Size) -> _Learned:
     n, m = _SIZES
     grown = [axis for axis, (a, b) in enumerate(zip(few, many, strict=True)) if a != b]
     if not grown:
-        return _Learned(None, len(few))
+        ones = tuple(axis for axis, size in enumerate(few) if size == 1)
+        return _Learned(None, len(few), ones=ones)
     if len(grown) > 1:
         return _Learned(doubt=f"its axes {grown} all grow with the batch")
     axis = grown[0]
