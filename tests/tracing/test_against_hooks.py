@@ -388,8 +388,6 @@ def run_both(
     source: Source, net: nn.Module, call: Callable[[], Any], way: dict[str, bool], **names: Any
 ) -> None:
     """Run a program as a trace and by hooks, and compare."""
-    if not way["lift_blocks"]:  # there, nothing can be lent a method
-        source.text = source.text.replace(".save()", "")
     note(source.text)
     before = state_of(net)
     with warnings.catch_warnings(), tracekit.settings.changed(**way):
@@ -573,8 +571,6 @@ def test_each_block_of_several_inputs_is_as_if_it_were_alone(part: Any, raws: li
     blocks: list[Statement] = []
     for at, (one, x) in enumerate(zip(raws, inputs, strict=True)):
         found = places(net, lambda x=x: net(x.clone()))
-        if any(place.visit.call for place in found):  # skips change how calls are counted
-            one = [(at, "read" if kind == "skip" else kind, *rest) for at, kind, *rest in one]  # noqa: PLW2901
         drawing = Drawing(found, ("head", WIDTH))
         drawing.uses = ["{}.clone()", "{} * 2", "{}[:, 0].clone()", "{}.sum()", "torch.tanh({})"]
         drawing.stores = ["name", "dict", "walrus", "attribute", "annotated"]

@@ -338,6 +338,85 @@ def test_a_fixture_of_a_frameworks_own_may_hold_the_block(model: Model, net: nn.
     assert torch.equal(result, net(X))
 
 
+# -- save() ----------------------------------------------------------------------------------------
+
+
+def test_a_tensor_is_saved_in_a_block_in_place_as_in_a_captured_one(
+    model: Model, net: nn.Sequential
+) -> None:
+    space: dict[str, Any] = {"model": model, "X": X}
+    exec(
+        "with model.trace(X) as tracer:\n"
+        "    first = model[0].output.save()\n"
+        "    both = [model[2].output.save()]\n"
+        "    weight = model[2].weight.save()\n",
+        space,
+    )
+    assert torch.equal(space["first"], net[0](X))
+    assert torch.equal(space["both"][0], net(X))
+    assert space["weight"] is net[2].weight
+    assert not hasattr(Tensor, "save")
+
+
+def test_a_function_that_returns_out_of_its_block_saves_a_tensor(
+    model: Model, net: nn.Sequential
+) -> None:
+    def read() -> Any:
+        with model.trace(X):
+            return model[0].output.save()  # type: ignore[attr-defined]
+
+    assert torch.equal(read(), net[0](X))
+    assert torch.equal(model.trace(X).run(lambda: model[0].output.save()), net[0](X))
+    assert not hasattr(Tensor, "save")
+
+
+def test_no_other_thread_has_save_while_a_block_in_place_has_it(
+    model: Model, in_place: None
+) -> None:
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(hasattr(torch.ones(1), "save"))
+
+    model.module.register_forward_hook(lambda *_: look())  # the model runs on another thread
+    with model.trace(X):
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        assert hasattr(X, "save")
+        with pytest.raises(RuntimeError, match="on the way out"), model.trace(X):
+            raise RuntimeError("on the way out")
+        assert hasattr(X, "save")
+    model.module._forward_hooks.clear()
+    assert seen == [False, False]
+    assert not hasattr(X, "save")
+    assert not hasattr(Tensor, "save")
+
+
+def test_a_tensor_with_a_save_of_its_own_keeps_it(model: Model, in_place: None) -> None:
+    class Own(Tensor):
+        def save(self) -> str:
+            return "own"
+
+    lent: Any = torch.ones(1)
+    lent.save = lambda: "lent"
+    with model.trace(X):
+        kept = torch.ones(1).as_subclass(Own).save(), lent.save()
+    assert kept == ("own", "lent")
+
+
+@pytest.mark.parametrize("value", [(1, 2), [1], {"a": 1}, 1])
+def test_what_is_no_tensor_names_the_cure_where_it_is_saved_in_place(
+    value: Any, model: Model, in_place: None
+) -> None:
+    with pytest.raises(AttributeError, match=r"tracekit\.save\(x\)") as caught:
+        with model.trace(X):
+            value.save()
+    assert lines_of(caught.value)[-1] == "value.save()"
+    with pytest.raises(AttributeError, match=r"tracekit\.save\(x\)"):
+        model.trace(X).run(lambda: value.save())
+
+
 # -- the torch state -------------------------------------------------------------------------------
 
 

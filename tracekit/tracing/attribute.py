@@ -1,4 +1,4 @@
-"""Let `.grad` and `.backward` of every tensor mean something else while a block runs."""
+"""Let `.grad`, `.backward` and `.save` of every tensor mean something else while a block runs."""
 
 # Guarantees:
 #   - on other threads, in torch's own functions and outside such blocks nothing is changed;
@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Final, Protocol
 
 from torch import Tensor
 
 from tracekit.capture import caller_frame, is_with_item
 from tracekit.interleave.worker import exclusively, this_thread
+from tracekit.tracing.save import save
 
 
 class Reader(Protocol):
@@ -29,6 +30,7 @@ _PLAIN_GRAD: Final[Any] = Tensor.grad  # inherited, so what torch.Tensor has is 
 _readers: Final[dict[int, list[Reader]]] = {}  # by thread, innermost block last
 _replaced: Final[dict[str, Any]] = {}  # attributes of torch.Tensor's own, as they were
 _makers: Final[dict[int, list[Callable[..., Any]]]] = {}  # by thread: what makes a Backward
+_savers: Final[dict[int, list[Any]]] = {}  # by thread: one item for each block
 _ABSENT: Final = object()
 
 
@@ -56,6 +58,30 @@ def with_items_opened_by(make: Callable[..., Any]) -> Generator[None]:
 
     with _in_place("backward", backward, _makers, make):
         yield
+
+
+@contextmanager
+def with_save() -> Generator[None]:
+    """Let every tensor on this thread have `.save()`, which gives the tensor itself.
+
+    For blocks that run where they stand; in a captured one the call is compiled to this effect.
+    """
+    if not _savers and hasattr(Tensor, "save"):  # another library's, which knows its own
+        yield
+        return
+    with _in_place("save", _Save(), _savers, _ABSENT):
+        yield
+
+
+class _Save:
+    """The method on the threads that have it; no data descriptor, so a tensor's own comes first."""
+
+    def __get__(self, tensor: Tensor | None, kind: type[Tensor]) -> Any:
+        if this_thread() not in _savers:
+            raise AttributeError(
+                f"{kind.__name__!r} object has no attribute 'save'", name="save", obj=tensor
+            )
+        return save if tensor is None else partial(save, tensor)
 
 
 @contextmanager

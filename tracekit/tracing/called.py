@@ -9,7 +9,7 @@ from typing import Any, TypeVar, final
 
 from tracekit.errors import InputError
 from tracekit.tracing.execution import Execution, Intervention
-from tracekit.tracing.gradients import with_backward_items
+from tracekit.tracing.gradients import with_methods_of_blocks
 from tracekit.tracing.ways import Way
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Called(Way):
     def _call(self) -> None:
         function, self._function = self._function, None
         assert function is not None
-        self.value = with_backward_items(function)
+        self.value = with_methods_of_blocks(function)
 
 
 def call_of(function: Callable[..., T], tracer: object) -> Callable[[], T]:

@@ -12,7 +12,7 @@ from tracekit.errors import OutsideTraceError, UnsupportedError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.execution import Intervention
-from tracekit.tracing.gradients import with_backward_items
+from tracekit.tracing.gradients import with_methods_of_blocks
 from tracekit.tracing.rounds import in_each_step
 from tracekit.tracing.steps import Steps
 
@@ -67,7 +67,7 @@ def of_function(function: Callable[[Any], object], model: Any) -> Edit:
         source = f"{getattr(function, '__name__', function)!s}\n"
     filename = code.co_filename if code is not None else "<function>"
     line = code.co_firstlineno if code is not None else 0
-    return Edit(partial(with_backward_items, function, model), source, filename, line)
+    return Edit(partial(with_methods_of_blocks, function, model), source, filename, line)
 
 
 def _once(run: Callable[[], object]) -> None:

@@ -30,7 +30,7 @@ from tracekit.core.versions import UNKNOWN, version
 from tracekit.errors import GradientError, MisfitError, SiteOrderError
 from tracekit.interleave.aside import Aside
 from tracekit.interleave.protocol import State
-from tracekit.tracing.attribute import answering, with_items_opened_by
+from tracekit.tracing.attribute import answering, with_items_opened_by, with_save
 from tracekit.tracing.reach import (
     Edge,
     edge_of,
@@ -39,6 +39,7 @@ from tracekit.tracing.reach import (
     why_no_graph,
     why_not_reached,
 )
+from tracekit.tracing.save import name_cure
 
 T = TypeVar("T")
 
@@ -75,10 +76,14 @@ def backward_item(value: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def with_backward_items(function: Callable[..., T], *args: Any) -> T:
-    """`function(*args)`, where `with x.backward(...):` opens a block, compiled or not."""
-    with with_items_opened_by(backward_item):
-        return function(*args)
+def with_methods_of_blocks(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, where `with x.backward(...):` and `x.save()` are as if compiled."""
+    with with_items_opened_by(backward_item), with_save():
+        try:
+            return function(*args)
+        except AttributeError as error:
+            name_cure(error)
+            raise
 
 
 class _Halt:

@@ -20,9 +20,10 @@ import torch
 from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.standing import Standing
 from tracekit.interleave.worker import ModelThread, this_thread
-from tracekit.tracing.attribute import with_items_opened_by
+from tracekit.tracing.attribute import with_items_opened_by, with_save
 from tracekit.tracing.execution import Execution
 from tracekit.tracing.gradients import backward_item
+from tracekit.tracing.save import name_cure
 from tracekit.tracing.ways import Way
 
 _MAY_SUSPEND: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -45,6 +46,7 @@ class InPlace(Way):
             self._standing = Standing(self._mediator, frame, this_thread())
             self._grad_before = _set_grad(frame, grad)
             self._on_exit.enter_context(with_items_opened_by(backward_item))
+            self._on_exit.enter_context(with_save())
             if not frame.f_code.co_flags & _MAY_SUSPEND:  # for others, while it is suspended
                 self._on_exit.enter_context(self.execution.mode)
         except BaseException:
@@ -56,6 +58,7 @@ class InPlace(Way):
 
     def abandon(self, error: BaseException) -> None:
         failure = self._end(is_whole=False)
+        name_cure(error)
         link = error
         while link.__context__ is not None:
             if self.is_own(link.__context__):  # it failed while the run's own error unwound it
