@@ -55,6 +55,9 @@ class Modules:
     def callers(self, path: str) -> list[str]:
         return self._ancestors[path][:1]
 
+    def is_module(self, path: str) -> bool:
+        return True
+
 
 class Stage:
     """Runs a tree of Modules beside blocks, as hooks would; only watched modules report."""

@@ -591,6 +591,8 @@ def test_each_block_of_several_inputs_is_as_if_it_were_alone(part: Any, raws: li
             assume(hands.outcome.failure is None)
             values = stored(meaning.names)
             wanted |= {**values, **values["named"], **values["box"]}
+    if isinstance(bound["failure"], SiteOrderError) and "uncounted" in str(bound["failure"]):
+        return  # refused, where which call it is can't be known
     if bound["failure"] is not None:
         raise bound["failure"]
     got = stored(bound)

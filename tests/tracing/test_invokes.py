@@ -22,11 +22,13 @@ from tracekit.errors import (
     InputError,
     MisfitError,
     NeverCameError,
+    NeverRanError,
     OutsideTraceError,
     RowsError,
     SiteOrderError,
 )
 
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
 PROMPTS = ["The Eiffel Tower is in the city of", "The Colosseum is in", "A movie"]
 
 
@@ -592,3 +594,32 @@ def test_blocks_of_a_script_share_names_that_nobody_had_bound_before(tmp_path: P
     given = {"model": model, "one": torch.tensor([[11, 3, 7]]), "other": torch.tensor([[5, 9, 2]])}
     found = runpy.run_path(str(script), given)
     assert torch.equal(found["patched"][:, -1], found["borrowed"])
+
+
+def behind_a_skip(net: nn.Module, rows: int, ask: Any) -> Any:
+    """What `ask` reads in a block of one row that skips the second module; among `rows`."""
+    model = Model(net)
+    with model.trace() as tracer:
+        with tracer.invoke(X[:1]):
+            model[1].skip(torch.ones(1, 4))
+            value = ask(model)
+        for _ in range(rows - 1):
+            with tracer.invoke(X[1:2]):
+                model[1].output
+    return value
+
+
+@pytest.mark.parametrize("call", [0, 1, 2, 3])
+def test_calls_behind_a_skip_are_never_counted_as_if_the_skipped_module_had_run(call: int) -> None:
+    shared = nn.Linear(4, 4)
+    net = nn.Sequential(shared, nn.Sequential(shared), shared, shared)
+    with pytest.raises(SiteOrderError, match=r"skipped model\.1, which calls it too.*uncounted"):
+        behind_a_skip(net, 2, lambda model: model[0].calls[call].output)
+
+
+def test_what_is_inside_of_a_skipped_module_did_not_run_for_the_block() -> None:
+    net = nn.Sequential(nn.Tanh(), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(NeverRanError, match=r"model\.1, which contains it, was skipped"):
+        behind_a_skip(net, 2, lambda model: model[1][0].output)
+    behind = behind_a_skip(net, 2, lambda model: model[2].output)
+    torch.testing.assert_close(behind, net[2](torch.ones(1, 4)))

@@ -96,6 +96,42 @@ def test_a_later_call_of_a_shared_module_is_known_though_an_earlier_one_was_not_
     assert torch.equal(second, net(X))
 
 
+@pytest.mark.parametrize("call", [0, 1, 2, 3])
+def test_a_value_of_an_earlier_call_is_never_that_of_a_later_one(call: int) -> None:
+    net = Thrice(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    model = Model(net)
+    with pytest.raises(SiteOrderError, match="uncounted" if call else "if the model ran it at all"):
+        with model.trace(X):
+            model.inner.calls[1].input  # nothing in it was watched in its first call
+            model.inner[0].calls[call].output
+    with torch.no_grad(), model.trace(X):
+        model.inner[0].input
+        model.inner.calls[1].input
+        second = model.inner[0].calls[1].output
+    assert torch.equal(second, net.inner[0](net.inner(X)))
+
+
+class Either(nn.Module):
+    """Takes one of two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.taken(x)
+
+
+def test_of_a_branch_that_was_not_watched_it_is_not_said_that_it_ran() -> None:
+    model = Model(nn.Sequential(Either(), nn.Tanh()))
+    with pytest.raises(SiteOrderError, match=r"model\.0, which contains it, had run: if") as caught:
+        with model.trace(X):
+            model[0].output
+            model[0].other.output
+    assert "the model runs it before" not in str(caught.value)
+    assert "model.0.output (step 0)" in str(caught.value)
+
+
 def test_a_call_that_cannot_be_counted_is_refused_in_words() -> None:
     net = Thrice(Thrice(nn.Linear(4, 4)))
     model = Model(net)

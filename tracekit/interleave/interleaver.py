@@ -93,12 +93,17 @@ class Interleaver:
             return
         watch = self._passage.expect(visit.site.path, self.step)
         watch.is_asked = True
+        self._check_not_skipped(mediator, visit)
         if visit.step == self.step and watch.has_passed(visit):
             skipped = self._passage.skipped_above(visit.site.path, self.step)
             if skipped is not None:
                 raise unserved.was_skipped(visit, skipped)
             if visit.call and watch.missed_in == self.step:
                 raise unserved.uncounted(visit)
+            if watch.missed_in == self.step and not watch.started:
+                raise unserved.too_late_if_at_all(
+                    visit, self._passage.callers(visit.site.path), mediator.last
+                )
             raise unserved.too_late(visit, mediator.last)
         if self.has_ended:
             raise unserved.after_the_end(visit, mediator.last)
@@ -106,6 +111,15 @@ class Interleaver:
             raise unserved.step_is_over(visit, self.step, mediator.last)
         if visit.site.slot is Slot.INPUT:  # whoever sees the input may yet skip the module
             self._placement.make_skippable(visit.site.path)
+
+    def _check_not_skipped(self, mediator: Mediator, visit: Visit) -> None:
+        """What a block skipped for its own rows alone has run all the same, and was counted."""
+        for skipped in mediator.skipped:
+            above = skipped.site.path
+            if skipped.step == visit.step and self._passage.is_in(visit.site.path, above):
+                if self._passage.is_shared(visit.site.path):
+                    raise unserved.uncounted_behind(visit, above)
+                raise unserved.was_skipped(visit, above)
 
     def expect_skip(self, mediator: Mediator, visit: Visit) -> None:
         """Prepare to skip the module at `visit`; SiteOrderError if it has begun."""

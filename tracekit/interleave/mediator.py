@@ -57,6 +57,7 @@ class Mediator:
         self.error: BaseException | None = None  # what the block ended with
         self.has_stopped = False  # tracer.stop() was called
         self.has_skipped = False
+        self.skipped: list[Visit] = []  # in this step, for its own rows alone
         self.is_lasting = False  # it is an edit: the run does not go on for it alone
         self.rounds: list[list[Site]] | None = None  # for a block that runs anew in each step:
         # what it asked for in each of its rounds so far
@@ -309,6 +310,9 @@ class Mediator:
                     self.answer(Reply(error=unserved.misfit_error(visit, found)))
                     continue  # the block may catch it, and write another value
                 shown = request.value
+            if isinstance(request, Skip) and part:
+                earlier = (each for each in self.skipped if each.step == visit.step)
+                self.skipped = [*earlier, visit]
             is_own = isinstance(request, (Write, Skip))
             self._run.hand_out(visit, shown, is_own)
             self.answer(Reply(shown))

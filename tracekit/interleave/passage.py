@@ -29,6 +29,7 @@ class Modules(Protocol):
     def called_children(self, path: str) -> list[str]: ...
     def ancestors(self, path: str) -> list[str]: ...
     def callers(self, path: str) -> list[str]: ...
+    def is_module(self, path: str) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -119,6 +120,14 @@ class Passage:
                 return above
         return None
 
+    def is_in(self, path: str, above: str) -> bool:
+        """Whether the module at `above` contains that at `path`, in one way or another."""
+        return above in self._modules.ancestors(path)
+
+    def is_shared(self, path: str) -> bool:
+        """Whether several modules hold the one at `path`."""
+        return path in self._modules.shared
+
     def expect_any_call(self, step: int) -> None:
         """Watch the root and its children: one of them is called in every step.
 
@@ -158,12 +167,30 @@ class Passage:
         watch = self._watches.get(path)
         if watch is None:
             watch = Watch(path, Site(path, Slot.INPUT), Site(path, Slot.OUTPUT), step=step)
-            if self.has_ended(path, step):
+            if self._may_have_run(path, step):
                 watch.missed_in = step
             self._watches[path] = watch
             self._watch_ends(watch)
         watch.align(step)
         return watch
+
+    def _may_have_run(self, path: str, step: int) -> bool:
+        """Whether a module that was not watched so far may have been called in this step.
+
+        What calls it may be running, and have called it in an earlier call of its own; but what an
+        operation calls may be another function each time, and is counted from where it is opened.
+        """
+        for caller in self._modules.callers(path):
+            watch = self._watches.get(caller)
+            if not self._modules.is_module(caller):
+                return self.has_ended(path, step)
+            if watch is not None:
+                watch.align(step)
+                if watch.missed_in == step or watch.ended > 0:
+                    return True
+            elif self._may_have_run(caller, step):
+                return True
+        return False
 
     def _watch_fully(self, path: str, step: int) -> Watch:
         watch = self._watch(path, step)

@@ -26,11 +26,32 @@ def too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
     )
 
 
+def too_late_if_at_all(
+    visit: Visit, callers: list[str], last: tuple[Visit, str] | None
+) -> SiteOrderError:
+    """What would call the module had run before that was watched: whether it did is not known."""
+    got = f"after {last[0]} ({last[1]}), " if last else ""
+    names = " or ".join(callers)
+    return SiteOrderError(
+        f"{visit} was asked for {got}when {names}, which contains it, had run: if the model ran it "
+        f"at all, that has passed; ask in the model's order, or use tracer.cache()."
+    )
+
+
 def uncounted(visit: Visit) -> SiteOrderError:
     """The module ran before anybody asked for it, so which call comes next is not known."""
     return SiteOrderError(
         f"{visit} was asked for when calls of the module had gone by uncounted: nothing of it, nor "
         f"beside it, had been asked for before; ask for an earlier call of it first."
+    )
+
+
+def uncounted_behind(visit: Visit, skipped: str) -> SiteOrderError:
+    """The block skipped a module that calls this one too, and that ran for other blocks' rows."""
+    return SiteOrderError(
+        f"{visit} was asked for after the block had skipped {skipped}, which calls it too: "
+        f"{skipped} ran for the rows of other blocks, and the calls in it go uncounted for this "
+        f"one; ask for it before the skip, or trace this input alone."
     )
 
 
