@@ -195,9 +195,10 @@ class Uncopyable(nn.Module):
 def test_without_any_run_sizes_must_leave_one_answer() -> None:
     x = torch.randn(2, 3, 5)
     assert of(Uncopyable(), x, "model", x, 2) == Layout(0, 1)
-    assert of(Uncopyable(), x, "model", torch.zeros(3, 5), 2) is None
-    with pytest.raises(RowsError, match="leave it open"):
-        of(Uncopyable(), x, "model", torch.zeros(2, 2, 5), 2)
+    assert of(Uncopyable(), x, "model", nn.Parameter(torch.zeros(4, 5)), 2) is None
+    for unknown in (torch.zeros(2, 2, 5), torch.zeros(3, 5), torch.zeros(())):
+        with pytest.raises(RowsError, match="leave it open"):
+            of(Uncopyable(), x, "model", unknown, 2)
 
 
 def test_layouts_are_learned_once_until_the_model_changes() -> None:

@@ -38,6 +38,7 @@ from tracekit.errors import (
     NeverRanError,
     OutsideTraceError,
     OverwrittenError,
+    RowsError,
     SiteOrderError,
     SourceError,
     UnknownOperationError,
@@ -768,3 +769,40 @@ def test_nothing_of_a_run_stays_alive() -> None:
         assert [alive() for alive in run()] == [None, None]
     finally:
         gc.enable()
+
+
+class Centred(nn.Module):
+    """Takes the mean of the batch away from its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = nn.functional.linear(x, self.weight)
+        mean = torch.mean(wide, 0)
+        return wide - mean - torch.sum(mean)
+
+
+@pytest.mark.parametrize("name", ["torch_mean_0", "torch_sum_0"])
+def test_what_an_operation_gives_for_the_whole_batch_is_not_taken_for_a_blocks_own(
+    name: str,
+) -> None:
+    net = nn.Sequential(Centred())
+    model, values = Model(net), torch.linspace(0, 1, 10).reshape(2, 5)
+    with pytest.raises(RowsError, match=rf"model\.0\.source\.{name}\.output"):
+        with model.trace() as tracer:
+            with tracer.invoke(values[:1]):
+                model[0].source[name].output
+            with tracer.invoke(values[1:]):
+                model[0].output
+    with model.trace() as tracer:
+        with tracer.invoke(values[:1]):
+            (given, weight), _ = model[0].source.linear_0.inputs
+        with tracer.invoke(values[1:]):
+            wide = model[0].source.linear_0.output
+        with tracer.invoke():
+            mean = model[0].source.torch_mean_0.output
+    assert torch.equal(given, values[:1]) and weight is net[0].weight
+    torch.testing.assert_close(wide, values[1:] @ net[0].weight.T)
+    torch.testing.assert_close(mean, (values @ net[0].weight.T).mean(0))

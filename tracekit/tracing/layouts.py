@@ -83,7 +83,7 @@ class Layouts:
         self, site: Site, tensor: Tensor, batch: int, found: _Learned | None
     ) -> Layout | None:
         if found is None:
-            return _by_size(site, tensor, batch, self._why_not)
+            return self._by_size(site, tensor, batch)
         if found.doubt is not None:
             raise _cannot_tell(site, tensor, found.doubt)
         if found.axis is None:
@@ -97,6 +97,20 @@ class Layouts:
             why = f"it does not hold {batch} rows along axis {found.axis}, as it did before"
             raise _cannot_tell(site, tensor, why)
         return Layout(found.axis, size // batch)
+
+    def _by_size(self, site: Site, tensor: Tensor, batch: int) -> Layout | None:
+        """The layout of what was not seen before, where its sizes leave one answer only.
+
+        At a new site, what has no axis for the rows may be theirs still: a mean over the batch.
+        """
+        axes = [axis for axis, size in enumerate(tensor.shape) if size and size % batch == 0]
+        if isinstance(tensor, nn.Parameter) or (site in self._known and not axes):
+            return None
+        if axes == [0] and tensor.shape[0] == batch:
+            return Layout(0, 1)
+        no_runs = f"the model can't be run on two batch sizes ({self._why_not})"
+        why = no_runs if self._why_not else "it is new"
+        raise _cannot_tell(site, tensor, f"{why}, and the sizes alone leave it open")
 
 
 def layouts_of(tree: Tree, call_with: CallWith, kind: Hashable = None) -> Layouts:
@@ -155,17 +169,6 @@ def _leaves(known: _Known) -> list[tuple[Site, _Key, int, _Learned]]:
 
 def _is_empty(tree: Tree) -> bool:
     return any(weight.is_meta for weight in tree.root.parameters())
-
-
-def _by_size(site: Site, tensor: Tensor, batch: int, why_not: str | None) -> Layout | None:
-    """The layout of what was not seen before, where its sizes leave one answer only."""
-    axes = [axis for axis, size in enumerate(tensor.shape) if size and size % batch == 0]
-    if not axes:
-        return None
-    if axes == [0] and tensor.shape[0] == batch:
-        return Layout(0, 1)
-    why = f"the model can't be run on two batch sizes ({why_not})" if why_not else "it is new"
-    raise _cannot_tell(site, tensor, f"{why}, and the sizes alone leave it open")
 
 
 def _cannot_tell(site: Site, tensor: Tensor, why: str) -> RowsError:
