@@ -29,6 +29,35 @@ def test_a_value_that_the_model_overwrites_is_refused(net: nn.Sequential) -> Non
     assert value is not None  # bound all the same
 
 
+def test_where_a_later_value_keeps_the_memory_the_error_says_what_to_clone(
+    net: nn.Sequential,
+) -> None:
+    model = Model(net)
+    cure = r"model\.0\.output\.clone\(\).* as model\.1\.output .*take \.clone\(\) of that, too\. \["
+    with torch.no_grad(), pytest.raises(OverwrittenError, match=cure):
+        with model.trace(X):
+            before = model[0].output.clone()
+            after = model[1].output  # the very tensor that model[0] returned
+    with torch.no_grad(), model.trace(X):
+        before = model[0].output.clone()
+        after = model[1].output.clone()
+    assert torch.equal(before, net[0](X))
+    assert torch.equal(after, net[0](X).relu())
+
+
+def test_where_the_backward_pass_keeps_the_memory_the_error_says_so(net: nn.Sequential) -> None:
+    model = Model(net)
+    with pytest.raises(OverwrittenError, match=r"in use for a backward pass; .*torch\.no_grad\(\)"):
+        with model.trace(X) as tracer:
+            before = model[0].output.clone()
+            result = tracer.result
+    with torch.no_grad(), model.trace(X) as tracer:
+        before = model[0].output.clone()
+        result = tracer.result
+    assert torch.equal(before, net[0](X))
+    assert torch.equal(result, net(X))
+
+
 def test_a_clone_of_a_value_that_the_model_overwrites_is_right(net: nn.Sequential) -> None:
     model = Model(net)
     with model.trace(X):

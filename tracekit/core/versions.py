@@ -17,6 +17,7 @@ class Note(Protocol):
     """What is remembered of a tensor that was given out; holds none of its memory alive."""
 
     label: object
+    storage: StorageWeakRef
 
     def renew(self) -> None:
         """Accept what is there now: it was changed on purpose."""
@@ -56,16 +57,22 @@ class Versions:
         """The labels of tensors that are still in use and no longer what was given out."""
         return [note.label for note in self._notes if note.has_moved()]
 
+    def sharing(self, label: object) -> list[object]:
+        """The other labels of tensors in the memory of what was noted under `label`."""
+        own = {note.storage for note in self._notes if note.label == label}
+        others = (note.label for note in self._notes if note.storage in own)
+        return [other for other in dict.fromkeys(others) if other != label]
+
 
 @final
 class _Counted:
     """By the version counter, which all views of a tensor share."""
 
-    __slots__ = ("_probe", "_storage", "_version", "label")
+    __slots__ = ("_probe", "_version", "label", "storage")
 
     def __init__(self, label: object, tensor: Tensor) -> None:
         self.label = label
-        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self.storage = StorageWeakRef(tensor.untyped_storage())
         self._probe = tensor.detach()  # shares the counter …
         self._probe.data = tensor.new_empty(0)  # … and not the memory
         self._version = tensor._version
@@ -74,18 +81,18 @@ class _Counted:
         self._version = self._probe._version
 
     def has_moved(self) -> bool:
-        return self._probe._version != self._version and not self._storage.expired()
+        return self._probe._version != self._version and not self.storage.expired()
 
 
 @final
 class _Copied:
     """By a copy: tensors made in inference mode count no versions."""
 
-    __slots__ = ("_copy", "_offset", "_storage", "_stride", "label")
+    __slots__ = ("_copy", "_offset", "_stride", "label", "storage")
 
     def __init__(self, label: object, tensor: Tensor) -> None:
         self.label = label
-        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self.storage = StorageWeakRef(tensor.untyped_storage())
         self._offset, self._stride = tensor.storage_offset(), tensor.stride()
         self._copy = tensor.clone()
 
@@ -99,7 +106,7 @@ class _Copied:
         return now is not None and not torch.allclose(now, self._copy, 0, 0, equal_nan=True)
 
     def _now(self) -> Tensor | None:
-        storage: Any = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)  # pyright: ignore[reportPrivateUsage] - what StorageWeakRef is for
+        storage: Any = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)  # pyright: ignore[reportPrivateUsage] - what StorageWeakRef is for
         if storage is None:
             return None
         now = self._copy.new_empty(0)

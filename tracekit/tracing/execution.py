@@ -243,10 +243,19 @@ class Execution:
 
     def _check_versions(self) -> None:
         for label in self._versions.overwritten():
+            # Who holds the memory can't be told: a module that works in place returns the very
+            # tensor that it was given, and keeps it for the backward pass.
+            others = [f"as {other}" for other in self._versions.sharing(label)]
+            holders = [*others, *(["for a backward pass"] if self._has_grad else [])]
+            cures = ["take .clone() of that, too"] if others else []
+            cures += ["trace under torch.no_grad()"] if self._has_grad else []
+            more = " If you did: the memory is still in use {}; {}.".format(
+                " and ".join(holders), " and ".join(cures)
+            )
             raise OverwrittenError(
                 f"{label} was overwritten in place after the block had read it, by the model or "
                 f"by a later edit of a value that shares its memory: take {label.site}.clone() "  # pyright: ignore[reportAttributeAccessIssue] - labels are visits
-                f"where you read it."
+                f"where you read it.{more if holders else ''}"
             )
 
     def _check_not_passed(self, paths: Iterable[str], inputs: bool) -> None:
