@@ -8,6 +8,7 @@ from tracekit.capture.family import Family, Member
 from tracekit.capture.forecast import Plan
 from tracekit.capture.frames import (
     caller_frame,
+    is_dropping,
     is_running,
     is_with_item,
     suspendable,
@@ -37,6 +38,7 @@ __all__ = [
     "capture",
     "drop_machinery",
     "from_text",
+    "is_dropping",
     "is_running",
     "is_with_item",
     "keep",

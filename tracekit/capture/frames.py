@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
 import os
 import sys
@@ -108,6 +109,14 @@ def _is_of_contextlib(frame: FrameType) -> bool:
     return frame.f_code.co_filename == _CONTEXTLIB
 
 
+_POP_TOP: Final = dis.opmap["POP_TOP"]
+
+
 def is_with_item(frame: FrameType) -> bool:
     """Is the call that `frame` executes now the context expression of a `with` or `async with`?"""
     return frame.f_lasti in with_sites(frame.f_code).calls
+
+
+def is_dropping(frame: FrameType) -> bool:
+    """Is `frame` throwing away the value of a statement that is an expression?"""
+    return frame.f_lasti >= 0 and frame.f_code.co_code[frame.f_lasti] == _POP_TOP

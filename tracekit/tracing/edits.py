@@ -12,6 +12,7 @@ from tracekit.capture import Block, Skip, caller_frame, capture, keep, skip_body
 from tracekit.errors import CaptureError
 from tracekit.tracing import edit_files
 from tracekit.tracing.edit import Edit, EditTracer, of_function
+from tracekit.tracing.unentered import warn_if_dropped
 from tracekit.tracing.ways import HELPERS
 
 M = TypeVar("M")
@@ -93,8 +94,14 @@ class Editing(Generic[M]):
         self._frame: FrameType | None = None
         self._block: Block | None = None
         self._skip: Skip | None = None
+        self._is_used = False
+
+    def __del__(self) -> None:
+        if not self._is_used:
+            warn_if_dropped("edit")
 
     def __enter__(self) -> M:
+        self._is_used = True
         frame = caller_frame()
         try:
             block = capture(frame)

@@ -34,6 +34,7 @@ from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_o
 from tracekit.tracing.quiet import asks_for_nothing
 from tracekit.tracing.select import Selector
 from tracekit.tracing.steps import Steps
+from tracekit.tracing.unentered import warn_if_dropped
 from tracekit.tracing.ways import Lifted, Quiet, Way
 
 T = TypeVar("T")
@@ -58,6 +59,11 @@ class Tracer:
         self._way: Way | None = None  # while the block runs
         self._told = ""
         self._log = Log()  # of the run
+        self._is_used = False
+
+    def __del__(self) -> None:
+        if not self._is_used:
+            warn_if_dropped("trace" if self._tree.original is None else "scan")
 
     # -- in the block ---------------------------------------------------------------------------
 
@@ -192,6 +198,7 @@ class Tracer:
         if self._way is not None or not callable(self._call):
             what = "this trace has one" if self._way is not None else "a trace of invokes needs one"
             raise InputError(f"tracer.run() takes the place of a block, and {what}.")
+        self._is_used = True
         if function is None:
             return run_declared(self._tree, self._call, self._declared, capture, edits)
         if capture != () or edits != ():
@@ -217,6 +224,7 @@ class Tracer:
     # -- the with statement ---------------------------------------------------------------------
 
     def __enter__(self) -> Tracer:
+        self._is_used = True
         self._way = self._way_from(caller_frame())
         self._told = self._way.told
         return self
