@@ -623,3 +623,28 @@ def test_what_is_inside_of_a_skipped_module_did_not_run_for_the_block() -> None:
         behind_a_skip(net, 2, lambda model: model[1][0].output)
     behind = behind_a_skip(net, 2, lambda model: model[2].output)
     torch.testing.assert_close(behind, net[2](torch.ones(1, 4)))
+
+
+class WithTable(nn.Module):
+    """Calls one module on its rows, and then on a table that is the same for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.table = nn.Parameter(torch.linspace(0, 1, 16).reshape(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(x) + self.shared(self.table * 1).sum(0)
+
+
+def test_each_call_of_a_module_has_its_own_rows_or_none() -> None:
+    net = WithTable()
+    model = Model(net)
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(X[:1]):
+            first = model.shared.output
+            table = model.shared.calls[1].output
+        with tracer.invoke(X[1:]):
+            model.output
+    torch.testing.assert_close(first, net.shared(X[:1]))
+    torch.testing.assert_close(table, net.shared(net.table))

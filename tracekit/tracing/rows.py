@@ -36,7 +36,7 @@ class InvokeRows:
     def _axes(self, visit: Visit, whole: Nest) -> list[int | None]:
         if visit.site.slot is Slot.RESULT:  # the tokens of a generation, or the root's output
             return [0 if _has_rows(each, self._size) else None for each in tensors(whole)]
-        layouts = self._layouts.of(visit.site, whole, self._size)
+        layouts = self._layouts.of(visit.site, whole, self._size, visit.call)
         return [None if layout is None else layout.axis for layout in layouts]
 
     def _leaf(self, whole: Tensor, axis: int | None) -> _Leaf:
