@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import linecache
 import traceback
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.tracing.plain import X, plain_hooks
+from tests.tracing.plain import X, plain_hooks, state_of
 from tracekit import Model, save, settings
 from tracekit.errors import (
     CaptureError,
@@ -407,3 +409,142 @@ def test_programs_do_the_same_with_and_without(lines: list[str]) -> None:
     with settings.changed(defer_reads=False):
         live = outcome(run, model)
     assert deferred == live
+
+
+# -- at a glance: what a block asked in an earlier run is noted by one hook -----------------------
+
+
+def test_a_block_gives_the_same_in_its_first_run_and_in_later_ones() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Tanh())
+    model = Model(net)
+
+    def run(x: Tensor) -> tuple[Any, ...]:
+        kept: dict[str, Any] = {}
+        with model.trace(x) as tracer:
+            first = model[0].input
+            kept["hidden"] = model[0].output.save()
+            outs = [layer.output for layer in model]
+            result = tracer.result
+        return first, kept["hidden"], *outs, result
+
+    for i in range(3):
+        x = torch.full((2, 3), float(i))
+        first, hidden, *outs, result = run(x)
+        plain = [x]
+        for layer in net:
+            plain.append(layer(plain[-1]))
+        assert torch.equal(first, x) and torch.equal(hidden, plain[1])
+        assert all(torch.equal(one, other) for one, other in zip(outs, plain[1:], strict=True))
+        assert torch.equal(result, plain[-1])
+    assert len(model._tree.proven) == 1
+
+
+def test_a_model_that_takes_another_way_later_is_an_error_and_binds_what_came() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(self.b(x)) if x.shape[0] > 1 else self.b(self.a(x))
+
+    model = Model(Branch())
+    found: list[dict[str, Tensor]] = []
+
+    def run(rows: int) -> None:
+        kept: dict[str, Tensor] = {}
+        try:
+            with model.trace(torch.ones(rows, 2)):
+                kept["a"] = model.a.output
+                kept["b"] = model.b.output
+        finally:
+            found.append(kept)
+
+    run(1)
+    run(1)
+    with pytest.raises(SiteOrderError, match=r"model\.b\.output .*earlier run of this block") as no:
+        run(2)
+    assert list(found[-1]) == ["a"]
+    assert traceback.extract_tb(no.value.__traceback__)[-1].line == 'kept["b"] = model.b.output'
+
+
+def test_a_model_that_fails_later_leaves_what_came_before() -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            if x.shape[0] > 1:
+                raise LookupError("too many rows")
+            return self.b(x)
+
+    model = Model(Fails())
+    found: list[dict[str, Tensor]] = []
+
+    def run(x: Tensor) -> None:
+        kept: dict[str, Tensor] = {}
+        try:
+            with model.trace(x):
+                kept["a"] = model.a.output
+                kept["b"] = model.b.output
+        finally:
+            found.append(kept)
+
+    run(torch.ones(1, 2))
+    assert len(model._tree.proven) == 1
+    with pytest.raises(LookupError, match="too many rows"):
+        run(torch.ones(2, 2))
+    assert list(found[-1]) == ["a"] and found[-1]["a"].shape == (2, 2)
+
+
+def test_what_is_overwritten_later_is_refused_in_every_run() -> None:
+    model = Model(nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True)))
+
+    def run() -> Tensor:
+        with model.trace(torch.randn(1, 2)):
+            hidden = model[0].output
+            out = model[1].output
+        return hidden + out
+
+    for _ in range(3):
+        with pytest.raises(OverwrittenError):
+            run()
+
+
+def test_a_later_run_leaves_no_hook_and_keeps_nothing() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model = Model(net)
+    before = state_of(net)
+    refs: list[Any] = []
+
+    def run() -> None:
+        with model.trace(torch.ones(1, 2)):
+            first = model[0].output
+            second = model[1].output
+        refs.extend([weakref.ref(first), weakref.ref(second)])
+
+    run()
+    gc.disable()
+    try:
+        run()
+        assert [ref() for ref in refs] == [None] * 4
+    finally:
+        gc.enable()
+    assert state_of(net) == before
+
+
+def test_the_graph_of_a_later_run_is_that_of_the_first() -> None:
+    model = Model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    graphs: list[Any] = []
+
+    def run() -> None:
+        with model.trace(torch.ones(1, 2)) as tracer:
+            first = model[0].output  # noqa: F841
+            second = model[1].output  # noqa: F841
+        graphs.append(tracer.graph)
+
+    run()
+    run()
+    assert graphs[0].to_json() == graphs[1].to_json()

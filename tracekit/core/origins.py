@@ -53,7 +53,12 @@ _origins: Final[dict[int, Origin]] = {}
 def note_visit(label: object, nest: Nest, had_grad: bool) -> None:
     """Remember that a block got every tensor in `nest` at `label`."""
     for tensor in tensors(nest):
-        _put(tensor, _entry(tensor)._replace(label=label, had_grad=had_grad))
+        key = id(tensor)
+        known = origin_of(tensor)
+        if known is None:
+            _origins[key] = Origin(ref(tensor, partial(_forget, key)), label, had_grad)
+        else:
+            _origins[key] = known._replace(label=label, had_grad=had_grad)
 
 
 def stands_for(view: Tensor, base: Tensor, axis: int, start: int, stop: int) -> None:

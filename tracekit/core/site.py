@@ -13,8 +13,7 @@ class Slot(Enum):
     OUTPUT = "output"
     RESULT = "result"  # what the traced call returned; the root's alone
 
-    def __hash__(self) -> int:  # Enum hashes the name, in Python; sites are hashed in every hook
-        return id(self)
+    __hash__ = object.__hash__  # Enum hashes the name, in Python; sites are hashed in every hook
 
 
 class Site(NamedTuple):

@@ -46,6 +46,7 @@ class Tree:
         # overwrites the value later, as Falcon adds the attention into the output of its MLP.
         self.overwrites: dict[object, dict[Slot, dict[str, bool]]] = {}
         # By kind of run, where the rows of a batch lie in every value.
+        self.proven: set[object] = set()  # reads that were served in their order (glance.py)
         self.layouts: dict[object, object] = {}
         self.refresh(is_first=True)
 
@@ -58,6 +59,7 @@ class Tree:
         self._canonical.clear()
         self._parents.clear()
         self._relatives.clear()
+        self.proven.clear()
         self.layouts.clear()
         first: dict[int, str] = {}
         for relative, module in self.root.named_modules(remove_duplicate=False):

@@ -42,6 +42,12 @@ class Versions:
                 kind = _Copied if tensor.is_inference() else _Counted
                 self._notes.append(kind(label, tensor))
 
+    def note_overwritten(self, label: object, nest: Any) -> None:
+        """Remember tensors that are not what was given out, should somebody still hold them."""
+        for tensor in tensors(nest):
+            if storage_key(tensor) is not None:
+                self._notes.append(_Overwritten(label, tensor))
+
     def renew(self, label: object) -> bool:
         """Accept changes of what was noted last, under `label`; whether there were any."""
         changed = False
@@ -82,6 +88,23 @@ class _Counted:
 
     def has_moved(self) -> bool:
         return self._probe._version != self._version and not self.storage.expired()
+
+
+@final
+class _Overwritten:
+    """What has been overwritten already."""
+
+    __slots__ = ("_storage", "label")
+
+    def __init__(self, label: object, tensor: Tensor) -> None:
+        self.label = label
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+
+    def renew(self) -> None:
+        pass
+
+    def has_moved(self) -> bool:
+        return not self._storage.expired()
 
 
 @final

@@ -89,6 +89,13 @@ class Hooks:
         asked = partial(_here, self.thread, body)
         self._rewritten.append(rewritable(self._module(path), asked))
 
+    def look(self, module: nn.Module, slot: Slot, hook: ForwardHook) -> None:
+        """Let `hook` see what `module` returned, or was called with; nothing may change it yet."""
+        if slot is Slot.OUTPUT:
+            self._put(module._forward_hooks, hook, is_first=True)
+        else:
+            self._put_before(module, hook, is_first=True)
+
     # -- OBSERVER -------------------------------------------------------------------------------
 
     def observe(self, modules: list[nn.Module], slot: Slot, hook: ForwardHook) -> None:

@@ -91,7 +91,7 @@ class Interleaver:
         """Watch for `visit`; SiteOrderError if it has passed."""
         if visit.site.slot is Slot.RESULT or visit == self._serving:
             return
-        watch = self._passage.expect(visit.site.path, self.step)
+        watch = self._passage.expect(visit.site.path, self.step, visit.call)
         watch.is_asked = True
         self._check_not_skipped(mediator, visit)
         if visit.step == self.step and watch.has_passed(visit):
@@ -143,7 +143,7 @@ class Interleaver:
 
         SiteOrderError if the model is in it without that.
         """
-        watch = self._passage.expect(visit.site.path, self.step)
+        watch = self._passage.expect(visit.site.path, self.step, visit.call)
         if self._placement.opened(visit.site.path) is not None:
             return watch.has_passed(visit)
         if visit.call in watch.running and visit != self._serving:

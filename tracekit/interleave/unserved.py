@@ -102,6 +102,15 @@ def step_never_came(step: int) -> StepError:
     return StepError(f"step {step} was asked for, but the run ended before it began.")
 
 
+def unlike_before(visit: Visit) -> SiteOrderError:
+    """The model goes another way than in earlier runs of the same block."""
+    return SiteOrderError(
+        f"{visit} did not come in its turn, as it did in an earlier run of this block: the model "
+        f"takes another way now. To run the block step by step, set "
+        f"tracekit.settings.defer_reads = False."
+    )
+
+
 def never_came(what_for: str) -> NeverCameError:
     """A block slept for what another block was to bring about."""
     return NeverCameError(

@@ -33,6 +33,7 @@ from tracekit.interleave.places import Places
 from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.worker import current_mediator, later_beside, run_beside, run_here
 from tracekit.tracing.cache import Cache
+from tracekit.tracing.glance import Asked, Glance
 from tracekit.tracing.graph import Log
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.select import Selector, select
@@ -51,6 +52,7 @@ class Intervention:
     scope: Scope | None = None  # of its names, if it shares them with other blocks
     has_rounds: bool = False  # it runs its block anew in each step (rounds.py)
     forecast: Forecast | None = None  # of what it will ask, if that can be said
+    asked: Asked | None = None  # all of it, if no value decides
     file: str = ""  # where the block stands, for a forecast
 
 
@@ -97,6 +99,45 @@ class Execution:
             return self._run_all(interventions)
 
     def _run_all(self, interventions: Sequence[Intervention]) -> BaseException | None:
+        glance = self._glance_of(interventions)
+        if glance is not None and glance.is_proven:
+            error = self._run_at_a_glance(glance, interventions[0])
+        else:
+            error = self._run_with_requests(interventions)
+            answers = self.mediators[0].answers if glance is not None else None
+            if glance is not None and error is None and answers is not None and answers.is_all:
+                glance.prove()
+        try:
+            checked = self._checked(is_whole=error is None)
+            return error if error is not None else checked
+        finally:  # an error refers to frames that refer to this one: it must not refer back
+            self.mediators.clear()
+            del error
+
+    def _glance_of(self, interventions: Sequence[Intervention]) -> Glance | None:
+        """What the only block will ask, if nothing else has a part in the run."""
+        if len(interventions) != 1 or self._edits or self._recorders:
+            return None
+        self._tree.refresh_if_changed()
+        asked, rows = interventions[0].asked, interventions[0].rows
+        return None if asked is None or rows else Glance(self._tree, self._kind, asked)
+
+    def _run_at_a_glance(self, glance: Glance, intervention: Intervention) -> BaseException | None:
+        mediator = self._new_mediator(0, intervention)
+        results: list[Any] = []
+        self._interleaver.mediators.clear()  # nobody asks for anything
+        glance.place(self._hooks)
+        error = self._run(results)
+        glance.answer(mediator, results, self._versions, self._has_grad)
+        run_here(mediator, intervention.body, self._grad)
+        try:
+            if mediator.error is not None:
+                error, mediator.error = mediator.error, None
+            return error
+        finally:
+            del error, results
+
+    def _run_with_requests(self, interventions: Sequence[Intervention]) -> BaseException | None:
         if interventions or self._edits:
             self._tree.refresh_if_changed()
             for place, intervention in enumerate((*self._edits, *interventions)):
@@ -105,17 +146,14 @@ class Execution:
                 self._begin(mediator, intervention)
         error = self._run()
         self._run_deferred()
-        checked: BaseException | None = None
         try:
             for mediator in self.mediators:
                 if mediator.error is not None:
                     error, mediator.error = mediator.error, None
                     break
-            checked = self._checked(is_whole=error is None)
-            return error if error is not None else checked
-        finally:  # an error refers to frames that refer to this one: it must not refer back
-            self.mediators.clear()
-            del error, checked
+            return error
+        finally:
+            del error
 
     def open_in_place(self, channel: Channel) -> Mediator:
         """The mediator of a block that runs from now on, on the caller's thread."""
@@ -142,10 +180,12 @@ class Execution:
         self._close()
         self._checked(is_whole=False)
 
-    def _run(self) -> BaseException | None:
+    def _run(self, results: list[Any] | None = None) -> BaseException | None:
         try:
             self._interleaver.start()
             result = self._call(self._interleaver.end_step)
+            if results is not None:
+                results.append(result)
             self._interleaver.finish(result)
         except Unwind:
             pass

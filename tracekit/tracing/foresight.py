@@ -13,13 +13,14 @@ from tracekit.capture import Block, Scope, Unsure
 from tracekit.core.nest import first_input, first_tensor
 from tracekit.core.quirks import is_config, own_children
 from tracekit.core.settings import settings
-from tracekit.core.site import Site, Slot
+from tracekit.core.site import Line, Site, Slot, Visit
 from tracekit.core.tree import Tree
 from tracekit.interleave.ahead import Forecast, Stop, Wanted, ask_ahead
 from tracekit.interleave.answers import Made
 from tracekit.interleave.protocol import NextStep
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.envoy import Calls, Envoy, place_of
+from tracekit.tracing.glance import Asked
 from tracekit.tracing.save import save
 from tracekit.tracing.steps import steps_of
 
@@ -30,7 +31,7 @@ _SLOTS: Final = {
     "inputs": Slot.INPUT,
 }
 _TENSORS: Final = (Tensor, Parameter)
-_VIEW: Final = object()  # a view of a tensor of the model's: which one makes no difference here
+_VIEW: Final = object()  # a value of the model's, or a view: which makes no difference here
 
 
 def forecast(
@@ -44,6 +45,29 @@ def forecast(
     if not (settings.defer_reads and plan.is_useful):
         return None
     return plan.run(Scope(frame, Foresight(tracer, tree, has_rows=taken is not None), taken))
+
+
+def foreseen(block: Block, frame: Any, tracer: Any, tree: Tree) -> Asked | None:
+    """All that the block in `frame` will ask, if it is nothing but values of one step.
+
+    Values are not known yet, so none may decide what is asked.
+    """
+    plan = block.plan()
+    if not (settings.defer_reads and plan.is_complete):
+        return None
+    steps = plan.run(Scope(frame, Foresight(tracer, tree, has_rows=True)))
+    asked: list[tuple[Visit, Line]] = []
+    try:
+        wanted, line = next(steps)
+        while isinstance(wanted, Wanted):
+            visit = Visit(wanted.site, 0, wanted.call)
+            asked.append((visit, Line(block.filename, line)))
+            wanted, line = steps.send(_VIEW)
+    except StopIteration:
+        return asked if all(visit.call == 0 for visit, _ in asked) else None
+    except Exception:  # noqa: BLE001 - Unsure, or an error that is the block's to raise
+        return None
+    return None
 
 
 def ask_group(block: Block, tracer: Any, tree: Tree, group: int) -> None:
@@ -132,6 +156,8 @@ class Foresight:
 
     def given(self, name: str, value: Any) -> object:
         """What the attribute gives, of what its request was answered with."""
+        if value is _VIEW:
+            return value
         if name == "input":
             return first_input(value)
         if name == "hidden":

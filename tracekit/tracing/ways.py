@@ -12,7 +12,7 @@ from tracekit.capture import Block, Skip, skip_body
 from tracekit.core.tree import Tree
 from tracekit.errors import CaptureError
 from tracekit.tracing.execution import Execution, Intervention
-from tracekit.tracing.foresight import ask_group, forecast
+from tracekit.tracing.foresight import ask_group, forecast, foreseen
 from tracekit.tracing.gradients import backward_item
 from tracekit.tracing.save import save_method
 
@@ -100,7 +100,9 @@ class Lifted(Way):
         body = block.body(frame, HELPERS | {"ahead": partial(ask_group, block, entered, tree)})
         self.execution = self._start()
         try:
-            foreseen = forecast(block, frame, entered, tree)
-            return self.execution.run([Intervention(body, forecast=foreseen, file=block.filename)])
+            asked = foreseen(block, frame, entered, tree)
+            ahead = forecast(block, frame, entered, tree)
+            own = Intervention(body, forecast=ahead, asked=asked, file=block.filename)
+            return self.execution.run([own])
         finally:
             body.hand_back()
