@@ -259,6 +259,32 @@ def test_rows_that_share_memory_are_edited_one_by_one() -> None:
     assert other.tolist() == [[1, 1, 1]]
 
 
+def test_an_edit_in_place_reaches_what_it_reaches_alone_also_behind_a_write() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    model = Model(Residual())
+    x = torch.randn(2, 2)
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(x[:1].clone()):
+            model.inner.input = model.inner.input * 2
+            first = model.output.clone()
+        with tracer.invoke(x[1:].clone()):
+            model.inner.input[:, 0] += 1.5
+            second = model.output.clone()
+        with tracer.invoke():
+            both = model.output
+    changed = x[1:] + torch.tensor([[1.5, 0]])  # x itself, so the sum has it, too
+    torch.testing.assert_close(first, x[:1] + model.inner(x[:1] * 2))
+    torch.testing.assert_close(second, changed + model.inner(changed))
+    torch.testing.assert_close(both, torch.cat([first, second]))
+
+
 def test_a_written_value_must_fit_the_rows_of_its_block() -> None:
     model = Model(nn.Linear(2, 2))
     with pytest.raises(MisfitError, match=r"Tensor\[1, 2\].*Tensor\[2, 2\]"):

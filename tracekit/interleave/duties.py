@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -95,8 +96,16 @@ class Part(Protocol):
     def value(self) -> object: ...
 
     def put_back(self, new: object) -> object:
-        """The whole value, with `new` in the place of the part."""
+        """The whole value, with `new` in the place of the part; Unsettled if that is another."""
         ...
+
+
+class Unsettled(ABC):
+    """A value of which blocks have replaced their parts, before it is put together."""
+
+    @abstractmethod
+    def settled(self) -> object:
+        """What the model goes on with."""
 
 
 class Rows(Protocol):

@@ -11,6 +11,7 @@ from typing import Protocol, final
 
 from tracekit.core.site import Site, Slot, Visit
 from tracekit.interleave import unserved
+from tracekit.interleave.duties import Unsettled
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.passage import Passage, Watch
 from tracekit.interleave.protocol import (
@@ -280,13 +281,15 @@ class Interleaver:
             for mediator in self.mediators:
                 if mediator.awaits(visit):
                     if any(mediator.overlaps(other) for other in served):
-                        value = self._witness.apart(value)  # an edit shows from here on only
+                        value = self._witness.apart(_settled(value))  # edits show from here on
+                    elif mediator.rows is None:
+                        value = _settled(value)
                     served.append(mediator)
                     self._serving = visit
                     value = mediator.offer(visit, value)
                     self._after_turn(mediator, visit, value)
                     self._serving = None
-        return value
+        return _settled(value)
 
     def note_sleep(self, mediator: Mediator) -> None:
         """`mediator` is about to sleep for what another block does."""
@@ -309,7 +312,7 @@ class Interleaver:
             raise Unwind
         if self._has_stopped and not any(each.is_at_work for each in self.mediators):
             if visit is not None:  # the hooks of the observers will not be reached
-                self._placement.show(visit, value)
+                self._placement.show(visit, _settled(value))
             raise Unwind
 
     def _last_reply(self, mediator: Mediator) -> Reply:
@@ -337,3 +340,7 @@ class Interleaver:
         callers = self._passage.callers(visit.site.path)
         ran = [caller for caller in callers if self._passage.has_run(caller)]
         return unserved.never_ran(visit, callers, ran)
+
+
+def _settled(value: object) -> object:
+    return value.settled() if isinstance(value, Unsettled) else value
