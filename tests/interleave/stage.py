@@ -87,9 +87,6 @@ class Stage:
     def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
         """Strings are never overwritten in place."""
 
-    def apart(self, value: object) -> object:
-        return value
-
     def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
         """Strings are never overwritten in place."""
         return value

@@ -57,6 +57,7 @@ from tracekit import Model
 from tracekit.errors import (
     NeverRanError,
     OverwrittenError,
+    RowsError,
     ShortLoopWarning,
     SiteOrderError,
     TracekitError,
@@ -599,6 +600,8 @@ def test_each_block_of_several_inputs_is_as_if_it_were_alone(part: Any, raws: li
             wanted |= {**values, **values["named"], **values["box"]}
     if isinstance(bound["failure"], SiteOrderError) and "uncounted" in str(bound["failure"]):
         return  # refused, where which call it is can't be known
+    if isinstance(bound["failure"], RowsError) and "edited in place" in str(bound["failure"]):
+        return  # refused, where the edit alone would reach what it can't reach here
     if bound["failure"] is not None:
         raise bound["failure"]
     got = stored(bound)

@@ -674,3 +674,49 @@ def test_each_call_of_a_module_has_its_own_rows_or_none() -> None:
             model.output
     torch.testing.assert_close(first, net.shared(X[:1]))
     torch.testing.assert_close(table, net.shared(net.table))
+
+
+def test_an_edit_in_place_of_what_another_block_made_anew_is_refused() -> None:
+    model = Model(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)))
+    x = torch.randn(2, 2)
+    with pytest.raises(RowsError, match=r"edited in place.*as in model\.0\.0\.input"):
+        with torch.no_grad(), model.trace() as tracer:
+            with tracer.invoke(x[:1]):
+                model[0][0].input[:] += 1
+            with tracer.invoke(x[1:]):
+                model[0].input = model[0].input * 2
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(x[:1]):
+            model[0][0].input = model[0][0].input + 1
+            first = model.output
+        with tracer.invoke(x[1:]):
+            model[0].input = model[0].input * 2
+            model[0][0].input[:] += 1  # its own rows it may edit
+            second = model.output
+    torch.testing.assert_close(first, model.module(x[:1] + 1))
+    torch.testing.assert_close(second, model.module(x[1:] * 2 + 1))
+
+
+def test_a_block_that_sees_all_rows_edits_them_where_the_model_has_them() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.inner(x)
+
+    model = Model(Residual())
+    x = torch.randn(2, 2)
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke():
+            model.inner.input[:] += 1
+            kept = model.inner.output
+        with tracer.invoke(x[:1].clone()):
+            model.inner.output[:] = 0
+            first = model.output
+        with tracer.invoke(x[1:].clone()):
+            second = model.output
+    torch.testing.assert_close(kept, model.inner(x + 1))
+    torch.testing.assert_close(first, x[:1] + 1)
+    torch.testing.assert_close(second, x[1:] + 1 + model.inner(x[1:] + 1))

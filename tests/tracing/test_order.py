@@ -147,28 +147,3 @@ def test_a_call_that_cannot_be_counted_is_refused_in_words() -> None:
     for _ in range(5):
         expected = net.inner.inner(expected)
     assert torch.equal(later, expected)
-
-
-class Twice(nn.Module):
-    """Calls what is in it two times."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(self.inner(x))
-
-
-def test_what_is_inside_a_second_call_is_never_taken_for_the_first() -> None:
-    net = Twice(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
-    model = Model(net)
-    with pytest.raises(SiteOrderError, match=r"inner\.0\.input \(step 0\).*runs it before"):
-        with model.trace(X):
-            model.inner.calls[1].input
-            model.inner[0].input
-    with torch.no_grad(), model.trace(X):
-        begun = model.inner.calls[1].input
-        linear = model.inner[0].calls[1].output
-    assert torch.equal(begun, net.inner(X))
-    assert torch.equal(linear, net.inner[0](net.inner(X)))

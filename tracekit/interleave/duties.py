@@ -111,6 +111,11 @@ class Unsettled(ABC):
 class Rows(Protocol):
     """Which part of each value belongs to a block."""
 
+    @property
+    def is_all(self) -> bool:
+        """Whether it is all of it."""
+        ...
+
     def narrow(self, visit: Visit, whole: object) -> Part:
         """The part of `whole`; RowsError if it can't be told."""
         ...

@@ -59,10 +59,6 @@ class Witness(Protocol):
         """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
         ...
 
-    def apart(self, value: object) -> object:
-        """`value`, in memory of its own."""
-        ...
-
 
 @final
 class Interleaver:
@@ -92,7 +88,7 @@ class Interleaver:
         """Watch for `visit`; SiteOrderError if it has passed."""
         if visit.site.slot is Slot.RESULT or visit == self._serving:
             return
-        watch = self._passage.expect(visit.site.path, self.step, visit.call)
+        watch = self._passage.expect(visit.site.path, self.step)
         watch.is_asked = True
         self._check_not_skipped(mediator, visit)
         if visit.step == self.step and watch.has_passed(visit):
@@ -144,7 +140,7 @@ class Interleaver:
 
         SiteOrderError if the model is in it without that.
         """
-        watch = self._passage.expect(visit.site.path, self.step, visit.call)
+        watch = self._passage.expect(visit.site.path, self.step)
         if self._placement.opened(visit.site.path) is not None:
             return watch.has_passed(visit)
         if visit.call in watch.running and visit != self._serving:
@@ -274,17 +270,14 @@ class Interleaver:
                 self._after_turn(mediator)
 
     def _serve(self, visit: Visit, value: object) -> object:
-        served: list[Mediator] = []
-        count = -1
-        while count != len(served):  # who was woken meanwhile may ask for this visit, too
-            count = len(served)
+        is_served = True
+        while is_served:  # who was woken meanwhile may ask for this visit, too
+            is_served = False
             for mediator in self.mediators:
                 if mediator.awaits(visit):
-                    if any(mediator.overlaps(other) for other in served):
-                        value = self._witness.apart(_settled(value))  # edits show from here on
-                    elif mediator.rows is None:
+                    if mediator.rows is None:
                         value = _settled(value)
-                    served.append(mediator)
+                    is_served = True
                     self._serving = visit
                     value = mediator.offer(visit, value)
                     self._after_turn(mediator, visit, value)

@@ -277,10 +277,6 @@ class Mediator:
         """Whether the run goes on for this block: it has not ended, and is no lasting edit."""
         return self.state is not State.DONE and not self.is_lasting
 
-    def overlaps(self, other: Mediator) -> bool:
-        """Whether `other` is another block that sees, and may keep, some of the same rows."""
-        return other is not self and not other.is_lasting and None in (self.rows, other.rows)
-
     def shown(self, visit: Visit, value: object) -> Reply:
         """The worker's part of a value that the model does not go on with."""
         try:

@@ -212,6 +212,7 @@ class Execution:
         cache = Cache()
         own = current_mediator()
         rows = own.rows if own is not None and own in self.mediators else None
+        rows = None if rows is None or rows.is_all else rows
         recorder = Recorder(cache, self._tree, found, named, keep, self._kind, rows)
         recorder.place(self._hooks, self._interleaver, inputs, outputs, grads)
         self._recorders.append(recorder)

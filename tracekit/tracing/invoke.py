@@ -9,10 +9,11 @@ from typing import Any, Protocol, final
 from tracekit.capture import Block, Family, Skip, caller_frame, capture, skip_body
 from tracekit.core.tree import Tree
 from tracekit.errors import CaptureError, InputError, OutsideTraceError
+from tracekit.interleave.duties import Rows
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.execution import Execution, Intervention, TracedCall
 from tracekit.tracing.layouts import layouts_of
-from tracekit.tracing.rows import InvokeRows
+from tracekit.tracing.rows import AllRows, Copies, InvokeRows
 from tracekit.tracing.unison import forecasts
 from tracekit.tracing.ways import HELPERS, Way
 
@@ -107,13 +108,24 @@ class Gathered(Way):
     def _interventions(self) -> list[Intervention]:
         members = self._family.members
         foreseen = forecasts(self._blocks, members, self._tracer, self._tree)
-        rows: list[InvokeRows | None] = [None] * len(members)
-        if any(span not in (None, (0, self._size)) for span in self._spans):
-            layouts = layouts_of(self._tree, self._batch.call_with, self._batch.kind)
-            rows = [InvokeRows(layouts, *s, self._size) if s else None for s in self._spans]
         return [
             Intervention(member, own, member, forecast=forecast)
-            for member, own, forecast in zip(members, rows, foreseen, strict=True)
+            for member, own, forecast in zip(members, self._rows(), foreseen, strict=True)
+        ]
+
+    def _rows(self) -> list[Rows | None]:
+        """Of each block; None for the only block, if it sees all."""
+        everything = (0, self._size)
+        spans = [None if span == everything else span for span in self._spans]
+        if spans == [None]:
+            return [None]
+        copies = Copies()
+        if not any(spans):
+            return [AllRows(copies) for _ in spans]
+        layouts = layouts_of(self._tree, self._batch.call_with, self._batch.kind)
+        return [
+            InvokeRows(layouts, *span, self._size, copies) if span else AllRows(copies)
+            for span in spans
         ]
 
 

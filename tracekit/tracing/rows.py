@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import final
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tracekit.core.nest import Nest, map_leaves, tensors
 from tracekit.core.origins import stands_for
@@ -16,10 +17,61 @@ from tracekit.tracing.layouts import Layouts
 
 
 @final
+class Copies:
+    """Values that were put together in one run: the model goes on with a copy of what it had.
+
+    For whoever put rows into it, the copy is what alone the new value would be; for the others
+    it is not, as what they have elsewhere in the memory of the old value is not in the copy.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[tuple[StorageWeakRef, set[object]]] = []
+
+    def add(self, tensor: Tensor, authors: set[object]) -> None:
+        """Remember that `tensor` is one, with rows of these authors."""
+        self._made.append((StorageWeakRef(tensor.untyped_storage()), authors))
+
+    def has(self, tensor: Tensor, author: object) -> bool:
+        """Whether `tensor` lies in the memory of one, without rows of this author."""
+        if not self._made:
+            return False
+        own = StorageWeakRef(tensor.untyped_storage())
+        return any(made.cdata == own.cdata and author not in of for made, of in self._made)
+
+
+@final
+class AllRows:
+    """All rows, for one of several blocks: it may keep what later blocks change in place.
+
+    So it gets a copy, and what it changed in that is written where the model has it.
+    """
+
+    is_all = True
+
+    def __init__(self, copies: Copies) -> None:
+        self._copies = copies
+
+    def narrow(self, visit: Visit, whole: Nest) -> Part:
+        """A copy of all of `whole`."""
+        whole = whole.settled() if isinstance(whole, Unsettled) else whole
+        leaves: list[_Leaf] = []
+        for tensor in tensors(whole):
+            part = tensor.clone()
+            if part.requires_grad and part.dim():
+                stands_for(part, tensor, 0, 0, tensor.shape[0])
+            leaves.append(_Leaf(tensor, part, None))
+        value = _with_tensors(whole, [leaf.part for leaf in leaves])
+        return _Whole(visit, _Patched(whole, self._copies), value, leaves)
+
+
+@final
 class InvokeRows:
     """Rows `start` to `stop` of a batch of `size`."""
 
-    def __init__(self, layouts: Layouts, start: int, stop: int, size: int) -> None:
+    is_all = False
+
+    def __init__(self, layouts: Layouts, start: int, stop: int, size: int, copies: Copies) -> None:
+        self._copies = copies
         self._layouts = layouts
         self.start = start
         self.stop = stop
@@ -31,13 +83,14 @@ class InvokeRows:
         Of a value that other blocks have changed it is the part of what that was before them: their
         rows are others, and an edit in place must reach the memory that the model goes on with.
         """
-        patched = whole if isinstance(whole, _Patched) else _Patched(whole)
+        patched = whole if isinstance(whole, _Patched) else _Patched(whole, self._copies)
         whole = patched.whole
         leaves = [
             self._leaf(tensor, axis)
             for tensor, axis in zip(tensors(whole), self._axes(visit, whole), strict=True)
         ]
-        return _Part(visit, patched, _with_tensors(whole, [leaf.part for leaf in leaves]), leaves)
+        value = _with_tensors(whole, [leaf.part for leaf in leaves])
+        return _Part((self.start, self.stop), visit, patched, value, leaves)
 
     def _axes(self, visit: Visit, whole: Nest) -> list[int | None]:
         if visit.site.slot is Slot.RESULT:  # the tokens of a generation, or the root's output
@@ -78,12 +131,18 @@ class _Leaf:
         self.span = span  # axis, start, length; None: it has no rows
         self._version = version(part)
 
-    def is_replaced_by(self, visit: Visit, new: Tensor) -> bool:
+    def is_edited(self) -> bool:
+        """Whether the part was changed in place."""
+        return version(self.part) != self._version
+
+    def is_replaced_by(self, visit: Visit, new: Tensor, is_copy: bool) -> bool:
         """Whether the whole needs `new` in the place of the part; an edit of a view is in it."""
         is_leaf = new.requires_grad and not self.whole.requires_grad  # the block made it one
         is_changed = new is not self.part or version(new) != self._version
         is_there = new is self.part and self.span and new._base is not None
         if (not is_changed or is_there) and not is_leaf:
+            if is_changed and is_copy:
+                raise _edited_copy(visit)
             return False
         if self.span is None:
             raise RowsError(
@@ -94,24 +153,35 @@ class _Leaf:
         return True
 
 
+def _edited_copy(visit: Visit) -> RowsError:
+    return RowsError(
+        f"{visit} was edited in place, after another block had put its own rows into this value: "
+        f"what the model has elsewhere in the same memory would not be changed, as it is where the "
+        f"input is traced alone. Assign instead, as in {visit.site} = {visit.site} + 1."
+    )
+
+
 @final
 class _Patched(Unsettled):
     """A value, and what blocks put in the places of their rows of its tensors."""
 
-    def __init__(self, whole: Nest) -> None:
+    def __init__(self, whole: Nest, copies: Copies) -> None:
         self.whole = whole
-        self._patches: list[tuple[int, tuple[int, int, int], Tensor]] = []
+        self.copies = copies
+        self._patches: list[tuple[int, tuple[int, int, int], Tensor, object]] = []
 
-    def patch(self, index: int, span: tuple[int, int, int], new: Tensor) -> None:
+    def patch(self, index: int, span: tuple[int, int, int], new: Tensor, author: object) -> None:
         """Put `new` into the span of the `index`-th tensor."""
-        self._patches.append((index, span, new))
+        self._patches.append((index, span, new, author))
 
     def settled(self) -> Nest:
         """The value itself if nothing was replaced, else one with copies of what was."""
         wholes = list(tensors(self.whole))
-        for index in {index for index, _, _ in self._patches}:
+        for index in {index for index, *_ in self._patches}:
             wholes[index] = wholes[index].clone()
-        for index, span, new in self._patches:
+            authors = {author for patched, *_, author in self._patches if patched == index}
+            self.copies.add(wholes[index], authors)
+        for index, span, new, _ in self._patches:
             wholes[index].narrow(*span).copy_(new)
         return _with_tensors(self.whole, wholes) if self._patches else self.whole
 
@@ -120,7 +190,10 @@ class _Patched(Unsettled):
 class _Part:
     """What a block sees of a value."""
 
-    def __init__(self, visit: Visit, patched: _Patched, value: Nest, leaves: list[_Leaf]) -> None:
+    def __init__(
+        self, author: object, visit: Visit, patched: _Patched, value: Nest, leaves: list[_Leaf]
+    ) -> None:
+        self._author = author
         self._visit = visit
         self._patched = patched
         self.value = value
@@ -135,7 +208,30 @@ class _Part:
                 f"the block of one invoke: assign a value of the same structure."
             )
         for index, (leaf, own) in enumerate(zip(self._leaves, news, strict=True)):
-            if leaf.is_replaced_by(self._visit, own):
+            is_copy = self._patched.copies.has(leaf.whole, self._author)
+            if leaf.is_replaced_by(self._visit, own, is_copy):
                 assert leaf.span is not None
-                self._patched.patch(index, leaf.span, own)
+                self._patched.patch(index, leaf.span, own, self._author)
         return self._patched
+
+
+@final
+class _Whole:
+    """What a block sees of a value, if it sees all of it."""
+
+    def __init__(self, visit: Visit, patched: _Patched, value: Nest, leaves: list[_Leaf]) -> None:
+        self._visit = visit
+        self._patched = patched
+        self.value = value
+        self._leaves = leaves
+
+    def put_back(self, new: Nest) -> Nest:
+        """The value, with what the block edited; or what it wrote."""
+        if any(own is not leaf.part for own, leaf in zip(tensors(new), self._leaves, strict=False)):
+            return new
+        for leaf in self._leaves:
+            if leaf.is_edited():
+                if self._patched.copies.has(leaf.whole, None):
+                    raise _edited_copy(self._visit)
+                leaf.whole.copy_(leaf.part)
+        return self._patched.whole if new is self.value else new
