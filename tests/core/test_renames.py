@@ -41,7 +41,7 @@ def test_an_alias_is_valid_in_traces_selectors_and_keys(gpt2: Any) -> None:
         named = tracer.cache(modules=["layers.1", "model.blocks.0.self_attn"])
         globbed = tracer.cache(modules="layers.*.mlp.up_proj")
         cache = tracer.cache()
-        live = gpt2.layers[1].output
+        live = gpt2.layers[1].hidden
     assert list(named) == ["model.transformer.h.0.attn", "model.transformer.h.1"]
     assert list(globbed) == [f"model.transformer.h.{i}.mlp.c_fc" for i in range(len(gpt2.layers))]
     for found in (
@@ -51,7 +51,7 @@ def test_an_alias_is_valid_in_traces_selectors_and_keys(gpt2: Any) -> None:
         cache[gpt2.layers[1]],
         cache["transformer.h.1"],
     ):
-        assert torch.equal(found.output, live)
+        assert torch.equal(found.hidden, live)
     assert cache["layers.0.self_attn"][0] is cache["transformer.h.0.attn"][0]
 
 

@@ -250,6 +250,7 @@ def test_weights_that_accelerate_brings_are_left_where_they_are() -> None:
     assert torch.equal(model.module(X), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*was compiled by torch")
 @pytest.mark.parametrize("wrap", [torch.compile, weight_norm, spectral_norm])
 def test_modules_that_are_wrapped_are_copied(wrap: Callable[[nn.Module], Any]) -> None:
     module = small()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,7 @@ import torch
 
 from tests.tracing.plain import X, small
 from tracekit import Model
-from tracekit.errors import TracekitWarning
+from tracekit.errors import CacheError, TracekitWarning
 
 
 @pytest.fixture
@@ -64,6 +65,8 @@ def test_an_error_on_its_way_is_not_talked_over(model: Model, silence: None) -> 
         print(model.trace(X), model.edit(), 1 / 0)
     with pytest.raises(TypeError):
         model.trace(X)(1)  # type: ignore[operator]
+    with contextlib.suppress(CacheError):  # which drops the error, and the tracer with it
+        model.trace(X).explain()
     with pytest.raises(RuntimeError, match="in the block"):
         with model.trace(X):
             raise RuntimeError("in the block")

@@ -118,5 +118,14 @@ def is_with_item(frame: FrameType) -> bool:
 
 
 def is_dropping(frame: FrameType) -> bool:
-    """Is `frame` throwing away the value of a statement that is an expression?"""
-    return frame.f_lasti >= 0 and frame.f_code.co_code[frame.f_lasti] == _POP_TOP
+    """Is `frame` throwing away what the call that is its whole statement returned?
+
+    Errors and iterators are popped so as well, with whatever they hold alive, but after no call.
+    """
+    code, place = frame.f_code.co_code, frame.f_lasti
+    if place < 0 or code[place] != _POP_TOP:
+        return False
+    place -= 2
+    while place > 0 and dis.opname[code[place]] in ("CACHE", "<0>"):
+        place -= 2
+    return dis.opname[code[place]].startswith("CALL")

@@ -94,17 +94,17 @@ class _Counted:
 class _Overwritten:
     """What has been overwritten already."""
 
-    __slots__ = ("_storage", "label")
+    __slots__ = ("label", "storage")
 
     def __init__(self, label: object, tensor: Tensor) -> None:
         self.label = label
-        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self.storage = StorageWeakRef(tensor.untyped_storage())
 
     def renew(self) -> None:
         pass
 
     def has_moved(self) -> bool:
-        return not self._storage.expired()
+        return not self.storage.expired()
 
 
 @final
