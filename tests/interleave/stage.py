@@ -66,7 +66,7 @@ class Stage:
         self.modules = Modules(root)
         self.watches: dict[str, Watch] = {}
         self.interleaver = Interleaver(
-            Passage(self.modules, self.watch_ends, self.watch_begins), self, self
+            Passage(self.modules, self.watch_ends, self.watch_begins), self, self, lambda: 3
         )
         self.begins: set[str] = set()
         self.mediators: list[Mediator] = []

@@ -441,6 +441,7 @@ class Steps(Statement):
 
     key: Any  # what stands in tracer.iter[...]; None for tracer.all()
     body: list[tuple[int | None, list[Statement]]]
+    total: int  # how many steps the generation has
 
     def write(self, text: Text, depth: int) -> None:
         steps = "tracer.all()" if self.key is None else f"tracer.iter[{key_text(self.key)}]"
@@ -468,7 +469,10 @@ class Steps(Statement):
     def _steps(self) -> Iterator[int]:
         key = slice(None) if self.key is None else self.key
         if not isinstance(key, slice):
-            return iter([key] if isinstance(key, int) else key)
+            listed = [key] if isinstance(key, int) else key
+            return iter([step if step >= 0 else self.total + step for step in listed])
+        if (key.start or 0) < 0 or (key.stop or 0) < 0:
+            return iter(range(self.total)[key])
         first, stride = key.start or 0, key.step or 1
         return count(first, stride) if key.stop is None else iter(range(first, key.stop, stride))
 

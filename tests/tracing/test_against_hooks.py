@@ -519,6 +519,10 @@ KEYS = [
     [1],
     0,
     2,
+    -1,
+    [0, -1],
+    slice(-2, None),
+    slice(1, -1),
 ]
 
 
@@ -543,7 +547,8 @@ def generations(draw: Any) -> tuple[str, list[Statement], str]:
     step = draw(st.integers(0, NEW_TOKENS - 1))
     only = drawing.statements(draw(short), at_step(step), is_sorted=True)
     body = [(None, every), (step, only)]
-    loop = Steps(draw(st.sampled_from(KEYS)), body if draw(st.booleans()) else body[::-1])
+    key = draw(st.sampled_from(KEYS))
+    loop = Steps(key, body if draw(st.booleans()) else body[::-1], NEW_TOKENS)
     after = drawing.statements(draw(st.lists(raw, max_size=1)), at_step(2), is_sorted=True)
     return name, [*before, loop, *after], draw(endings)
 

@@ -220,9 +220,9 @@ def a_step_after_a_forward_pass(model: Model) -> None:
         model.lm_head.next().output  # here
 
 
-@mistake(StepError, "counts from an end")
-def a_step_counted_from_the_end(model: Model) -> None:
-    with model.generate(IDS, **GREEDY) as tracer:
+@mistake(StepError, "can't be counted from the end of this generation: .* give min_new_tokens=")
+def a_step_counted_from_an_end_that_is_not_known(model: Model) -> None:
+    with model.generate(IDS, **GREEDY, eos_token_id=7) as tracer:
         for _ in tracer.iter[-1]:  # here
             pass
 

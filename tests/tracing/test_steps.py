@@ -117,6 +117,16 @@ def test_an_open_loop_reads_every_step(
         ((1, 3), [1, 3]),
         (slice(2, 2), []),
         ([], []),
+        (-1, [3]),
+        (-4, [0]),
+        (slice(-2, None), [2, 3]),
+        (slice(1, -1), [1, 2]),
+        (slice(None, -1), [0, 1, 2]),
+        (slice(-9, 2), [0, 1]),
+        (slice(-4, None, 3), [0, 3]),
+        (slice(3, -3), []),
+        ([0, -1], [0, 3]),
+        ([-3, -1], [1, 3]),
     ],
     ids=str,
 )
@@ -349,12 +359,70 @@ def test_steps_out_of_order_are_refused_at_once(key: list[int], model: Model, in
     assert not ran
 
 
-@pytest.mark.parametrize("key", [-1, slice(-2, None), slice(None, -1), [0, -1], slice(None, 0, -1)])
-def test_steps_counted_from_the_end_are_refused(key: Any, model: Model, inputs: Any) -> None:
-    with pytest.raises(StepError, match="count"):
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        (-5, "there is no step -5: the run has 4 steps"),
+        ([0, -4], "ascending order"),
+        ([-1, 1], "ascending order"),
+        (slice(None, 0, -1), "a stride of -1"),
+        (slice(-1, None, 0), "a stride of 0"),
+    ],
+    ids=str,
+)
+def test_steps_that_cant_be_gone_through_are_refused(
+    key: Any, words: str, model: Model, inputs: Any
+) -> None:
+    with pytest.raises(StepError, match=words):
         with model.generate(**inputs) as tracer:
             for _ in tracer.iter[key]:
                 pass
+
+
+@pytest.mark.parametrize("key", [-1, slice(-3, None), [-1], slice(0, 9)], ids=str)
+def test_the_last_step_of_a_forward_pass_is_its_only_one(
+    key: Any, net: Any, model: Model, inputs: Any
+) -> None:
+    ids = inputs["input_ids"]
+    expected = net(input_ids=ids).logits
+    got = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ShortLoopWarning)
+        with model.trace(input_ids=ids) as tracer:
+            for step in tracer.iter[key]:
+                got[step] = model.lm_head.output
+    assert list(got) == [0]
+    assert torch.equal(got[0], expected)
+    with model.scan(input_ids=ids) as tracer:
+        shapes = [model.lm_head.output.shape for _ in tracer.iter[-1]]
+    assert shapes == [expected.shape]
+    with pytest.raises(StepError, match="there is no step -2: the run has 1 step;"):
+        with model.trace(input_ids=ids) as tracer:
+            for _ in tracer.iter[-2]:
+                pass
+
+
+def test_a_generation_that_ends_otherwise_than_its_arguments_say_is_an_error(
+    net: Any, model: Model, inputs: Any
+) -> None:
+    class End:
+        """Gives every token but one no chance, after all other processors."""
+
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            return torch.full_like(scores, -1e30).index_fill(1, torch.tensor([7]), 0.0)
+
+    options = {**inputs, "min_new_tokens": TOKENS, "eos_token_id": 7}
+    assert net.generate(**options).shape[1] == inputs["input_ids"].shape[1] + TOKENS
+    got = []
+    with pytest.raises(StepError, match=r"from the end of 4 \(line \d+\), .* ended after 1:"):
+        with model.generate(**options, logits_processor=[End()]) as tracer:
+            for step in tracer.iter[:-1]:
+                got.append(step)
+    assert got == [0]
+    with pytest.raises(StepError, match="ended after 1:"):
+        with model.generate(**options, logits_processor=[End()]) as tracer:
+            for _ in tracer.iter[-4]:
+                model.lm_head.output
 
 
 @pytest.mark.parametrize("key", ["1", None, 1.0, [0, 1.0], slice("0", None)])

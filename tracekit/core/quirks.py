@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -38,6 +39,14 @@ def is_checkpointing(module: nn.Module) -> bool:
     kinds = (kind.__name__ for kind in type(module).__mro__)
     is_on = module.training and getattr(module, "gradient_checkpointing", False)
     return bool(is_on) and "GradientCheckpointingLayer" in kinds
+
+
+def generation_config_of(module: Any, given: dict[str, Any]) -> Any:
+    """The configuration that `module.generate(**given)` goes by: what is given, over the module's
+    own, over the defaults (transformers 4.57 to 5, whose rules of precedence differ)."""
+    others = set(inspect.signature(type(module).generate).parameters) - {"use_model_defaults"}
+    settings = {name: value for name, value in given.items() if name not in others}
+    return module._prepare_generation_config(given.get("generation_config"), **settings)[0]
 
 
 def is_config(value: object) -> bool:

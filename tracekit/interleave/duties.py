@@ -20,6 +20,10 @@ class Run(Protocol):
         """How many steps are known to have begun."""
         ...
 
+    def count_steps(self, line: str) -> int:
+        """How many steps the run will have, for the block at `line`; StepError if that is open."""
+        ...
+
     def expect(self, mediator: Mediator, visit: Visit) -> None:
         """Prepare for `visit`, or raise if it can't be served any more."""
         ...

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, final
 
 from tracekit.core.site import Site, Slot, Visit
@@ -69,12 +70,15 @@ class Interleaver:
         passage: Passage,
         placement: Placement,
         witness: Witness,
+        count_steps: Callable[[], int],
     ) -> None:
         self.step = 0
         self.mediators: list[Mediator] = []
         self._passage = passage
         self._placement = placement
         self._witness = witness
+        self._count_steps = count_steps
+        self._told: tuple[int, str] | None = None  # a block counts on so many steps, from this line
         self._serving: Visit | None = None  # where the model is paused
         self._sleepers: list[Mediator] = []
         self._has_stopped = False  # one of the blocks said stop
@@ -167,6 +171,11 @@ class Interleaver:
         """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
         return self._passage.ran_in(path, step)
 
+    def count_steps(self, line: str) -> int:
+        """How many steps the run will have, for the block at `line`; StepError if that is open."""
+        self._told = self._count_steps(), line
+        return self._told[0]
+
     @property
     def has_begun(self) -> bool:
         """Whether a block has seen the model run: before that, it has passed nothing."""
@@ -239,6 +248,9 @@ class Interleaver:
 
     def finish(self, result: object) -> None:
         """The traced call has returned `result`: answer what is still asked."""
+        had = max(self.step, 1)  # a forward pass ends no step
+        if self._told is not None and self._told[0] != had:
+            raise unserved.miscounted(*self._told, had)
         self._result = result
         while True:
             waiting = [each for each in self.mediators if each.state is State.WAITING]

@@ -151,6 +151,10 @@ class Mediator:
         """How many steps the run is known to have begun."""
         return self._run.steps_begun
 
+    def count_steps(self) -> int:
+        """How many steps the run will have; StepError if that is not certain."""
+        return self._run.count_steps(self._line())
+
     def ran_in(self, path: str, step: int) -> bool | None:
         """Whether the module at `path` ran in `step`, the current or the last; None: not known."""
         return self._run.ran_in(path, step)

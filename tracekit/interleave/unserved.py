@@ -119,6 +119,15 @@ def never_came(what_for: str) -> NeverCameError:
     )
 
 
+def miscounted(told: int, line: str, had: int) -> StepError:
+    """The run had another number of steps than a block went by that counts from its end."""
+    return StepError(
+        f"steps were counted from the end of {told} ({line}), and the generation ended after "
+        f"{had}: something that its arguments do not tell (a logits processor, an edit) made it "
+        f"end so; loop over tracer.iter[:] and keep what came last."
+    )
+
+
 def no_such_step(visit: Visit, steps: int) -> StepError:
     """The run ended before the step of `visit`."""
     had = {0: "no step began", 1: "the run had 1 step, step 0"}.get(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Protocol, TypeAlias, final
 
 import torch
@@ -13,6 +14,8 @@ from tracekit.core.nest import map_leaves, tensors
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.generation import of_a_forward, run
+from tracekit.models.lengths import count_steps
+from tracekit.tracing.call import TracedCall, one_step
 
 Inputs: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 # What is padded along its second axis, and with what; None: the token for padding.
@@ -67,10 +70,12 @@ class Batch:
         self._read.append(inputs)
         return _rows(inputs)
 
-    def call(self) -> Callable[[Callable[[], None]], Any]:
+    def call(self) -> TracedCall:
         """Runs the model on all inputs."""
         inputs = self._reader.joined(self._read)
-        return lambda end_step: self._call(self._tree, end_step, *inputs)
+        tree, make = self._tree, self._call
+        count = partial(count_steps, tree.root, *inputs) if self._kind == "generate" else one_step
+        return TracedCall(lambda end_step: make(tree, end_step, *inputs), count)
 
     def call_with(self, rows: int) -> Callable[[Tree], object]:
         """Runs a forward pass of the model of a Tree on the first row, repeated."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +14,15 @@ from tracekit.capture import caller_frame
 from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
 from tracekit.errors import TracekitWarning
-from tracekit.models.signatures import accepts
+from tracekit.models.lengths import count_steps
+from tracekit.models.signatures import accepts, by_name, is_transformers
+from tracekit.tracing.call import TracedCall
+
+
+def generation(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
+    """The call of the root's `generate(*args, **kwargs)`."""
+    count = partial(count_steps, tree.root, args, kwargs)
+    return TracedCall(lambda end_step: generate(tree, end_step, args, kwargs), count)
 
 
 def generate(
@@ -28,7 +35,7 @@ def generate(
     each iteration. `progress=True` shows a bar.
     """
     kwargs = dict(kwargs)
-    if _is_transformers(tree.root) and kwargs.pop("progress", False):
+    if is_transformers(tree.root) and kwargs.pop("progress", False):
         from tqdm.auto import tqdm
 
         bar: Any = tqdm(total=kwargs.get("max_new_tokens"), desc="generate", unit="step")
@@ -44,11 +51,10 @@ def _generate(
     module: Any = tree.root
     if end_step is None:
         return module.generate(*args, **kwargs)
-    if not _is_transformers(module):
+    if not is_transformers(module):
         with eager(tree):
             return module.generate(*args, **kwargs)
-    names = list(inspect.signature(type(module).generate).parameters)[1:]
-    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    kwargs = by_name(module, args, kwargs)
     kwargs["stopping_criteria"] = _with_end_of_step(kwargs.get("stopping_criteria"), end_step)
     kwargs.setdefault("disable_compile", True)
     with eager(tree):
@@ -94,11 +100,6 @@ def eager(tree: Tree) -> AbstractContextManager[Any]:
             frame.f_lineno,
         )
     return torch.compiler.set_stance("force_eager")
-
-
-def _is_transformers(module: Any) -> bool:
-    """Whether its `generate` asks stopping criteria; a module's own may not know them."""
-    return any(kind.__name__ == "GenerationMixin" for kind in type(module).__mro__)
 
 
 def _with_end_of_step(given: Any, end_step: Callable[[], None]) -> Any:

@@ -16,11 +16,12 @@ from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
 from tracekit.models.batching import Batch, Inputs, join_inputs
-from tracekit.models.generation import generate, run
+from tracekit.models.generation import generation, run
 from tracekit.models.model import Model, is_without_input, run_forward
 from tracekit.models.padding import fit_padding
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.signatures import accepts
+from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
 
 
@@ -96,7 +97,7 @@ class LanguageModel(Model):
         if is_without_input(args, kwargs):
             return self._tracer(self._batch(kwargs, run_forward, "trace"))
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
-        return self._tracer(lambda _: run(self._tree, (), inputs))
+        return self._tracer(TracedCall(lambda _: run(self._tree, (), inputs)))
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -112,7 +113,7 @@ class LanguageModel(Model):
         prepared = self._prepared(args, kwargs, is_dry=True)
         inputs = self._completed(prepared, for_generate=False)
         twin = fake_twin(self._tree)
-        return self._tracer(lambda _: run_dry(twin, _, (), inputs), tree=twin)
+        return self._tracer(TracedCall(lambda _: run_dry(twin, _, (), inputs)), tree=twin)
 
     @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,10 +125,10 @@ class LanguageModel(Model):
         """
         return super().generate(*args, **kwargs)
 
-    def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         prepared = self._prepared(args, kwargs, for_generate=True)
         inputs = self._completed(prepared, for_generate=True)
-        return lambda end_step=None: generate(self._tree, end_step, (), inputs)
+        return generation(self._tree, (), inputs)
 
     @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +137,7 @@ class LanguageModel(Model):
         if args and not isinstance(args[0], torch.Tensor):
             args, kwargs = (), self._prepared(args, kwargs)
         if self._edits:
-            return self._edited(lambda _: run(self._tree, args, kwargs))
+            return self._edited(TracedCall(lambda _: run(self._tree, args, kwargs)))
         return self.module(*args, **kwargs)
 
     def _prepared(

@@ -15,13 +15,14 @@ from tracekit.core.renames import Rename, Renames
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
-from tracekit.models.generation import generate, run
+from tracekit.models.generation import generate, generation, run
 from tracekit.models.scanning import fake_twin, run_dry
+from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits
 from tracekit.tracing.envoy import Envoy
-from tracekit.tracing.execution import Intervention, TracedCall, run_edited
+from tracekit.tracing.execution import Intervention, run_edited
 from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
 from tracekit.tracing.tracer import Tracer
@@ -55,7 +56,7 @@ class Model(Envoy):
         """
         if is_without_input(args, kwargs) and _takes_input(self.module):
             return self._tracer(self._batch(kwargs, run_forward, "trace"))
-        return self._tracer(lambda _: run(self._tree, args, kwargs))
+        return self._tracer(TracedCall(lambda _: run(self._tree, args, kwargs)))
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -68,7 +69,7 @@ class Model(Envoy):
         twin = fake_twin(self._tree)
         if is_without_input(args, kwargs) and _takes_input(self.module):
             return self._tracer(self._batch(kwargs, run_dry, "trace", twin), tree=twin)
-        return self._tracer(lambda _: run_dry(twin, _, args, kwargs), tree=twin)
+        return self._tracer(TracedCall(lambda _: run_dry(twin, _, args, kwargs)), tree=twin)
 
     @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,7 +81,7 @@ class Model(Envoy):
             return self.generation(*args, **kwargs)
         self._check_generates()
         call = self._generation(args, kwargs)
-        return self._edited(call, grad=False) if self._edits else call()
+        return self._edited(call, grad=False) if self._edits else call.make(None)
 
     @showing_own_lines
     def generation(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -106,8 +107,8 @@ class Model(Envoy):
         """
         return self.trace(*args, **kwargs).run(capture=capture, edits=edits)
 
-    def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
-        return lambda end_step=None: generate(self._tree, end_step, args, kwargs)
+    def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
+        return generation(self._tree, args, kwargs)
 
     def _check_generates(self) -> None:
         module = self.module
@@ -124,7 +125,7 @@ class Model(Envoy):
         """Run the model on values, with its lasting edits; no trace around sees this call."""
         if not self._edits:
             return super().__call__(*args, **kwargs)
-        return self._edited(lambda _: run(self._tree, args, kwargs))
+        return self._edited(TracedCall(lambda _: run(self._tree, args, kwargs)))
 
     def session(self) -> Session:
         """`with model.session() as session:` holds several traces that share their values.

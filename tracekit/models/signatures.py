@@ -1,4 +1,4 @@
-"""Which arguments a module's forward takes; asked in every trace, so remembered by function."""
+"""Which arguments a module's forward and its `generate` take."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ from torch import nn
 def accepts(module: nn.Module, name: str) -> bool:
     """Whether the module's forward has an argument of this name."""
     function = getattr(module.forward, "__func__", module.forward)
-    return name in parameters(function)
+    return name in parameters(function)  # asked in every trace, so remembered by function
 
 
 @lru_cache(maxsize=64)
 def parameters(function: Callable[..., Any]) -> frozenset[str]:
     """The names of the arguments of `function`."""
     return frozenset(inspect.signature(function).parameters)
+
+
+def is_transformers(module: Any) -> bool:
+    """Whether its `generate` is that of transformers, with all its arguments."""
+    return any(kind.__name__ == "GenerationMixin" for kind in type(module).__mro__)
+
+
+def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of `module.generate(*args, **kwargs)`, by name."""
+    names = list(inspect.signature(type(module).generate).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, cast, final
 
@@ -15,8 +15,9 @@ from tracekit.core.nest import describe
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError, NeverRanError
 from tracekit.tracing.cache import Cache, empty_cache
+from tracekit.tracing.call import EndStep, TracedCall
 from tracekit.tracing.envoy import Envoy
-from tracekit.tracing.execution import Execution, Intervention, TracedCall
+from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.rounds import in_each_step
 from tracekit.tracing.select import Selector, select
 
@@ -99,11 +100,12 @@ def run_declared(
     made = [DeclaredEdit(tree, edit) for edit in edits]
     results: list[Any] = []
 
-    def kept(end_step: Callable[[], None]) -> Any:
-        results.append(call(end_step))
+    def kept(end_step: EndStep | None) -> Any:
+        results.append(call.make(end_step))
         return results[0]
 
-    execution = start(kept, [each for edit in made for each in edit.interventions()])
+    interventions = [each for edit in made for each in edit.interventions()]
+    execution = start(replace(call, make=kept), interventions)
     if isinstance(capture, tuple) and not capture:
         cache = empty_cache()
     else:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from dataclasses import dataclass, replace
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -33,13 +33,11 @@ from tracekit.interleave.places import Places
 from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.worker import current_mediator, later_beside, run_beside, run_here
 from tracekit.tracing.cache import Cache
+from tracekit.tracing.call import EndStep, TracedCall
 from tracekit.tracing.glance import Asked, Glance
 from tracekit.tracing.graph import Log
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.select import Selector, select
-
-# Makes the traced call; it is given what to call at the end of each decoding iteration.
-TracedCall: TypeAlias = Callable[[Callable[[], None]], Any]
 
 
 @final
@@ -87,7 +85,7 @@ class Execution:
         self.mediators: list[Mediator] = []
         self._deferred: list[tuple[Mediator, Callable[[], None]]] = []
         self._recorders: list[Recorder] = []
-        self._interleaver = Interleaver(self._passage, self._places, witness=self)
+        self._interleaver = Interleaver(self._passage, self._places, self, call.count_steps)
         self._hooks.subscriber = self._interleaver
 
     def run(self, interventions: Sequence[Intervention]) -> BaseException | None:
@@ -171,7 +169,7 @@ class Execution:
     @property
     def is_over(self) -> bool:
         """Whether the run has ended, with every hook off."""
-        return self._call is _over
+        return self._call is _OVER
 
     def abandon(self) -> None:
         """Take the hooks off, if the block failed before the model ran."""
@@ -183,7 +181,7 @@ class Execution:
     def _run(self, results: list[Any] | None = None) -> BaseException | None:
         try:
             self._interleaver.start()
-            result = self._call(self._interleaver.end_step)
+            result = self._call.make(self._interleaver.end_step)
             if results is not None:
                 results.append(result)
             self._interleaver.finish(result)
@@ -252,7 +250,7 @@ class Execution:
         return mediator
 
     def _close(self) -> None:
-        self._call, self._edits = _over, ()
+        self._call, self._edits = _OVER, ()
         was_interrupted = False
         for clean in (self._interleaver.close, self._hooks.remove):
             is_clean = False
@@ -351,11 +349,11 @@ def run_edited(
     """What `call` returns, with the model edited while it runs."""
     results: list[Any] = []
 
-    def kept(end_step: Callable[[], None]) -> Any:
-        results.append(call(end_step))
+    def kept(end_step: EndStep | None) -> Any:
+        results.append(call.make(end_step))
         return results[0]
 
-    failure = Execution(tree, kept, grad, edits).run(())
+    failure = Execution(tree, replace(call, make=kept), grad, edits).run(())
     if failure is not None:
         try:
             raise failure
@@ -364,8 +362,11 @@ def run_edited(
     return results.pop()
 
 
-def _over(_: Callable[[], None]) -> Any:
+def _run_again(_: EndStep | None) -> Any:
     raise AssertionError("an Execution runs once")
+
+
+_OVER = TracedCall(_run_again)
 
 
 def _line() -> str:

@@ -149,7 +149,7 @@ class Foresight:
         """What a loop over `tracer.iter[index]` waits for, one after the other."""
         if of is not self._tracer:
             raise Unsure
-        steps = steps_of(index if name == "iter" and index is not None else slice(None))
+        steps = steps_of(index if name == "iter" and index is not None else slice(None), _unsure)
         return ((step, NextStep(step)) for step in steps)
 
     # -- values ---------------------------------------------------------------------------------
@@ -188,6 +188,11 @@ class Foresight:
     def is_save(self, function: object) -> bool:
         """Whether it is tracekit.save."""
         return function is save
+
+
+def _unsure() -> int:
+    """How many steps the run will have: the block asks for that itself."""
+    raise Unsure
 
 
 def _plain(value: object) -> object:

@@ -11,7 +11,8 @@ from tracekit.core.tree import Tree
 from tracekit.errors import CaptureError, InputError, OutsideTraceError
 from tracekit.interleave.duties import Rows
 from tracekit.interleave.worker import current_mediator
-from tracekit.tracing.execution import Execution, Intervention, TracedCall
+from tracekit.tracing.call import EndStep, TracedCall
+from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.layouts import layouts_of
 from tracekit.tracing.rows import AllRows, Copies, InvokeRows
 from tracekit.tracing.unison import forecasts
@@ -65,7 +66,7 @@ class Gathered(Way):
         self._spans: list[tuple[int, int] | None] = []  # of each block; None: all rows
         self._size = 0
         self.is_open = True
-        self.execution = start(self._run)
+        self.execution = start(TracedCall(self._run, self._count_steps))
 
     def add_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
         """Put one more input into the batch: its rows, or None for all rows if it is no input."""
@@ -102,8 +103,11 @@ class Gathered(Way):
         finally:
             self._family.hand_back()
 
-    def _run(self, end_step: Callable[[], None]) -> Any:
-        return self._batch.call()(end_step)
+    def _run(self, end_step: EndStep | None) -> Any:
+        return self._batch.call().make(end_step)
+
+    def _count_steps(self) -> int:
+        return self._batch.call().count_steps()
 
     def _interventions(self) -> list[Intervention]:
         members = self._family.members

@@ -21,8 +21,13 @@ class Steps:
         self._mediator = mediator
 
     def __getitem__(self, key: int | slice | Sequence[int]) -> Iterator[int]:
-        """The steps, in order; a loop without an end stops with the run, and what follows runs."""
-        steps = steps_of(key)
+        """The steps, in order; a loop without an end stops with the run, and what follows runs.
+
+        Negative numbers count from the end, where it is certain how many steps there will be: in a
+        forward pass (one), and in a generation that can't end early, as with
+        `min_new_tokens=max_new_tokens`. StepError, with the reason, where it is not.
+        """
+        steps = steps_of(key, lambda: self._mediator().count_steps())
         return self._open(steps) if isinstance(steps, itertools.count) else self._listed(steps)
 
     def __iter__(self) -> Iterator[int]:
@@ -44,20 +49,25 @@ class Steps:
             _warn_cut_short(f"steps from {first} on were asked for")
 
 
-def steps_of(key: Any) -> Iterable[int]:
-    """The steps that `tracer.iter[key]` goes through; an `itertools.count` if it is open."""
+def steps_of(key: Any, count: Callable[[], int]) -> Iterable[int]:
+    """The steps that `tracer.iter[key]` goes through; an `itertools.count` if it is open.
+
+    `count` tells how many the run will have; it is asked only where `key` counts from the end.
+    """
     if not isinstance(key, slice):
-        steps = [_number(each) for each in (key if isinstance(key, Iterable) else [key])]
-        _check_order(steps)
+        listed = [_number(each) for each in (key if isinstance(key, Iterable) else [key])]
+        steps = [step if step >= 0 else _from_end(step, count()) for step in listed]
+        if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+            raise StepError(f"steps come in ascending order, each once, not as {listed}.")
         return steps
     first, stride, stop = (
         given if given is None else _number(given) for given in (key.start, key.step, key.stop)
     )
     first, stride = first or 0, 1 if stride is None else stride
-    if stride == 0:
-        raise StepError("a stride of 0 goes nowhere; leave it out, or give 1 or more.")
-    for number in (first, stride, stop or 0):
-        _check_counts_from_start(number)
+    if stride < 1:
+        raise StepError(f"a stride of {stride} does not go on; leave it out, or give 1 or more.")
+    if first < 0 or (stop is not None and stop < 0):
+        return range(*slice(first, stop, stride).indices(count()))
     return itertools.count(first, stride) if stop is None else range(first, stop, stride)
 
 
@@ -69,19 +79,11 @@ def _number(given: object) -> int:
         raise StepError(text) from None
 
 
-def _check_counts_from_start(step: int) -> None:
-    if step < 0:
-        raise StepError(
-            f"step {step} counts from an end that is not known while the model generates; "
-            f"count steps from 0, or loop over tracer.iter[:] and keep what came last."
-        )
-
-
-def _check_order(steps: Sequence[int]) -> None:
-    for step in steps:
-        _check_counts_from_start(step)
-    if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-        raise StepError(f"steps come in ascending order, each once, not as {list(steps)}.")
+def _from_end(step: int, count: int) -> int:
+    if step < -count:
+        had = "1 step" if count == 1 else f"{count} steps"
+        raise StepError(f"there is no step {step}: the run has {had}; leave it out.")
+    return step + count
 
 
 def _warn_cut_short(what: str) -> None:

@@ -25,9 +25,10 @@ from tracekit.errors import CacheError, CaptureError, InputError, OutsideTraceEr
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.cache import Cache
+from tracekit.tracing.call import TracedCall
 from tracekit.tracing.called import Called, call_of
 from tracekit.tracing.declared import Outcome, run_declared
-from tracekit.tracing.execution import Execution, Intervention, TracedCall
+from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.graph import Graph, Log
 from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
@@ -195,7 +196,7 @@ class Tracer:
         or None if it changed it in place), a tensor to write, or a number. NeverRanError if one
         was not made.
         """
-        if self._way is not None or not callable(self._call):
+        if self._way is not None or not isinstance(self._call, TracedCall):
             what = "this trace has one" if self._way is not None else "a trace of invokes needs one"
             raise InputError(f"tracer.run() takes the place of a block, and {what}.")
         self._is_used = True
@@ -232,7 +233,7 @@ class Tracer:
     def _way_from(self, frame: FrameType) -> Way:
         """How the block of the `with` that `frame` enters runs."""
         self._block = None
-        if not callable(self._call):
+        if not isinstance(self._call, TracedCall):
             start = partial(self._execution, None)
             return Gathered(self._tree, self._call, start, self)
         if not settings.lift_blocks:
@@ -249,7 +250,7 @@ class Tracer:
         return way
 
     def _execution(self, thread: int | None = None, call: TracedCall | None = None) -> Execution:
-        own = self._call if callable(self._call) else None
+        own = self._call if isinstance(self._call, TracedCall) else None
         chosen = call or own
         assert chosen is not None
         execution = Execution(self._tree, chosen, self._grad, self._edits, thread)
