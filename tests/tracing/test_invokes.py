@@ -216,6 +216,30 @@ def _tensors(entry: Any) -> list[Tensor]:
     return [each for each in tensors(found) if each.is_floating_point()]
 
 
+class TimeFirst(nn.Module):
+    """Returns its rows along the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(3, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"states": self.rnn(x.transpose(0, 1))[0], "places": torch.arange(x.shape[1])}
+
+
+def test_the_result_of_a_forward_is_divided_along_the_axis_of_its_rows() -> None:
+    net = TimeFirst()
+    inputs = [torch.randn(1, 4, 3) for _ in range(2)]  # the time divides by the size of the batch
+    results = []
+    with Model(net).trace() as tracer:
+        for x in inputs:
+            with tracer.invoke(x):
+                results.append(tracer.result)
+    for x, result in zip(inputs, results, strict=True):
+        assert torch.allclose(result["states"], net(x)["states"], atol=1e-6)
+        assert result["places"].tolist() == [0, 1, 2, 3]
+
+
 def test_a_tensor_that_belongs_to_all_rows_is_not_changed_by_one_block() -> None:
     class Shared(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor]:

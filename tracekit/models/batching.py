@@ -62,6 +62,11 @@ class Batch:
         args, kwargs = self._read[0]
         return self._kind, len(args), *sorted(kwargs)
 
+    @property
+    def is_generation(self) -> bool:
+        """Whether the call is no forward pass, but a loop of them with a result of its own."""
+        return self._kind == "generate"
+
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """One more input, behind the others; how many rows it has."""
         inputs = self._reader.read(args, kwargs)
@@ -81,7 +86,7 @@ class Batch:
         """Runs a forward pass of the model of a Tree on the first row, repeated."""
         size = sum(map(_rows, self._read))
         args, kwargs = self._reader.joined(self._read)
-        if self._kind == "generate":
+        if self.is_generation:
             kwargs = of_a_forward(self._tree.root, kwargs)
 
         def repeated(leaf: Any) -> Any:

@@ -32,6 +32,11 @@ class Batch(Protocol):
         """Tells apart calls that take different ways through the model."""
         ...
 
+    @property
+    def is_generation(self) -> bool:
+        """Whether the call is no forward pass, but a loop of them with a result of its own."""
+        ...
+
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """One more input, behind the others; how many rows it has."""
         ...
@@ -127,8 +132,9 @@ class Gathered(Way):
         if not any(spans):
             return [AllRows(copies) for _ in spans]
         layouts = layouts_of(self._tree, self._batch.call_with, self._batch.kind)
+        size, is_generation = self._size, self._batch.is_generation
         return [
-            InvokeRows(layouts, *span, self._size, copies) if span else AllRows(copies)
+            InvokeRows(layouts, *span, size, copies, is_generation) if span else AllRows(copies)
             for span in spans
         ]
 

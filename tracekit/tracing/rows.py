@@ -70,7 +70,16 @@ class InvokeRows:
 
     is_all = False
 
-    def __init__(self, layouts: Layouts, start: int, stop: int, size: int, copies: Copies) -> None:
+    def __init__(
+        self,
+        layouts: Layouts,
+        start: int,
+        stop: int,
+        size: int,
+        copies: Copies,
+        is_generation: bool = False,
+    ) -> None:
+        self._is_generation = is_generation
         self._copies = copies
         self._layouts = layouts
         self.start = start
@@ -93,7 +102,7 @@ class InvokeRows:
         return _Part((self.start, self.stop), visit, patched, value, leaves)
 
     def _axes(self, visit: Visit, whole: Nest) -> list[int | None]:
-        if visit.site.slot is Slot.RESULT:  # the tokens of a generation, or the root's output
+        if visit.site.slot is Slot.RESULT and self._is_generation:  # no forward pass returns it
             return [0 if _has_rows(each, self._size) else None for each in tensors(whole)]
         layouts = self._layouts.of(visit.site, whole, self._size, visit.call)
         return [None if layout is None else layout.axis for layout in layouts]
