@@ -84,7 +84,7 @@ class Stage:
     def show(self, visit: Visit, value: object) -> None:
         """No observers here."""
 
-    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
+    def hand_out(self, visit: Visit, value: object, whole: object, is_own: bool) -> None:
         """Strings are never overwritten in place."""
 
     def take_back(self, visit: Visit, value: object, is_other: bool) -> object:

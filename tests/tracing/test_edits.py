@@ -531,3 +531,48 @@ def test_a_dry_run_finds_an_edit_that_does_not_fit() -> None:
     with pytest.raises(MisfitError):
         with edited.scan(X):
             pass
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_an_edit_has_what_it_read_though_a_later_block_changes_that_in_place(inputs: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    x = torch.randn(inputs, 4)
+    model = Model(net)
+    with model.edit() as edited:
+        kept = model[0].output
+        model[1].output = kept
+    if inputs == 1:
+        with edited.trace(x):
+            edited[0].output[:] = 1.0
+            first, out = edited[1].input, edited.output
+    else:
+        with edited.trace() as tracer:
+            with tracer.invoke(x[:1]):
+                edited[0].output[:] = 1.0
+                first = edited[1].input
+            with tracer.invoke(x[1:]):
+                edited[2].output.clone()
+            with tracer.invoke():
+                out = edited.output
+    assert bool((first == 1).all())
+    torch.testing.assert_close(out, net[2](net[0](x)))
+
+
+def test_an_edit_in_place_reaches_what_shares_the_memory_of_its_value() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * 2
+            return self.part(h) + h
+
+    model = Model(Residual())
+    with model.edit() as edited:
+        model.part.output[:] += 1
+    x = torch.randn(2, 4)
+    with edited.trace(x):
+        out = edited.output
+    torch.testing.assert_close(out, 2 * (x * 2 + 1))
+    torch.testing.assert_close(edited(x), out)

@@ -263,6 +263,83 @@ def _replace_positions(model: Model) -> None:
     model.output = {**model.output, "positions": torch.zeros(5, dtype=torch.long)}
 
 
+class Named(nn.Module):
+    """Returns two tensors of one shape, and a flag, by name."""
+
+    def forward(self, x: Tensor, flag: bool = False) -> dict[str, Any]:
+        return {"a": x, "b": -x, "flag": flag}
+
+
+class Flagged(nn.Module):
+    """Asks for the flag that its part returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Named()
+
+    def forward(self, x: Tensor) -> Tensor:
+        named = self.part(x, flag=False)
+        return named["a"] + 10 * named["b"] + (1000 if named["flag"] else 0)
+
+
+def test_rows_are_put_back_by_name_in_whatever_order_a_block_writes_them() -> None:
+    model = Model(Flagged())
+    with model.trace() as tracer:
+        with tracer.invoke(X[:1]):
+            named = model.part.output
+            model.part.output = {"b": named["b"] * 2, "flag": False, "a": named["a"]}
+            out = model.output
+        with tracer.invoke(X[1:]):
+            other = model.output
+    assert torch.equal(out, X[:1] - 20 * X[:1])
+    assert torch.equal(other, X[1:] - 10 * X[1:])
+
+
+@pytest.mark.parametrize("way", ["in place", "assigned", "input"])
+def test_what_is_no_tensor_is_not_changed_by_one_block(way: str) -> None:
+    def change(model: Model) -> None:
+        if way == "in place":
+            model.part.output["flag"] = True
+        elif way == "assigned":
+            model.part.output = {**model.part.output, "flag": True}
+        else:
+            model.part.inputs[1]["flag"] = True
+
+    model = Model(Flagged())
+    with pytest.raises(RowsError, match=r"flag by the block .* is one for all rows.*line \d+"):
+        with model.trace() as tracer:
+            with tracer.invoke(X[:1]):
+                change(model)
+            with tracer.invoke(X[1:]):
+                model.output.clone()
+    with model.trace() as tracer:
+        with tracer.invoke(X[:1]):
+            first = model.output
+        with tracer.invoke(X[1:]):
+            second = model.output
+        with tracer.invoke():
+            change(model)
+    assert torch.equal(torch.cat([first, second]), -9 * X + 1000)
+
+
+def test_a_block_that_sees_all_rows_edits_what_was_recorded_before_without_changing_it() -> None:
+    model = Model(nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4)))
+    for change in (0, 5):  # in the first run nothing is overwritten
+        with torch.no_grad(), model.trace() as tracer:
+            cache = tracer.cache()
+            with tracer.invoke(X[:1]):
+                model[2].output.clone()
+            with tracer.invoke(X[1:]):
+                model[2].output.clone()
+            with tracer.invoke():
+                hidden = model[1].output
+                if change:
+                    hidden += change
+        plain = model[0](X)
+        torch.testing.assert_close(cache["model.0"].output, plain)
+        torch.testing.assert_close(cache["model.1"].output, plain + change)
+
+
 def test_rows_that_share_memory_are_edited_one_by_one() -> None:
     class Expanded(nn.Module):
         def __init__(self) -> None:

@@ -35,6 +35,19 @@ def named_tensors(
         yield from named_tensors(child, (*key, name))
 
 
+def difference(new: Nest, old: Nest, key: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
+    """The way to the first value that is another in `new`, whatever the tensors hold."""
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        return None
+    news, olds = _named_children(new), _named_children(old)
+    if isinstance(new, Tensor) or isinstance(old, Tensor) or news.keys() != olds.keys():
+        return key
+    if not olds:
+        return None if _is_same(new, old) else key
+    found = (difference(news[name], olds[name], (*key, name)) for name in olds)
+    return next((each for each in found if each is not None), None)
+
+
 def map_leaves(change: Callable[[Any], Any], nest: Nest) -> Nest:
     """`nest` with every leaf replaced by `change(leaf)`; containers are rebuilt, never changed."""
     if isinstance(nest, Tensor):
@@ -116,6 +129,15 @@ def _tensor_misfit(new: object, old: Tensor, where: str) -> str | None:
     if new.shape == old.shape and new.dtype == old.dtype and new.device == old.device:
         return None
     return f"{where} was {describe(old)}, and {describe(new)} was written"
+
+
+def _is_same(new: object, old: object) -> bool:
+    if new is old:
+        return True
+    try:
+        return type(new) is type(old) and bool(new == old)
+    except Exception:  # noqa: BLE001 - arrays, for one, have no one answer
+        return False
 
 
 def _children(nest: Nest) -> Iterable[Nest]:

@@ -52,8 +52,8 @@ class Run(Protocol):
         """The operations of what runs at `path`, sites from now on, or raise if it runs already."""
         ...
 
-    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
-        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
+    def hand_out(self, visit: Visit, value: object, whole: object, is_own: bool) -> None:
+        """A block may change `value`, a part of `whole`, or written by itself if `is_own`."""
         ...
 
     def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
@@ -98,6 +98,11 @@ class Part(Protocol):
 
     @property
     def value(self) -> object: ...
+
+    @property
+    def whole(self) -> object:
+        """What the model has, and in whose memory edits in place are made."""
+        ...
 
     def put_back(self, new: object) -> object:
         """The whole value, with `new` in the place of the part; Unsettled if that is another."""

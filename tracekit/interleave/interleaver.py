@@ -52,8 +52,8 @@ class Placement(Protocol):
 class Witness(Protocol):
     """Takes note of what blocks see."""
 
-    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
-        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
+    def hand_out(self, visit: Visit, value: object, whole: object, is_own: bool) -> None:
+        """A block may change `value`, a part of `whole`, or written by itself if `is_own`."""
         ...
 
     def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
@@ -188,9 +188,9 @@ class Interleaver:
 
     # -- the model's side ---------------------------------------------------------------------
 
-    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
-        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
-        self._witness.hand_out(visit, value, is_own)
+    def hand_out(self, visit: Visit, value: object, whole: object, is_own: bool) -> None:
+        """A block may change `value`, a part of `whole`, or written by itself if `is_own`."""
+        self._witness.hand_out(visit, value, whole, is_own)
 
     def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
         """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
@@ -222,7 +222,7 @@ class Interleaver:
         visit = Visit(watch.output, self.step, watch.running[-1])
         for mediator in self.mediators:
             if (
-                mediator.rows is None
+                mediator.skips_for_all
                 and isinstance(mediator.request, Skip)
                 and mediator.awaits(visit)
             ):

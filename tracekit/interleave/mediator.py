@@ -14,7 +14,7 @@ from tracekit.core.site import Site, Slot, Visit
 from tracekit.errors import TracekitError
 from tracekit.interleave import unserved
 from tracekit.interleave.answers import Answers, Asked
-from tracekit.interleave.duties import Channel, Rows, Run, Scope
+from tracekit.interleave.duties import Channel, Part, Rows, Run, Scope
 from tracekit.interleave.protocol import (
     KINDS,
     TRANSITIONS,
@@ -277,6 +277,11 @@ class Mediator:
         return request.visit.step < step
 
     @property
+    def skips_for_all(self) -> bool:
+        """Whether a module that the block skips does not run at all."""
+        return self.rows is None or self.is_lasting
+
+    @property
     def is_at_work(self) -> bool:
         """Whether the run goes on for this block: it has not ended, and is no lasting edit."""
         return self.state is not State.DONE and not self.is_lasting
@@ -294,7 +299,7 @@ class Mediator:
 
     def offer(self, visit: Visit, value: object) -> object:
         """Give `value` to the worker that awaits it; what the model goes on with."""
-        while self.awaits(visit):
+        while self.awaits(visit) and self.error is None:
             try:
                 part = None if self.rows is None else self.rows.narrow(visit, value)
             except TracekitError as error:
@@ -303,23 +308,37 @@ class Mediator:
             given = shown = value if part is None else part.value
             request = self.request
             # Where blocks have rows of their own, a skipped module runs, for the others' rows.
-            is_written = isinstance(request, Write) or (isinstance(request, Skip) and part)
+            is_skipped = isinstance(request, Skip) and not self.skips_for_all
+            is_written = isinstance(request, Write) or is_skipped
             if isinstance(request, (Write, Skip)) and is_written:
                 found = self._misfit(request.value, given)
                 if found is not None:
                     self.answer(Reply(error=unserved.misfit_error(visit, found)))
                     continue  # the block may catch it, and write another value
                 shown = request.value
-            if isinstance(request, Skip) and part:
+            if is_skipped:
                 earlier = (each for each in self.skipped if each.step == visit.step)
                 self.skipped = [*earlier, visit]
             is_own = isinstance(request, (Write, Skip))
-            self._run.hand_out(visit, shown, is_own)
+            whole = value if part is None else part.whole
+            self._run.hand_out(visit, shown, whole, is_own)
             self.answer(Reply(shown))
             new, self._value, self._at = self._value, None, None
             new = self._run.take_back(visit, new, is_other=new is not given or is_own)
-            value = new if part is None else part.put_back(new)
+            value = new if part is None else self._put_back(part, new)
         return value
+
+    def _put_back(self, part: Part, new: object) -> object:
+        """What the model goes on with; if `new` can't be put back, the block ends with the error.
+
+        The block has gone on from the line that did it, so the error says where it had the value.
+        """
+        try:
+            return part.put_back(new)
+        except TracekitError as error:
+            line = self.last[1] if self.last is not None else "before"
+            self.error = type(error)(f"{error.args[0]} ({line} asked for it)")
+            return part.value
 
     def answer(self, reply: Reply) -> None:
         """Wake the worker with `reply`, and wait until it asks again or ends."""
@@ -339,7 +358,8 @@ class Mediator:
 
     def end(self, error: BaseException | None) -> None:
         """Worker's side, as its last act: the block has ended."""
-        self.error = None if isinstance(error, Unwind) else error
+        if error is not None and not isinstance(error, Unwind):
+            self.error = error
         self.request = None
         self._move(Move.END)
 

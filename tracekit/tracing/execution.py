@@ -37,6 +37,7 @@ from tracekit.tracing.call import EndStep, TracedCall
 from tracekit.tracing.glance import Asked, Glance
 from tracekit.tracing.graph import Log
 from tracekit.tracing.recorder import Recorder
+from tracekit.tracing.rows import AllRows, Copies
 from tracekit.tracing.select import Selector, select
 
 
@@ -138,9 +139,12 @@ class Execution:
     def _run_with_requests(self, interventions: Sequence[Intervention]) -> BaseException | None:
         if interventions or self._edits:
             self._tree.refresh_if_changed()
+            has_blocks = len(self._edits) + len(interventions) + len(self.mediators) > 1
             for place, intervention in enumerate((*self._edits, *interventions)):
                 mediator = self._new_mediator(place, intervention)
                 mediator.is_lasting = place < len(self._edits)
+                if mediator.is_lasting and has_blocks:  # which may edit in place what it keeps
+                    mediator.rows = AllRows(Copies())
                 self._begin(mediator, intervention)
         error = self._run()
         self._run_deferred()
@@ -309,10 +313,10 @@ class Execution:
                     f"make the cache first in the block, or name modules that come later."
                 )
 
-    def hand_out(self, visit: Visit, value: object, is_own: bool) -> None:
-        """A block gets to see, and may change, `value`, which it wrote itself if `is_own`."""
+    def hand_out(self, visit: Visit, value: object, whole: object, is_own: bool) -> None:
+        """A block may change `value`, a part of `whole`, or written by itself if `is_own`."""
         for recorder in self._recorders:
-            recorder.copy_what_shares(value)
+            recorder.copy_what_shares((value, whole))
         if not is_own:
             self._versions.note(visit, value)
         note_visit(visit, value, self._has_grad)

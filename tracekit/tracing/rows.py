@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from typing import final
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tracekit.core.nest import Nest, map_leaves, tensors
+from tracekit.core.nest import Nest, difference, map_leaves, named_tensors, tensors
 from tracekit.core.origins import stands_for
 from tracekit.core.site import Slot, Visit
 from tracekit.core.versions import version
@@ -144,9 +145,13 @@ class _Leaf:
         """Whether the part was changed in place."""
         return version(self.part) != self._version
 
+    def is_leaf(self, new: Tensor) -> bool:
+        """Whether the block lets gradients begin at `new`."""
+        return new.requires_grad and not self.whole.requires_grad
+
     def is_replaced_by(self, visit: Visit, new: Tensor, is_copy: bool) -> bool:
         """Whether the whole needs `new` in the place of the part; an edit of a view is in it."""
-        is_leaf = new.requires_grad and not self.whole.requires_grad  # the block made it one
+        is_leaf = self.is_leaf(new)
         is_changed = new is not self.part or version(new) != self._version
         is_there = new is self.part and self.span and new._base is not None
         if (not is_changed or is_there) and not is_leaf:
@@ -206,17 +211,29 @@ class _Part:
         self._visit = visit
         self._patched = patched
         self.value = value
+        self.whole = patched.whole
         self._leaves = leaves
 
     def put_back(self, new: Nest) -> _Patched:
         """The whole value, with `new` in the place of the part."""
-        news = list(tensors(new))
-        if len(news) != len(self._leaves):
+        whole = self._patched.whole
+        news = dict(named_tensors(new))
+        if news.keys() != dict(named_tensors(whole)).keys():
             raise RowsError(
                 f"{self._visit} had {len(self._leaves)} tensors and was left with {len(news)} by "
-                f"the block of one invoke: assign a value of the same structure."
+                f"the block of one invoke, or with others: assign a value of the same structure."
             )
-        for index, (leaf, own) in enumerate(zip(self._leaves, news, strict=True)):
+        other = difference(new, whole)
+        if other is not None:
+            raise RowsError(
+                f"{self._visit} was left with another {'.'.join(map(str, other)) or 'structure'} "
+                f"by the block of one invoke, and what is no tensor is one for all rows: change "
+                f"it in `with tracer.invoke():`, which stands for all of them."
+            )
+        for index, ((key, _), leaf) in enumerate(
+            zip(named_tensors(whole), self._leaves, strict=True)
+        ):
+            own = news[key]
             is_copy = self._patched.copies.has(leaf.whole, self._author)
             if leaf.is_replaced_by(self._visit, own, is_copy):
                 assert leaf.span is not None
@@ -232,15 +249,18 @@ class _Whole:
         self._visit = visit
         self._patched = patched
         self.value = value
+        self.whole = patched.whole
         self._leaves = leaves
 
     def put_back(self, new: Nest) -> Nest:
         """The value, with what the block edited; or what it wrote."""
-        if any(own is not leaf.part for own, leaf in zip(tensors(new), self._leaves, strict=False)):
-            return new
         for leaf in self._leaves:
             if leaf.is_edited():
                 if self._patched.copies.has(leaf.whole, None):
                     raise _edited_copy(self._visit)
                 leaf.whole.copy_(leaf.part)
-        return self._patched.whole if new is self.value else new
+        wholes = {id(leaf.part): leaf.whole for leaf in self._leaves if not leaf.is_leaf(leaf.part)}
+        whole = map_leaves(lambda own: wholes.get(id(own), own), new)
+        is_same = all(map(operator.is_, tensors(whole), tensors(self._patched.whole)))
+        is_same = is_same and difference(whole, self._patched.whole) is None
+        return self._patched.whole if is_same else whole
