@@ -28,6 +28,12 @@ sys.path.insert(0, str(ROOT))  # for a checkout that is not installed
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from contenders import GENERATIONS, NEW_TOKENS, Contender, Work, agree, contenders  # noqa: E402
+from other_bases import (  # noqa: E402
+    INVOKE_BOUND,
+    SCAN_BOUND,
+    further_invokes,
+    scan_to_fake_forward,
+)
 from subjects import READS, SUBJECTS, Subject  # noqa: E402
 from timing import Clock, Estimate, Job, Part, Series, measure, quartiles, ratio  # noqa: E402
 
@@ -124,6 +130,7 @@ ROWS = (
         Over("hooks", Work.GENERATE_CACHE),
     ),
 )
+SCAN = "scan with one read / bare forward on fake tensors"
 OUTSIDE = "a wrapped model outside a trace / bare"
 
 
@@ -199,7 +206,9 @@ def _compare(subject: Subject, rounds: int, clock: Clock, forwards_only: bool) -
         "rows": [
             _print_outside(overheads, usual_forward),
             *_print_rows(overheads),
+            _print_row(SCAN, SCAN_BOUND, scan_to_fake_forward(subject, rounds, clock)),
         ],
+        "invokes": _print_invokes(further_invokes(subject, rounds, clock)),
         "each": _print_each(overheads, len(subject.layers) * NEW_TOKENS),
     }
 
@@ -266,6 +275,22 @@ def _print_row(work: str, bound: float, found: Estimate) -> dict[str, Any]:
         f"[{found.low:.3f}, {found.high:.3f}]  {verdict}"
     )
     return {"row": work, "bound": bound, "verdict": verdict} | asdict(found)
+
+
+def _print_invokes(further: dict[str, Series]) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = []
+    for who, series in further.items():
+        low, middle, high = quartiles(series)
+        verdict = ""
+        if who == "tracekit":
+            met = "ok" if round(middle, 5) <= INVOKE_BOUND else "MISSED"
+            verdict = f"  ≤ {1e3 * INVOKE_BOUND:.1f}  {met}"
+        print(
+            f"  each further invoke with a stored read, ms: {who} "
+            f"{1e3 * middle:.3f} [{1e3 * low:.3f}, {1e3 * high:.3f}]{verdict}"
+        )
+        told.append({"who": who, "low": low, "median": middle, "high": high})
+    return told
 
 
 def _print_each(overheads: Overheads, visits: int) -> list[dict[str, Any]]:
