@@ -259,8 +259,10 @@ class Family:
         """One more block, behind the others."""
         member.join(self, len(self.members))
         for other in self.members:
-            member.learn_of(other)
-            other.learn_of(member)
+            if not other.writes <= member.spots.keys():
+                member.learn_of(other)
+            if not member.writes <= other.spots.keys():
+                other.learn_of(member)
         self.members.append(member)
         self.written |= member.writes
 

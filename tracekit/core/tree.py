@@ -112,6 +112,14 @@ class Tree:
         marks = ("_compiled_call_impl", "_compiled_call", "dynamo_ctx")
         return any(mark in state for state in self._states for mark in marks)
 
+    def is_empty(self) -> bool:
+        """Whether there are weights that hold no numbers; as fast as every trace needs it."""
+        return any(
+            weight is not None and weight.is_meta
+            for state in self._states
+            for weight in state.get("_parameters", {}).values()
+        )
+
     def paths(self) -> Iterator[str]:
         """Every canonical path, in tree order."""
         return (path for path, canonical in self._canonical.items() if path == canonical)

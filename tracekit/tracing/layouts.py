@@ -122,7 +122,7 @@ def layouts_of(tree: Tree, call_with: CallWith, kind: Hashable = None) -> Layout
     """
     tree = tree.original or tree
     tree.refresh_if_changed()
-    key = (kind, tree.root.training, _is_empty(tree))
+    key = (kind, tree.root.training, tree.is_empty())
     found: Any = tree.layouts.get(key)
     if found is None:
         found = tree.layouts[key] = _learn(tree, call_with)
@@ -165,10 +165,6 @@ def _leaves(known: _Known) -> list[tuple[Site, _Key, int, _Learned]]:
         for key, leaf in leaves.items()
         if leaf.axis is not None and leaf.doubt is None
     ]
-
-
-def _is_empty(tree: Tree) -> bool:
-    return any(weight.is_meta for weight in tree.root.parameters())
 
 
 def _cannot_tell(site: Site, tensor: Tensor, why: str) -> RowsError:
