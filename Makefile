@@ -15,7 +15,7 @@ NOTEBOOKS := $(wildcard tutorials/*.ipynb)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test suite lint format coverage notebooks bench clean
-.PHONY: test-pythons test-page test-lowest
+.PHONY: test-pythons test-page test-lowest test-quantised
 
 help:
 	@sed -n 's/^## //p' Makefile
@@ -70,6 +70,13 @@ LOWEST := tests/capture tests/core tests/interleave tests/page tests/test_*.py \
 test-lowest: .venv-lowest/.stamp
 	.venv-lowest/bin/python -m pytest -m "not slow" $(LOWEST)
 
+# torchao lies beside the environment, not in it: wherever it is found, transformers imports it.
+QUANTISED := $(VENV)/quantised
+
+## make test-quantised  models quantised by torchao
+test-quantised: $(VENV)/.stamp $(QUANTISED)/.stamp
+	PYTHONPATH=$(QUANTISED) $(BIN)/python -m pytest tests/tracing/test_quantised.py
+
 ## make notebooks     run every tutorial
 notebooks: $(VENV)/.stamp
 	@$(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
@@ -97,6 +104,12 @@ endef
 
 .venv/.stamp: pyproject.toml constraints.txt
 	$(call install,.venv,constraints.txt,--group test --group notebooks)
+
+$(QUANTISED)/.stamp: pyproject.toml constraints.txt | $(VENV)/.stamp
+	@echo "installing $(QUANTISED) ..."
+	@$(BIN)/python -m pip install -qq --no-deps --upgrade --target $(QUANTISED) \
+		-c constraints.txt --group quantised
+	@touch $@
 
 .venv-page/.stamp: pyproject.toml constraints-page.txt
 	$(call install,.venv-page,constraints-page.txt,--group capture)

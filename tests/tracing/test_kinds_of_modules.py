@@ -110,13 +110,6 @@ def test_layers_quantised_by_torch_are_traced() -> None:
     check(net, X)
 
 
-def test_layers_quantised_by_torchao_are_traced() -> None:
-    quantization = pytest.importorskip("torchao.quantization")
-    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).requires_grad_(False)
-    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
-    check(net, torch.randn(2, 64, generator=torch.Generator().manual_seed(0)))
-
-
 @pytest.mark.parametrize("how", ["cpu_offload", "dispatch_model"])
 def test_modules_with_hooks_of_accelerate_are_traced(how: str) -> None:
     accelerate = pytest.importorskip("accelerate")
