@@ -205,9 +205,10 @@ CASES = [
     Case(
         a_value_outside_a_trace,
         errors.OutsideTraceError,
-        "model.0.output has a value only while the model runs: ask for it in the block of "
-        "`with model.trace(input)` or `with tracer.invoke(input)`, or read a tracer.cache() "
-        "afterwards. [outside-trace]",
+        "model.0.output has a value only while the model runs: ask for it in the block of `with "
+        "model.trace(input):` or, in a trace that was opened without input, of `with "
+        "tracer.invoke(input):`; after it, use the names that the block bound, or a "
+        "tracer.cache(). [outside-trace]",
     ),
     Case(
         a_misspelled_value,

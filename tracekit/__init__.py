@@ -72,7 +72,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
-        raise AttributeError(f"module 'tracekit' has no attribute {name!r}")
+        cure = errors.did_you_mean(name, __all__)
+        raise AttributeError(f"module 'tracekit' has no attribute {name!r}{cure}")
     return getattr(importlib.import_module(home), name)
 
 

@@ -162,6 +162,16 @@ def test_text_for_a_model_without_a_tokenizer_is_refused() -> None:
             pass
 
 
+def test_what_is_no_module_is_refused_where_a_model_is_made() -> None:
+    with pytest.raises(InputError, match=r"torch\.nn\.Module, not str; LanguageModel loads"):
+        Model("gpt2")  # type: ignore[arg-type]
+
+
+def test_an_option_that_no_loader_knows_is_named() -> None:
+    with pytest.raises(LoadingError, match="'device'; options go to from_pretrained"):
+        LanguageModel("tracekit/tiny", device="cpu")
+
+
 def test_a_live_model_takes_no_loading_options() -> None:
     with pytest.raises(LoadingError, match="dtype"):
         LanguageModel(make("gpt2")[0], dtype=torch.float16)

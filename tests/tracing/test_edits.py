@@ -416,6 +416,8 @@ def test_edits_are_removed_by_index_by_themselves_or_all_at_once() -> None:
     assert (model(X) == 3).all()
     with pytest.raises(ValueError, match="not in"):
         model.edits.remove(Model(small()).edit(_nothing).edits[0])
+    with pytest.raises(IndexError, match=r"there is no \[3\]"):
+        model.edits.remove(3)
     model.edits.clear()
     assert torch.equal(model(X), model.module(X))
 

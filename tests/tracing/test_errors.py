@@ -269,7 +269,7 @@ def none_for_a_tensor(model: Model) -> None:
         model.transformer.h[0].hidden = None  # here
 
 
-@mistake(MisfitError, r"h\.0\.input.*31")
+@mistake(MisfitError, r"h\.0\.input.*item 0 of item 0 of the value was .*31")
 def an_input_of_another_shape(model: Model) -> None:
     with model.trace(IDS):
         model.transformer.h[0].input = torch.zeros(2, 3, 31)  # here
@@ -333,6 +333,25 @@ def a_glob_that_matches_nothing(model: Model) -> None:
         tracer.cache("*.layers.*")  # here
 
 
+@mistake(UnknownPathError, r"did you mean 'transformer\.h\.\*\.mlp'")
+def a_misspelled_glob(model: Model) -> None:
+    with model.trace(IDS) as tracer:
+        tracer.cache("transformer.h.*.mpl")  # here
+
+
+@mistake(SiteOrderError, r"h\.0\.skip\(\) came when the module had begun.*\(line \d+\)")
+def a_skip_that_comes_too_late(model: Model) -> None:
+    with model.trace(IDS):
+        hidden = model.transformer.h[0].output
+        model.transformer.h[0].skip(hidden)  # here
+
+
+@mistake(MisfitError, r"write a pair of \(args, kwargs\), or assign to \.input")
+def a_tensor_in_the_place_of_all_inputs(model: Model) -> None:
+    with model.trace(IDS):
+        model.transformer.h[0].inputs = torch.zeros(1)  # here
+
+
 @mistake(CacheError, r"had passed model\.transformer\.h\.0 \(step 0\); make the cache first")
 def a_cache_that_comes_too_late(model: Model) -> None:
     with model.trace(IDS) as tracer:
@@ -372,6 +391,15 @@ def source_of(function: Any) -> str:
     code = function.__code__
     last = max(line for *_, line in code.co_lines() if line)
     return "\n".join(lines[code.co_firstlineno - 1 : last])
+
+
+@pytest.mark.parametrize("name", ["output", "input", "inputs", "hidden"])
+def test_a_value_outside_a_trace_is_an_error_at_the_users_line_alone(
+    model: Model, name: str
+) -> None:
+    with pytest.raises(OutsideTraceError) as caught:
+        getattr(model.lm_head, name)
+    assert [entry.path.name for entry in caught.traceback] == ["test_errors.py"]
 
 
 def test_an_error_in_a_handler_keeps_what_was_handled(model: Model) -> None:

@@ -26,13 +26,15 @@ from torch import nn
 
 from tests.tiny_models import SPECS, make
 from tests.tracing.plain import X, small, state_of
-from tracekit import Model, save
+from tracekit import LanguageModel, Model, save
 from tracekit.errors import (
+    InputError,
     MisfitError,
     NeverRanError,
     OutsideTraceError,
     SiteOrderError,
     StepError,
+    TracekitWarning,
     UnknownModuleError,
     UnknownPathError,
 )
@@ -103,6 +105,15 @@ def test_08_a_trace_that_names_nothing_of_the_model_is_refused() -> None:
     with pytest.raises(UnknownModuleError):
         with model.trace(X):
             model[0].outputt = X
+
+
+def test_08_an_argument_that_a_forward_would_swallow_is_noticed() -> None:
+    model = LanguageModel("tracekit/tiny")
+    with pytest.raises(InputError, match=r"`with model\.generate\(input, max_new_tokens="):
+        model.trace("Paris", max_new_tokens=3)
+    with pytest.warns(TracekitWarning, match="did you mean output_attentions=") as caught:
+        model.trace("Paris", output_attention=True).run(lambda: None)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_09_the_block_has_the_torch_state_of_the_thread() -> None:

@@ -33,6 +33,12 @@ def test_a_context_that_is_dropped_on_the_spot_warns_at_its_line(what: str, mode
     assert line.strip() == "getattr(model, what)(*arguments)"
 
 
+def test_an_invoke_that_is_dropped_on_the_spot_warns(model: Model) -> None:
+    with pytest.warns(TracekitWarning, match=r"write `with tracer\.invoke\("):
+        with model.trace() as tracer:
+            tracer.invoke(X)
+
+
 @pytest.fixture
 def silence() -> Iterator[None]:
     """A warning is an error, also in `__del__`."""

@@ -13,6 +13,7 @@ from tracekit.capture.frames import (
     is_with_item,
     suspendable,
     users_frame,
+    warn_user,
 )
 from tracekit.capture.lasting import LastingBody, from_text, keep, text_of
 from tracekit.capture.skip import Skip, skip_body
@@ -49,4 +50,5 @@ __all__ = [
     "text_of",
     "user_traceback",
     "users_frame",
+    "warn_user",
 ]

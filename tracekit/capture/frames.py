@@ -7,11 +7,12 @@ import dis
 import inspect
 import os
 import sys
+import warnings
 from types import FrameType
 from typing import Final
 
 from tracekit.capture.bytecode import with_sites
-from tracekit.errors import CaptureError
+from tracekit.errors import CaptureError, TracekitWarning
 
 _PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 # The floors that a trace runs through. What stands above them (analysis, the command line) opens
@@ -76,6 +77,12 @@ def users_frame() -> FrameType:
     while frame is not None and _is_of_contextlib(frame):
         frame = frame.f_back
     return frame or caller_frame()
+
+
+def warn_user(text: str, category: type[TracekitWarning] = TracekitWarning) -> None:
+    """Warn at the user's line."""
+    frame = caller_frame()
+    warnings.warn_explicit(text, category, frame.f_code.co_filename, frame.f_lineno)
 
 
 def suspendable(frame: FrameType) -> int | None:

@@ -115,10 +115,14 @@ def misfit(new: Nest, old: Nest, where: str = "the value") -> str | None:
     for name in olds:
         if name not in news:
             return f"{where} had {name!r}, and what was written has not"
-        found = misfit(news[name], olds[name], f"{name!r} of {where}")
+        found = misfit(news[name], olds[name], f"{_item(name)} of {where}")
         if found is not None:
             return found
     return None
+
+
+def _item(name: object) -> str:
+    return f"item {name}" if isinstance(name, int) else repr(name)
 
 
 def _tensor_misfit(new: object, old: Tensor, where: str) -> str | None:

@@ -8,9 +8,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, final
+from typing import Protocol, TypeAlias, final
 
 from tracekit.core.site import Site, Slot, Visit
+from tracekit.errors import SiteOrderError
 from tracekit.interleave import unserved
 from tracekit.interleave.duties import Unsettled
 from tracekit.interleave.mediator import Mediator
@@ -27,6 +28,9 @@ from tracekit.interleave.protocol import (
 )
 
 _RESULT_NOT_YET = object()
+
+# Says why a visit has passed, given what the block got last.
+Why: TypeAlias = "Callable[[Visit, tuple[Visit, str] | None], SiteOrderError]"
 
 
 class Placement(Protocol):
@@ -88,7 +92,7 @@ class Interleaver:
 
     # -- the worker's side --------------------------------------------------------------------
 
-    def expect(self, mediator: Mediator, visit: Visit) -> None:
+    def expect(self, mediator: Mediator, visit: Visit, too_late: Why = unserved.too_late) -> None:
         """Watch for `visit`; SiteOrderError if it has passed."""
         if visit.site.slot is Slot.RESULT or visit == self._serving:
             return
@@ -105,7 +109,7 @@ class Interleaver:
                 raise unserved.too_late_if_at_all(
                     visit, self._passage.callers(visit.site.path), mediator.last
                 )
-            raise unserved.too_late(visit, mediator.last)
+            raise too_late(visit, mediator.last)
         if self.has_ended:
             raise unserved.after_the_end(visit, mediator.last)
         if visit.step < self.step:
@@ -124,7 +128,8 @@ class Interleaver:
 
     def expect_skip(self, mediator: Mediator, visit: Visit) -> None:
         """Prepare to skip the module at `visit`; SiteOrderError if it has begun."""
-        self.expect(mediator, Visit(Site(visit.site.path, Slot.INPUT), visit.step, visit.call))
+        begin = Visit(Site(visit.site.path, Slot.INPUT), visit.step, visit.call)
+        self.expect(mediator, begin, unserved.skipped_too_late)
 
     def open_source(self, mediator: Mediator, path: str) -> object:
         """The operations of what runs at `path`, sites from now on; SiteOrderError if it runs."""

@@ -26,6 +26,16 @@ def too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
     )
 
 
+def skipped_too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
+    """The module of `visit` has begun, so it can't be kept from running any more."""
+    got = f" The block's last value was {last[0]} ({last[1]})." if last else ""
+    return SiteOrderError(
+        f"{visit.site.path}.skip() came when the module had begun (step {visit.step}): skip it "
+        f"before you ask for what it returns, or for anything that runs after it began; to replace "
+        f"what it returned, assign {visit.site.path}.output.{got}"
+    )
+
+
 def too_late_if_at_all(
     visit: Visit, callers: list[str], last: tuple[Visit, str] | None
 ) -> SiteOrderError:
@@ -175,4 +185,6 @@ def misfit_error(visit: Visit, found: str) -> MisfitError:
     cure = "write a value of the same structure, shape, dtype and device"
     if visit.site.slot is Slot.OUTPUT and "tuple" in found:
         cure += ", or assign to .hidden to replace the hidden-state tensor alone"
+    if visit.site.slot is Slot.INPUT and "tuple" in found:
+        cure = "write a pair of (args, kwargs), or assign to .input to replace the first alone"
     return MisfitError(f"{visit.site} cannot be replaced so: {found}; {cure}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -10,10 +9,9 @@ from typing import Any
 
 import torch
 
-from tracekit.capture import caller_frame
+from tracekit.capture import warn_user
 from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
-from tracekit.errors import TracekitWarning
 from tracekit.models.lengths import count_steps
 from tracekit.models.signatures import accepts, by_name, is_transformers
 from tracekit.tracing.call import TracedCall
@@ -91,13 +89,9 @@ def eager(tree: Tree) -> AbstractContextManager[Any]:
         return nullcontext()
     if not tree.was_told_eager:
         tree.was_told_eager = True
-        frame = caller_frame()
-        warnings.warn_explicit(
+        warn_user(
             f"{type(tree.root).__name__} was compiled by torch; under a trace it runs as Python, "
-            f"and slower: what is compiled can't be seen or changed. Outside it stays compiled.",
-            TracekitWarning,
-            frame.f_code.co_filename,
-            frame.f_lineno,
+            f"and slower: what is compiled can't be seen or changed. Outside it stays compiled."
         )
     return torch.compiler.set_stance("force_eager")
 

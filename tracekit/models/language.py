@@ -18,6 +18,7 @@ from tracekit.models import loading
 from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import generation, run
 from tracekit.models.model import Model, is_without_input, run_forward
+from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.signatures import accepts
@@ -87,6 +88,7 @@ class LanguageModel(Model):
             loading.bring_weights(self._tree.root, loaded)
         self._tree.load_first = None
 
+    @showing_own_lines
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
@@ -165,6 +167,7 @@ class LanguageModel(Model):
         """`inputs`, and what else a traced call is told."""
         module = self.module
         if not for_generate:
+            check_options(module, inputs)
             if accepts(module, "use_cache") and inputs.get("past_key_values") is None:
                 inputs.setdefault("use_cache", False)
         elif self.tokenizer is not None and module.generation_config.pad_token_id is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from tracekit.errors import LoadingError, TracekitWarning, did_you_mean
+from tracekit.capture import warn_user
+from tracekit.errors import LoadingError, did_you_mean
 from tracekit.models.tiny import WEIGHTS
 
 PACKAGED = {"tracekit/tiny": WEIGHTS}
@@ -45,11 +45,9 @@ def load_model(name: str | Path, **options: Any) -> Any:
     model, report = _load(_auto_class(config), name, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
-        warnings.warn(
+        warn_user(
             f"{str(name)!r} has no weights for {', '.join(missing[:5])}"
-            f"{' …' if len(missing) > 5 else ''}: they are random.",
-            TracekitWarning,
-            stacklevel=2,
+            f"{' …' if len(missing) > 5 else ''}: they are random."
         )
     return model.eval()
 
@@ -136,6 +134,13 @@ def _config_options(options: dict[str, Any]) -> dict[str, Any]:
 def _load(loader: Any, name: str | Path, **options: Any) -> Any:
     try:
         return loader.from_pretrained(resolve(name), **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise LoadingError(
+            f"{str(name)!r} can't be loaded by {loader.__name__}: {_first_line(error)}; options go "
+            f"to from_pretrained, as dtype= and device_map= do."
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise LoadingError(
             f"{str(name)!r} can't be loaded by {loader.__name__}: {_first_line(error)} Give a "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, final, overload
+from typing import Any, TypeVar, cast, final, overload
 
 from torch import nn
 
@@ -44,10 +44,16 @@ class Model(Envoy):
     def __init__(
         self, module: nn.Module, name: str = "model", *, rename: Rename | None = None
     ) -> None:
+        if not isinstance(cast("object", module), nn.Module):
+            raise InputError(
+                f"Model takes a torch.nn.Module, not {type(module).__name__}; "
+                f"LanguageModel loads one by its Hub id or directory."
+            )
         renames = Renames(rename, frozenset(dir(type(self)))) if rename else None
         super().__init__(Tree(module, name, renames), name)
         object.__setattr__(self, "_edits", [])
 
+    @showing_own_lines
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 

@@ -12,8 +12,12 @@ from torch import nn
 
 def accepts(module: nn.Module, name: str) -> bool:
     """Whether the module's forward has an argument of this name."""
-    function = getattr(module.forward, "__func__", module.forward)
-    return name in parameters(function)  # asked in every trace, so remembered by function
+    return name in arguments(module)  # asked in every trace, so remembered by function
+
+
+def arguments(module: nn.Module) -> frozenset[str]:
+    """The names of the arguments of the module's forward."""
+    return parameters(getattr(module.forward, "__func__", module.forward))
 
 
 @lru_cache(maxsize=64)

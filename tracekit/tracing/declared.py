@@ -127,6 +127,14 @@ def _pair(edit: object) -> tuple[Selector, Change]:
     if len(pair) != 2 or not (callable(pair[1]) or isinstance(pair[1], (Tensor, int, float))):
         raise InputError(
             f"edits= takes pairs of modules and what becomes of their .hidden: a function of it, a "
-            f"tensor or a number, as in ('transformer.h.0.mlp', lambda h: h * 2); not {edit!r:.80}."
+            f"tensor or a number, as in [('transformer.h.0.mlp', lambda h: h * 2)]; not "
+            f"{_told(edit)}."
         )
     return pair[0], pair[1]
+
+
+def _told(edit: object) -> str:
+    """What was given in the place of a pair, in few words."""
+    if isinstance(edit, tuple):
+        return f"({', '.join(_told(each) for each in cast('tuple[object, ...]', edit))})"
+    return edit.path if isinstance(edit, Envoy) else f"{edit!r:.40}"

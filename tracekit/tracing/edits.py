@@ -54,6 +54,8 @@ class Edits(Sequence[Edit]):
     def remove(self, edit: int | Edit) -> None:
         """Take an edit away, given itself or its index."""
         index = edit if isinstance(edit, int) else self._edits.index(edit)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"the model has {len(self)} lasting edits; there is no [{index}].")
         del self._edits[index]
 
     def clear(self) -> None:
@@ -98,7 +100,7 @@ class Editing(Generic[M]):
 
     def __del__(self) -> None:
         if not self._is_used:
-            warn_if_dropped("edit")
+            warn_if_dropped("model.edit")
 
     def __enter__(self) -> M:
         self._is_used = True
@@ -106,7 +108,7 @@ class Editing(Generic[M]):
         try:
             block = capture(frame)
             if block.is_empty:
-                raise CaptureError("an empty block edits nothing.")
+                raise CaptureError("an empty block edits nothing: write the edit into it")
             is_alone = _tracer_name(block) is None
             bound: Any = self._model if is_alone else (EditTracer(), self._model)
             self._skip = skip_body(block, frame, entered=bound)

@@ -15,6 +15,7 @@ from tracekit.tracing.call import EndStep, TracedCall
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.layouts import layouts_of
 from tracekit.tracing.rows import AllRows, Copies, InvokeRows
+from tracekit.tracing.unentered import warn_if_dropped
 from tracekit.tracing.unison import forecasts
 from tracekit.tracing.ways import HELPERS, Way
 
@@ -148,6 +149,11 @@ class Invoke:
         self._span = span
         self._skip: Skip | None = None
         self._frame: FrameType | None = None
+        self._is_used = False
+
+    def __del__(self) -> None:
+        if not self._is_used:
+            warn_if_dropped("tracer.invoke")
 
     @property
     def rows(self) -> range | None:
@@ -155,6 +161,7 @@ class Invoke:
         return None if self._span is None else range(*self._span)
 
     def __enter__(self) -> Invoke:
+        self._is_used = True
         frame = caller_frame()
         try:
             self._block = capture(frame)

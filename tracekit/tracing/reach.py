@@ -70,7 +70,10 @@ def why_no_graph(tensor: Tensor) -> str:
             "computes so; trace() the tokens that it generated)"
         )
     if not torch.is_grad_enabled():
-        return "it does not require grad, and torch.no_grad() is on: leave that out"
+        return (
+            "it does not require grad, as it was computed without grad: leave torch.no_grad() out "
+            "(model.generate() always computes so; trace() the tokens that it generated)"
+        )
     return (
         "it does not require grad: it was detached, or computed under torch.no_grad(), or from "
         "nothing that does (frozen parameters: make an early value the leaf of the graph, as in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast
@@ -58,7 +59,7 @@ def _by_text(tree: Tree, text: str) -> list[tuple[str, bool]]:
             tree.canonical(way) for way in spelled if any(fnmatchcase(way, glob) for glob in globs)
         }
         found = [path for path in tree.paths() if path in meant]
-        return _loosely(tree, found, f"the glob {text!r}")
+        return _loosely(tree, found, f"the glob {text!r}", did_you_mean(text, _globs(tree)))
     try:
         return _called(tree, tree.canonical(text))
     except AttributeError:
@@ -83,11 +84,16 @@ def _called(tree: Tree, path: str) -> list[tuple[str, bool]]:
     return [(child, True) for child in inside]
 
 
-def _loosely(tree: Tree, paths: list[str], what: str) -> list[tuple[str, bool]]:
+def _loosely(tree: Tree, paths: list[str], what: str, cure: str = "") -> list[tuple[str, bool]]:
     called = [path for path in paths if tree.is_called(path)]
     if not called:
-        raise UnknownPathError(f"{what} matches no module of {type(tree.root).__name__}")
+        raise UnknownPathError(f"{what} matches no module of {type(tree.root).__name__}{cure}")
     return [(path, False) for path in called]
+
+
+def _globs(tree: Tree) -> set[str]:
+    """The paths of the model, with a `*` in the place of each number."""
+    return {re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path) for path in _without_root(tree)}
 
 
 def _without_root(tree: Tree) -> list[str]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, final
 
+from tracekit.capture import showing_own_lines
 from tracekit.core.nest import describe, first_input, first_tensor, replace_first_tensor
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -29,33 +30,39 @@ class Slots(ABC):
         """Whom to ask for a value of this place, and for what; `name` is what the user wrote."""
 
     @property
+    @showing_own_lines
     def output(self) -> Any:
         """What it returned: exactly that, a tensor for one family, a tuple for another."""
         mediator, site = self._at(Slot.OUTPUT, "output")
         return mediator.read(site, self._call)
 
     @output.setter
+    @showing_own_lines
     def output(self, value: Any) -> None:
         mediator, site = self._at(Slot.OUTPUT, "output")
         mediator.write(site, value, self._call)
 
     @property
+    @showing_own_lines
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What it was called with: `(args, kwargs)`."""
         mediator, site = self._at(Slot.INPUT, "inputs")
         return mediator.read(site, self._call)  # pyright: ignore[reportReturnType] - hooks always give this pair
 
     @inputs.setter
+    @showing_own_lines
     def inputs(self, value: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
         mediator, site = self._at(Slot.INPUT, "inputs")
         mediator.write(site, value, self._call)
 
     @property
+    @showing_own_lines
     def input(self) -> Any:
         """The first positional argument, or the first keyword argument if there is none."""
         return first_input(self.inputs)
 
     @input.setter
+    @showing_own_lines
     def input(self, value: Any) -> None:
         args, kwargs = self.inputs
         if args:
@@ -66,6 +73,7 @@ class Slots(ABC):
             raise MisfitError(f"{self._path} was called without arguments; there is no .input.")
 
     @property
+    @showing_own_lines
     def hidden(self) -> Any:
         """The hidden-state tensor of the output: itself, or the first tensor of its structure.
 
@@ -78,9 +86,11 @@ class Slots(ABC):
         return found
 
     @hidden.setter
+    @showing_own_lines
     def hidden(self, value: Any) -> None:
         self.output = replace_first_tensor(self.output, value)
 
+    @showing_own_lines
     def skip(self, value: Any) -> None:
         """Do not run it in this step; its output is `value`."""
         mediator, site = self._at(Slot.OUTPUT, "skip()")
@@ -107,8 +117,9 @@ def mediator_of(tree: Tree, what: str) -> Mediator:
     if mediator is None:
         raise OutsideTraceError(
             f"{what} has a value only while the model runs: ask for it in the block of "
-            f"`with model.trace(input)` or `with tracer.invoke(input)`, or read a tracer.cache() "
-            f"afterwards."
+            f"`with model.trace(input):` or, in a trace that was opened without input, of "
+            f"`with tracer.invoke(input):`; after it, use the names that the block bound, or a "
+            f"tracer.cache()."
         )
     if not mediator.model.stands_for(tree):
         raise OutsideTraceError(

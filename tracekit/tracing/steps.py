@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final
 
-from tracekit.capture import caller_frame
+from tracekit.capture import warn_user
 from tracekit.errors import ShortLoopWarning, StepError
 from tracekit.interleave.mediator import Mediator
 
@@ -87,10 +86,4 @@ def _from_end(step: int, count: int) -> int:
 
 
 def _warn_cut_short(what: str) -> None:
-    frame = caller_frame()
-    warnings.warn_explicit(
-        f"{what}, but the run ended before; the loop ends here.",
-        ShortLoopWarning,
-        frame.f_code.co_filename,
-        frame.f_lineno,
-    )
+    warn_user(f"{what}, but the run ended before; the loop ends here.", ShortLoopWarning)

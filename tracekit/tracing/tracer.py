@@ -64,7 +64,7 @@ class Tracer:
 
     def __del__(self) -> None:
         if not self._is_used:
-            warn_if_dropped("trace" if self._tree.original is None else "scan")
+            warn_if_dropped("model.trace" if self._tree.original is None else "model.scan")
 
     # -- in the block ---------------------------------------------------------------------------
 

@@ -18,5 +18,5 @@ def warn_if_dropped(what: str) -> None:
     if sys.is_finalizing():
         return
     if is_dropping(sys._getframe(2)):  # pyright: ignore[reportPrivateUsage]
-        text = f"model.{what}(...) does nothing by itself: write `with model.{what}(...):`."
+        text = f"{what}(...) does nothing without its block: write `with {what}(...):`."
         warnings.warn(text, TracekitWarning, stacklevel=3)

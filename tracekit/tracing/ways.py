@@ -1,4 +1,4 @@
-"""The ways in which the block of a trace may run: before the model, or beside it on a worker."""
+"""The ways in which the block of a trace may run: before the model, beside it, or behind it."""
 
 from __future__ import annotations
 
@@ -58,9 +58,16 @@ class Quiet(Way):
 
 @final
 class Lifted(Way):
-    """A block that is kept from running where it stands, and runs on a worker beside the model."""
+    """A block that is kept from running where it stands: a worker runs it beside the model.
 
-    told = "The block was lifted out of its place, and ran on a worker beside the model."
+    One that only stores what it reads runs behind the model, on the user's thread, with answers
+    that were asked ahead of it.
+    """
+
+    told = (
+        "The block was lifted out of its place, and ran on a worker beside the model, or behind "
+        "the model where it only stores what it reads (tracer.graph marks those reads: deferred)."
+    )
 
     def __init__(
         self,
