@@ -462,7 +462,7 @@ def test_a_model_that_takes_another_way_later_is_an_error_and_binds_what_came() 
 
     run(1)
     run(1)
-    with pytest.raises(SiteOrderError, match=r"model\.b\.output .*earlier run of this block") as no:
+    with pytest.raises(SiteOrderError, match=r"model\.b\.output .*runs it before") as no:
         run(2)
     assert list(found[-1]) == ["a"]
     assert traceback.extract_tb(no.value.__traceback__)[-1].line == 'kept["b"] = model.b.output'

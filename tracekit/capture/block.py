@@ -150,6 +150,12 @@ class Block:
         """The names that the block may read before it binds them."""
         return names_read(self.tree.body)
 
+    @cached_property
+    def fills_containers(self) -> bool:
+        """Whether the block may store into something besides names, as far as its Plan goes."""
+        nodes = [node for statement in self.tree.body for node in ast.walk(statement)]
+        return any(_fills(node) for node in nodes)
+
     def compiled(self, form: _Form) -> CompiledBody:
         known = self._compiled.get(form)
         if known is None:
@@ -185,6 +191,13 @@ class Block:
             tree = dump_tree(self.tree)
         lines = f"{self.filename}:{self.first_line}-{self.last_line}"
         return f"{lines} in {self.function_name}\n\n{self.source}\n{tree}\n"
+
+
+def _fills(node: ast.AST) -> bool:
+    if isinstance(node, (ast.Attribute, ast.Subscript)):
+        is_append = isinstance(node, ast.Attribute) and node.attr == "append"
+        return is_append or isinstance(node.ctx, ast.Store)
+    return False
 
 
 def _is_namespace(names: FrameNames, frame: FrameType) -> bool:

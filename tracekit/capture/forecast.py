@@ -218,10 +218,11 @@ def _loop(statement: ast.For, shared: Collection[str]) -> Action:
 
     def act(scope: Scope) -> Forecast:
         if passes is not None:
-            for element in elements(passes(scope), scope):
-                bind(scope, element)
-                for action in body:
-                    yield from action(scope)
+            with scope.looping(lambda of=passes: elements(of(scope), scope)) as found:
+                for element in found:
+                    bind(scope, element)
+                    for action in body:
+                        yield from action(scope)
             return
         assert steps is not None
         for step, request in steps(scope):

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final, TypeAlias
 
-from tracekit.capture.world import Scope, Taken, Unsure
+from tracekit.capture.world import SCALARS, Scope, Taken, Unsure
 
 READS: Final = frozenset({"output", "input", "inputs", "hidden", "result"})
 Pure: TypeAlias = Callable[[Scope], Any]
 
-SCALARS: Final = (int, str, float, bool, type(None), bytes, complex, type(...))
 _SEQUENCES: Final = (list, tuple, range)
 _VIEWS: Final = (type({}.keys()), type({}.values()), type({}.items()))
+_FIXED: Final = (tuple, range, frozenset)
 _COLLECTIONS: Final = (*_SEQUENCES, dict, set, frozenset)
 _MANY: Final = 1000  # elements; what has more is not looked through ahead
 
@@ -59,10 +59,10 @@ def check_name(name: str) -> str:
 
 def elements(of: object, scope: Scope) -> Iterable[Any]:
     """What a loop over `of` goes through."""
-    if type(of) in _COLLECTIONS:
-        return scope.known(of)
-    if type(of) in _VIEWS:
-        return of  # pyright: ignore[reportReturnType] - a view of a dictionary
+    if type(of) in _FIXED:
+        return of  # pyright: ignore[reportReturnType] - a tuple, for one
+    if type(of) in _COLLECTIONS or type(of) in _VIEWS:
+        return scope.saw(of, lambda: list[Any](of))  # pyright: ignore[reportArgumentType]
     return scope.world.elements(of)
 
 
@@ -91,17 +91,20 @@ def _attribute(node: ast.Attribute) -> Pure:
 
 
 def _own_attribute(of: object, name: str, scope: Scope) -> object:
+    kind = type(of)
+    if kind is Taken:
+        raise Unsure
     if isinstance(of, ModuleType):
         if name in vars(of):
-            return vars(of)[name]
+            return scope.saw(of, lambda: vars(of)[name])
         raise Unsure
-    kind = type(of)
     is_plain = kind.__getattribute__ is object.__getattribute__ or kind is SimpleNamespace
     if is_plain and not has_descriptor(kind, name):
         own = getattr(of, "__dict__", None)
         if type(own) is dict and name in own:
-            return scope.known(of).__dict__[name]
-    return scope.world.attribute(of, name)
+            return scope.saw(of, lambda: own[name])
+    found = scope.world.attribute(of, name)
+    return scope.saw(of, lambda: scope.world.attribute(of, name)) if is_scalar(found) else found
 
 
 def has_plain_attributes(kind: type) -> bool:
@@ -124,11 +127,11 @@ def _own_item(of: Any, index: Any, scope: Scope) -> object:
     kind = type(of)
     if kind in _SEQUENCES:
         if type(index) in (int, slice):
-            return _tried(lambda: scope.known(of)[index])
+            return _tried(lambda: scope.saw(of, lambda: of[index]))
         raise Unsure
     if kind is dict:
         if is_key(index):
-            return _tried(lambda: scope.known(of)[index])
+            return _tried(lambda: scope.saw(of, lambda: of[index]))
         raise Unsure
     return scope.world.item(of, index)
 
@@ -215,7 +218,7 @@ def _is_in(value: object, collection: Any, scope: Scope) -> bool:
         len(collection) <= _MANY and all(map(is_key, scope.known(collection)))
     ):
         raise Unsure
-    return value in collection
+    return scope.saw(collection, lambda: value in collection)
 
 
 def _with_scalars(kind: type[ast.AST], parts: list[Pure]) -> Pure:
@@ -292,7 +295,7 @@ def _view(of: Pure, name: str, arguments: list[Pure]) -> Pure:
         mapping = of(scope)
         if type(mapping) is not dict:
             raise Unsure
-        return list(getattr(scope.known(mapping), name)())
+        return scope.saw(mapping, lambda: list(getattr(mapping, name)()))
 
     return evaluate
 

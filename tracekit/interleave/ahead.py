@@ -26,11 +26,19 @@ class Wanted(NamedTuple):
 
     site: Site
     call: int = 0
+    part: Callable[[Any], Any] | None = None  # all that the block uses of it; by default, the whole
 
 
 Asking: TypeAlias = Wanted | NextStep | Made | Stop
 # Yields what it asks for, with the line of the block, and is sent what came back.
 Forecast: TypeAlias = Generator[tuple[Any, int], Any, Any]
+
+
+class Foretold(NamedTuple):
+    """A forecast, and whether the block will see all that it saw: to be asked once, behind it."""
+
+    steps: Forecast
+    is_as_it_was: Callable[[], bool]
 
 
 @final
@@ -45,18 +53,19 @@ class Ahead:
     def __init__(
         self,
         mediator: Mediator,
-        forecast: Forecast,
+        forecast: Foretold,
         go_live: Callable[[], None],
         is_all: bool,
         file: str,
     ) -> None:
         self._mediator = mediator
-        self._forecast: Forecast | None = forecast
+        self._forecast: Foretold | None = forecast
         self._go_live: Callable[[], None] | None = go_live
         self._is_all = is_all
         self._file = file
         self._answers = Answers(mediator.step, is_all)
-        self._asked: tuple[Request, str] | None = None  # what the model's side is to answer
+        # What the model's side is to answer, the line, and what the block uses of the answer.
+        self._asked: tuple[Request, str, Callable[[Any], Any] | None] | None = None
         self._error: BaseException | None = None  # what was answered last
 
     def resume_worker(self) -> None:
@@ -83,9 +92,9 @@ class Ahead:
         if asked is None:  # unwound by an interrupt that came in between
             self._note("", reply)
             return None
-        request, line = asked
+        request, line, part = asked
         assert isinstance(request, (Read, NextStep))
-        self._note(request.visit if isinstance(request, Read) else request, reply)
+        self._note(request.visit if isinstance(request, Read) else request, _only(part, reply))
         if reply.error is None:
             self._mediator.arrive(request, reply.value, line, deferred=True)
         return reply.value
@@ -94,7 +103,7 @@ class Ahead:
         """Ask for what comes next, until something has to be waited for; False at the end."""
         while self._error is None and self._forecast is not None:
             try:
-                asked, line = self._forecast.send(value)
+                asked, line = self._forecast.steps.send(value)
             except StopIteration:
                 return False
             except Exception:  # noqa: BLE001 - Unsure, or an error that is the block's to raise
@@ -110,11 +119,12 @@ class Ahead:
                 error.__traceback__ = None
                 self._note(self._asked_for(asked), Reply(error=error))
                 return False
+            part = asked.part if isinstance(asked, Wanted) else None
             if isinstance(request, Reply):
-                self._note(self._asked_for(asked), request)
+                self._note(self._asked_for(asked), _only(part, request))
                 value = request.value
                 continue
-            self._asked = request, Line(self._file, line)
+            self._asked = request, Line(self._file, line), part
             self._mediator.submit(request)
             return True
         return False
@@ -144,7 +154,10 @@ class Ahead:
     def _give_answers(self) -> None:
         """Let the block start from where it was when the forecast began."""
         if self._forecast is not None:
-            self._forecast.close()
+            self._forecast.steps.close()
+            self._answers.is_as_it_was = self._forecast.is_as_it_was
+            if not self._is_all:
+                self._answers.look_again()
         self._forecast = None
         self._answers.is_all = self._is_all
         self._mediator.remember(self._answers)
@@ -160,7 +173,11 @@ class Ahead:
         self._go_live = None
 
 
-def ask_ahead(mediator: Mediator, forecast: Forecast, file: str) -> None:
+def _only(part: Callable[[Any], Any] | None, reply: Reply) -> Reply:
+    return reply if part is None or reply.error is not None else Reply(part(reply.value))
+
+
+def ask_ahead(mediator: Mediator, forecast: Foretold, file: str) -> None:
     """Worker's side: have the model's side answer a whole forecast, and wait only once for it."""
     worker = mediator.channel
     assert worker is not None

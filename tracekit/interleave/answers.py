@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
@@ -31,6 +32,9 @@ class Answers:
     def __init__(self, step: int, is_all: bool) -> None:
         self.step = step  # what the block's first request is about
         self.is_all = is_all  # the block asks for nothing else
+        # Whether the block sees what its forecast saw; else it may do another thing than asked.
+        self.is_as_it_was: Callable[[], bool] | None = None
+        self._is_stale = False
         self._waiting: deque[tuple[Asked, Reply]] = deque()
 
     def __len__(self) -> int:
@@ -44,8 +48,16 @@ class Answers:
     def put(self, asked: Asked, reply: Reply) -> None:
         self._waiting.append((asked, reply))
 
+    def look_again(self) -> None:
+        """To be called just before the block goes on with the answers, once."""
+        if self.is_as_it_was is not None:
+            self._is_stale = not self.is_as_it_was()
+            self.is_as_it_was = None
+
     def take(self, asked: Asked) -> object:
         """The answer to `asked`; raises what was answered with an error."""
+        if self._is_stale:
+            self._refuse()
         if not self._waiting:
             raise _other(asked, None)
         foreseen, reply = self._waiting.popleft()
@@ -60,13 +72,28 @@ class Answers:
 
     def check_taken(self) -> None:
         """The block has ended: CaptureError if it did not ask for all that was asked for it."""
+        if self._is_stale:
+            self._refuse()
         if self._waiting and not self.is_cut_short:
             raise _other("nothing more", self._waiting[0][0])
+
+    def _refuse(self) -> None:
+        self._is_stale = False
+        last = self._waiting[-1][1].error if self._waiting else None
+        self._waiting.clear()
+        if isinstance(last, Unwind):  # the run has failed, which is what the user is to see
+            raise last
+        raise CaptureError(f"the block uses {_CHANGED}")
 
 
 def _other(asked: Asked, foreseen: Asked | None) -> CaptureError:
     return CaptureError(
-        f"the block asked for {asked}, where its source said {foreseen or 'nothing more'}: "
-        f"something that it uses was changed while the model ran. To run it step by step, set "
-        f"tracekit.settings.defer_reads = False."
+        f"the block asked for {asked}, where its source said {foreseen or 'nothing more'}: it uses "
+        f"{_CHANGED}"
     )
+
+
+_CHANGED = (
+    "something that was changed while the model ran, and runs itself behind the model. To run it "
+    "step by step, set tracekit.settings.defer_reads = False."
+)

@@ -89,12 +89,16 @@ class Hooks:
         asked = partial(_here, self.thread, body)
         self._rewritten.append(rewritable(self._module(path), asked))
 
-    def look(self, module: nn.Module, slot: Slot, hook: ForwardHook) -> None:
-        """Let `hook` see what `module` returned, or was called with; nothing may change it yet."""
-        if slot is Slot.OUTPUT:
-            self._put(module._forward_hooks, hook, is_first=True)
-        else:
-            self._put_before(module, hook, is_first=True)
+    def look_at_inputs(self, module: nn.Module, hook: ForwardHook) -> None:
+        """Let `hook` see what `module` is called with; nothing may change it yet."""
+        self._put_before(module, hook, is_first=True)
+
+    def look_at_output(
+        self, module: nn.Module, begin: Callable[[nn.Module, Any], None], hook: ForwardHook
+    ) -> None:
+        """Let `begin` know of each call, and `hook` see what `module` returned."""
+        self._put(module._forward_pre_hooks, begin, is_first=True)
+        self._put(module._forward_hooks, hook, is_first=True)
 
     # -- OBSERVER -------------------------------------------------------------------------------
 

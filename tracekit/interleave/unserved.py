@@ -112,12 +112,11 @@ def step_never_came(step: int) -> StepError:
     return StepError(f"step {step} was asked for, but the run ended before it began.")
 
 
-def unlike_before(visit: Visit) -> SiteOrderError:
-    """The model goes another way than in earlier runs of the same block."""
-    return SiteOrderError(
-        f"{visit} did not come in its turn, as it did in an earlier run of this block: the model "
-        f"takes another way now. To run the block step by step, set "
-        f"tracekit.settings.defer_reads = False."
+def unlike_before(visit: Visit) -> NeverRanError:
+    """The module of `visit` was not called, as it was in earlier runs of the same block."""
+    return NeverRanError(
+        f"{visit} was asked for, but the module was not called, as it was in an earlier run of "
+        f"this block: the model takes another way now; ask for a module that takes part in it."
     )
 
 

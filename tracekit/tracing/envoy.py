@@ -255,6 +255,12 @@ class Envoy(Slots):
         return Envoy(self._tree, f"{self._path}.{name}")
 
 
+def child_of(envoy: Envoy, name: str) -> Envoy | None:
+    """What stands for the child of that name; None if there is none."""
+    child = own_children(envoy.module).get(name)
+    return envoy._child(name) if child is not None else None  # pyright: ignore[reportPrivateUsage] - a friend
+
+
 def place_of(envoy: Envoy, tree: Tree, slot: Slot) -> tuple[Site, int]:
     """The site, and the call, that an Envoy stands for in a run of `tree`."""
     own, site, call = envoy._tree, envoy._site, envoy._call  # pyright: ignore[reportPrivateUsage] - a friend

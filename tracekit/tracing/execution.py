@@ -23,7 +23,7 @@ from tracekit.core.site import Line, Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import Versions
 from tracekit.errors import CacheError, OverwrittenError, TracekitError, UnsupportedError
-from tracekit.interleave.ahead import Ahead, Forecast
+from tracekit.interleave.ahead import Ahead, Foretold
 from tracekit.interleave.duties import Channel, Rows, Scope
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver
@@ -50,7 +50,7 @@ class Intervention:
     rows: Rows | None = None  # None: the whole batch
     scope: Scope | None = None  # of its names, if it shares them with other blocks
     has_rounds: bool = False  # it runs its block anew in each step (rounds.py)
-    forecast: Forecast | None = None  # of what it will ask, if that can be said
+    forecast: Callable[[], Foretold | None] | None = None  # of what it will ask, if that is known
     asked: Asked | None = None  # all of it, if no value decides
     file: str = ""  # where the block stands, for a forecast
 
@@ -124,16 +124,18 @@ class Execution:
     def _run_at_a_glance(self, glance: Glance, intervention: Intervention) -> BaseException | None:
         mediator = self._new_mediator(0, intervention)
         results: list[Any] = []
+        error = None
         self._interleaver.mediators.clear()  # nobody asks for anything
-        glance.place(self._hooks)
-        error = self._run(results)
-        glance.answer(mediator, results, self._versions, self._has_grad)
-        run_here(mediator, intervention.body, self._grad)
         try:
+            glance.place(self._hooks, mediator, self._versions)
+            error = self._run(glance, results)
+            glance.answer(mediator, results, self._has_grad)
+            run_here(mediator, intervention.body, self._grad)
             if mediator.error is not None:
                 error, mediator.error = mediator.error, None
             return error
         finally:
+            glance.close()
             del error, results
 
     def _run_with_requests(self, interventions: Sequence[Intervention]) -> BaseException | None:
@@ -182,10 +184,12 @@ class Execution:
         self._close()
         self._checked(is_whole=False)
 
-    def _run(self, results: list[Any] | None = None) -> BaseException | None:
+    def _run(
+        self, steps: Interleaver | Glance | None = None, results: list[Any] | None = None
+    ) -> BaseException | None:
         try:
             self._interleaver.start()
-            result = self._call.make(self._interleaver.end_step)
+            result = self._call.make((steps or self._interleaver).end_step)
             if results is not None:
                 results.append(result)
             self._interleaver.finish(result)
@@ -223,18 +227,22 @@ class Execution:
 
     def _begin(self, mediator: Mediator, intervention: Intervention) -> None:
         body = intervention.body
-        if intervention.forecast is None:
+        forecast = intervention.forecast() if intervention.forecast is not None else None
+        if forecast is None:
             run_beside(mediator, body, self._grad)
             return
         go_live = later_beside(mediator, body, self._grad)
-        mediator.channel = Ahead(mediator, intervention.forecast, go_live, True, intervention.file)
+        mediator.channel = Ahead(mediator, forecast, go_live, True, intervention.file)
         self._deferred.append((mediator, body))
 
     def _run_deferred(self) -> None:
         """Run the blocks that have all their answers by now."""
-        for mediator, body in self._deferred:
-            if mediator.answers is None or not mediator.answers.is_all:
-                continue
+        deferred = [(each.answers, each, body) for each, body in self._deferred]
+        deferred = [one for one in deferred if one[0] is not None and one[0].is_all]
+        for answers, _, _ in deferred:  # of all before any block runs: it may store something
+            assert answers is not None
+            answers.look_again()
+        for _, mediator, body in deferred:
             if mediator.scope is not None:
                 mediator.scope.enter()
             run_here(mediator, body, self._grad)

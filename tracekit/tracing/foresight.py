@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, final
+from typing import Any, Final, NoReturn, final
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from tracekit.capture import Block, Scope, Unsure
-from tracekit.core.nest import first_input, first_tensor
-from tracekit.core.quirks import is_config, own_children
+from tracekit.core.nest import first_input
+from tracekit.core.quirks import is_config
 from tracekit.core.settings import settings
 from tracekit.core.site import Line, Site, Slot, Visit
 from tracekit.core.tree import Tree
-from tracekit.interleave.ahead import Forecast, Stop, Wanted, ask_ahead
+from tracekit.interleave.ahead import Foretold, Stop, Wanted, ask_ahead
 from tracekit.interleave.answers import Made
 from tracekit.interleave.protocol import NextStep
 from tracekit.interleave.worker import current_mediator
-from tracekit.tracing.envoy import Calls, Envoy, place_of
-from tracekit.tracing.glance import Asked
+from tracekit.tracing.envoy import Calls, Envoy, child_of, place_of
+from tracekit.tracing.glance import Asked, Look
 from tracekit.tracing.save import save
 from tracekit.tracing.steps import steps_of
 
@@ -32,11 +32,13 @@ _SLOTS: Final = {
 }
 _TENSORS: Final = (Tensor, Parameter)
 _VIEW: Final = object()  # a value of the model's, or a view: which makes no difference here
+_WHEREVER: Final = 100  # levels deep
+_NO_TENSORS: Final = (int, str, float, bool, type(None))
 
 
 def forecast(
     block: Block, frame: Any, tracer: Any, tree: Tree, taken: Mapping[str, object] | None = None
-) -> Forecast | None:
+) -> Foretold | None:
     """What the block in `frame` will ask; None where nothing can be said of it.
 
     `taken` are names that mean something else to the block than they mean in the frame by now.
@@ -44,30 +46,35 @@ def forecast(
     plan = block.plan()
     if not (settings.defer_reads and plan.is_useful):
         return None
-    return plan.run(Scope(frame, Foresight(tracer, tree, has_rows=taken is not None), taken))
+    scope = Scope(frame, Foresight(tracer, tree, has_rows=taken is not None), taken)
+    return Foretold(plan.run(scope), scope.is_as_it_was)
 
 
-def foreseen(block: Block, frame: Any, tracer: Any, tree: Tree) -> Asked | None:
+def foreseen(
+    block: Block, frame: Any, tracer: Any, tree: Tree, taken: Mapping[str, object] | None = None
+) -> tuple[Asked, Scope] | None:
     """All that the block in `frame` will ask, if it is nothing but values of one step.
 
-    Values are not known yet, so none may decide what is asked.
+    Values are not known yet, so none may decide what is asked. With it, what was looked at.
     """
     plan = block.plan()
     if not (settings.defer_reads and plan.is_complete):
         return None
-    steps = plan.run(Scope(frame, Foresight(tracer, tree, has_rows=True)))
-    asked: list[tuple[Visit, Line]] = []
+    scope = Scope(frame, Foresight(tracer, tree, has_rows=True), taken)
+    steps = plan.run(scope)
+    looks: list[Look] = []
+    look: Look | None = None
     try:
-        wanted, line = next(steps)
-        while isinstance(wanted, Wanted):
-            visit = Visit(wanted.site, 0, wanted.call)
-            asked.append((visit, Line(block.filename, line)))
-            wanted, line = steps.send(_VIEW)
+        while True:
+            wanted, line = steps.send(look)
+            if not isinstance(wanted, Wanted) or wanted.call:
+                return None
+            look = Look(Visit(wanted.site), Line(block.filename, line), wanted.part)
+            looks.append(look)
     except StopIteration:
-        return asked if all(visit.call == 0 for visit, _ in asked) else None
+        return Asked(looks, scope.is_as_it_was), scope
     except Exception:  # noqa: BLE001 - Unsure, or an error that is the block's to raise
         return None
-    return None
 
 
 def ask_group(block: Block, tracer: Any, tree: Tree, group: int) -> None:
@@ -77,7 +84,8 @@ def ask_group(block: Block, tracer: Any, tree: Tree, group: int) -> None:
         return
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     plan = block.plan(group)
-    ask_ahead(mediator, plan.run(Scope(frame, Foresight(tracer, tree))), block.filename)
+    scope = Scope(frame, Foresight(tracer, tree))
+    ask_ahead(mediator, Foretold(plan.run(scope), scope.is_as_it_was), block.filename)
 
 
 @final
@@ -104,9 +112,10 @@ class Foresight:
             return envoy.calls
         if hasattr(type(envoy), name):
             raise Unsure
+        child = child_of(envoy, name)
+        if child is not None:
+            return child
         module = envoy.module
-        if own_children(module).get(name) is not None:
-            return getattr(envoy, name)
         if name not in vars(module) or hasattr(type(module), name):
             raise Unsure
         return _plain(vars(module)[name])
@@ -133,7 +142,8 @@ class Foresight:
             return Wanted(Site(self._tree.name, Slot.RESULT))
         if not isinstance(of, Envoy) or name not in _SLOTS:
             raise Unsure
-        return Wanted(*place_of(of, self._tree, _SLOTS[name]))
+        site, call = place_of(of, self._tree, _SLOTS[name])
+        return Wanted(site, call, _first_alone if name == "input" else None)
 
     def made(self, of: object, name: str, args: list[Any], kwargs: dict[str, Any]) -> Made | Stop:
         """A cache, which is made here and now; or the end of the run."""
@@ -156,12 +166,13 @@ class Foresight:
 
     def given(self, name: str, value: Any) -> object:
         """What the attribute gives, of what its request was answered with."""
-        if value is _VIEW:
+        if isinstance(value, Look):
+            value.depth += _WHEREVER * (name == "hidden")
             return value
         if name == "input":
             return first_input(value)
         if name == "hidden":
-            found = first_tensor(value) if type(value) in (*_TENSORS, tuple) else None
+            found = _first_tensor(value)
             if found is None:
                 raise Unsure
             return found
@@ -173,25 +184,44 @@ class Foresight:
             return value[index]
         indices = index if type(index) is tuple else (index,)
         is_view = all(part is None or type(part) in (int, slice, type(...)) for part in indices)
-        if is_view and (value is _VIEW or type(value) in _TENSORS):
+        return self._view_of(value) if is_view else _unsure()
+
+    def _view_of(self, value: Any) -> object:
+        if isinstance(value, Look):
+            value.depth += 1 if value.part is None else _WHEREVER
+            return value
+        if value is _VIEW or type(value) in _TENSORS:
             return _VIEW
         raise Unsure
 
     def kept(self, value: Any, method: str) -> object:
         """The same, for save(); a view, for detach() of a tensor."""
-        if method == "save" and (value is _VIEW or not hasattr(value, "save")):
+        is_there = value is not _VIEW and not isinstance(value, Look)
+        if method == "save" and not (is_there and hasattr(value, "save")):
             return value
-        if method == "detach" and (value is _VIEW or type(value) in _TENSORS):
-            return _VIEW
-        raise Unsure
+        return self._view_of(value) if method == "detach" else _unsure()
 
     def is_save(self, function: object) -> bool:
         """Whether it is tracekit.save."""
         return function is save
 
 
-def _unsure() -> int:
-    """How many steps the run will have: the block asks for that itself."""
+def _first_alone(inputs: Any) -> object:
+    """Inputs with the first alone, which is what they had as first then."""
+    return (first_input(inputs),), {}
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The first tensor, if it will be the first later: lists and dictionaries may change."""
+    if type(value) in _TENSORS:
+        return value
+    if type(value) is tuple:
+        return next((found for item in value if (found := _first_tensor(item)) is not None), None)
+    return None if type(value) in _NO_TENSORS else _unsure()
+
+
+def _unsure() -> NoReturn:
+    """The forecast ends here: the block itself goes on, and asks."""
     raise Unsure
 
 

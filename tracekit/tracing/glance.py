@@ -1,19 +1,23 @@
-"""Stored reads of a whole block, filled by one hook: no request is made, and nobody waits."""
+"""Stored reads of a whole block, filled by hooks alone: no request is made, and nobody waits."""
 
 # Of some blocks all is known that they will ask. They need nothing of the interleaver, if the model
 # serves them in that order; whether it does shows in a run with requests (ahead.py). So the first
-# run makes them, and what went well is remembered with the model. From then on a hook notes what
-# passes, and the order is checked behind the run.
+# run makes them, and what went well is remembered with the model. From then on the hooks of a
+# block's own modules do what the interleaver would:
+#   - a value is taken where the block would be waiting for it, of the first call in the first step;
+#   - where what it asks for next has passed, the run ends, with the error that says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias, final
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, is_dataclass
+from functools import partial
+from typing import Any, Final, NamedTuple, final
 
-import torch
 from torch import Tensor, nn
 
-from tracekit.core.nest import tensors
+from tracekit.core.nest import map_leaves, tensors
 from tracekit.core.origins import note_visit
 from tracekit.core.site import Line, Site, Slot, Visit
 from tracekit.core.tree import Tree
@@ -24,18 +28,47 @@ from tracekit.interleave.hooks import Hooks, is_elsewhere
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.protocol import Reply, Unwind
 
-# What a block will ask, in order, and the lines that ask it.
-Asked: TypeAlias = "Sequence[tuple[Visit, Line]]"
-
-_KEPT = 512  # blocks that are remembered with a model
+_KEPT: Final = 512  # blocks that are remembered with a model
+_NO_THREAD: Final = -1
 
 
-class _Seen(NamedTuple):
-    """What passed first at one place."""
+@final
+@dataclass(slots=True)
+class Look:
+    """One value that a block will ask for; it stands for the value as long as that is not there."""
 
-    place: int  # in the order of the model
-    value: Any
-    versions: int | tuple[int, ...]
+    visit: Visit
+    line: Line
+    part: Callable[[Any], Any] | None  # all that the block uses of it; by default, the whole
+    depth: int = 0  # where in it the block keeps something; 0 is the value itself
+
+    def shown(self, value: Any) -> Any:
+        """What the block is to get: what it takes out of that later is what it would take now."""
+        value = value if self.part is None else self.part(value)
+        return _settled(value, self.depth) if self.depth else value
+
+
+class Asked(NamedTuple):
+    """What a block will ask, and whether it will see all that this was said from."""
+
+    looks: Sequence[Look]
+    is_as_it_was: Callable[[], bool]  # asked once, behind the run
+
+
+@dataclass(slots=True)
+class _Place:
+    """The first call of one module, before or behind it."""
+
+    running: int = 0
+    has_passed: bool = False
+
+
+class _Taken(NamedTuple):
+    """A value of the model, and what it was when the block would have got it."""
+
+    value: Any  # as the block gets it
+    tensors: Tensor | list[Tensor]  # those in it, which it may exchange later
+    versions: int | list[int]
 
 
 @final
@@ -45,14 +78,20 @@ class Glance:
     def __init__(self, tree: Tree, kind: object, asked: Asked) -> None:
         self._tree = tree
         self._asked = asked
-        self._key = (kind, tuple([visit for visit, _ in asked]))
-        self._thread = 0
-        self._seen: dict[tuple[nn.Module, Slot], _Seen] = {}
+        self._looks = asked.looks
+        self._key = (kind, tuple([look.visit for look in asked.looks]))
+        self.thread = _NO_THREAD
+        self._places: list[_Place | None] = []  # for each look; None is the result of the call
+        self.awaited: _Place | None = None
+        self._taken: list[_Taken] = []  # for each look, as far as the model has come
+        self._is_late = False  # what comes next in the block has passed
+        self._mediator: Mediator | None = None
+        self._versions: Versions | None = None
 
     @property
     def is_proven(self) -> bool:
         """Whether the model has served the block in an earlier run of this kind."""
-        return self._key in self._tree.proven and not torch.is_inference_mode_enabled()
+        return self._key in self._tree.proven
 
     def prove(self) -> None:
         """The model has served all that was asked."""
@@ -60,61 +99,145 @@ class Glance:
             self._tree.proven.clear()
         self._tree.proven.add(self._key)
 
-    def place(self, hooks: Hooks) -> None:
+    def place(self, hooks: Hooks, mediator: Mediator, versions: Versions) -> None:
         """Put the hooks on, in front of the user's own: a block sees what the module gave."""
-        self._thread = hooks.thread
-        for site in dict.fromkeys([visit.site for visit, _ in self._asked]):
-            if site.slot is Slot.OUTPUT:
-                hooks.look(self._tree.modules[site.path], Slot.OUTPUT, self._see_output)
-            elif site.slot is Slot.INPUT:
-                hooks.look(self._tree.modules[site.path], Slot.INPUT, self._see_inputs)
+        self.thread = hooks.thread
+        self._mediator, self._versions = mediator, versions
+        places: dict[Site, _Place | None] = {}
+        for look in self._looks:
+            site = look.visit.site
+            if site not in places:
+                places[site] = self._placed(site, hooks)
+            self._places.append(places[site])
+        self.awaited = self._places[0] if self._places else None
 
-    def _see_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not is_elsewhere(self._thread):
-            self._see(module, Slot.OUTPUT, output)
+    def _placed(self, site: Site, hooks: Hooks) -> _Place | None:
+        if site.slot is Slot.RESULT:
+            return None
+        place, module = _Place(), self._tree.modules[site.path]
+        if site.slot is Slot.INPUT:
+            hooks.look_at_inputs(module, partial(_see_inputs, self, place))
+        else:
+            begin = partial(_see_begin, self, place)
+            hooks.look_at_output(module, begin, partial(_see_output, self, place))
+        return place
 
-    def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not is_elsewhere(self._thread):
-            self._see(module, Slot.INPUT, (args, kwargs))
+    def end_step(self) -> None:
+        """What comes from now on belongs to later steps."""
+        self.thread = _NO_THREAD
 
-    def _see(self, module: nn.Module, slot: Slot, value: Any) -> None:
-        if (module, slot) not in self._seen:
-            self._seen[module, slot] = _Seen(len(self._seen), value, _versions(value))
+    def see(self, place: _Place, value: Any) -> None:
+        """The model is at `place`, for which the block would wait."""
+        self._take(value)
+        while self.awaited is place:
+            self._take(value)
+        if self.awaited is not None and self.awaited.has_passed:
+            self._is_late = True
+            raise Unwind(self._mediator)
 
-    def answer(
-        self, mediator: Mediator, results: list[Any], versions: Versions, has_grad: bool
-    ) -> None:
+    def _take(self, value: Any) -> None:
+        index = len(self._taken)
+        look = self._looks[index]
+        own = value if isinstance(value, Tensor) else list(tensors(value))
+        self._taken.append(_Taken(look.shown(value), own, _versions(own)))
+        for tensor in tensors(own):
+            if tensor.is_inference():  # it counts no versions
+                assert self._versions is not None
+                self._versions.note(look.visit, tensor)
+        index += 1
+        self.awaited = self._places[index] if index < len(self._places) else None
+
+    def answer(self, mediator: Mediator, results: list[Any], has_grad: bool) -> None:
         """Give the block of `mediator` what it will ask, as far as it came.
 
         `results` holds what the call returned, and nothing if it failed: then the block is left
         where it would still have waited.
         """
         answers = Answers(0, is_all=True)
-        last = -1
-        for visit, line in self._asked:
-            seen = self._at(visit.site, results)
-            if seen is None or seen.place < last:
-                missed = unserved.unlike_before(visit) if results else Unwind(mediator)
-                answers.put(visit, Reply(error=missed))
-                break
-            last = seen.place
-            answers.put(visit, Reply(seen.value))
-            note_visit(visit, seen.value, has_grad)
-            if _versions(seen.value) != seen.versions:
-                versions.note_overwritten(visit, seen.value)
-            if mediator.note is not None:
-                mediator.note("read", visit, seen.value, line, True)
-        self._seen.clear()
+        answers.is_as_it_was = self._asked.is_as_it_was
+        answers.look_again()
+        for look, taken in zip(self._looks, self._taken, strict=False):
+            self._put(answers, look, taken, mediator, has_grad)
+        missing = self._looks[len(self._taken) :]
+        while missing and missing[0].visit.site.slot is Slot.RESULT and results:
+            look, *missing = missing
+            self._take(results[0])
+            self._put(answers, look, self._taken[-1], mediator, has_grad)
+        if missing:
+            error = self._missed(missing[0], mediator, bool(results))
+            answers.put(missing[0].visit, Reply(error=error))
+        self.close()
         mediator.remember(answers)
 
-    def _at(self, site: Site, results: list[Any]) -> _Seen | None:
-        if site.slot is Slot.RESULT:
-            place = len(self._seen)  # behind all else
-            return _Seen(place, results[0], _versions(results[0])) if results else None
-        return self._seen.get((self._tree.modules[site.path], site.slot))
+    def _put(
+        self, answers: Answers, look: Look, taken: _Taken, mediator: Mediator, has_grad: bool
+    ) -> None:
+        answers.put(look.visit, Reply(taken.value))
+        note_visit(look.visit, taken.tensors, has_grad)
+        if _versions(taken.tensors) != taken.versions:
+            assert self._versions is not None
+            for tensor, before in zip(_list(taken.tensors), _list(taken.versions), strict=True):
+                if version(tensor) != before:
+                    self._versions.note_overwritten(look.visit, tensor)
+        if mediator.note is not None:
+            mediator.note("read", look.visit, taken.value, look.line, True)
+
+    def _missed(self, look: Look, mediator: Mediator, has_ended: bool) -> BaseException:
+        before = self._looks[self._looks.index(look) - 1]
+        if self._is_late:
+            return unserved.too_late(look.visit, (before.visit, before.line))
+        if not has_ended:
+            return Unwind(mediator)
+        if before.visit.site.slot is Slot.RESULT:
+            return unserved.after_the_end(look.visit, (before.visit, before.line))
+        return unserved.unlike_before(look.visit)
+
+    def close(self) -> None:
+        """Let go of all values."""
+        self.thread = _NO_THREAD
+        self._taken.clear()
+        self._mediator = self._versions = self.awaited = None
 
 
-def _versions(value: Any) -> int | tuple[int, ...]:
-    if isinstance(value, Tensor):
-        return version(value)
-    return tuple([version(tensor) for tensor in tensors(value)])
+def _see_begin(glance: Glance, place: _Place, module: nn.Module, args: Any) -> None:
+    if not is_elsewhere(glance.thread):
+        place.running += 1
+
+
+# A module may call itself: its first call is the one that ends when none is running any more.
+def _see_output(glance: Glance, place: _Place, module: nn.Module, args: Any, output: Any) -> None:
+    if is_elsewhere(glance.thread):
+        return
+    place.running -= 1
+    if place.running or place.has_passed:
+        return
+    place.has_passed = True
+    if glance.awaited is place:
+        glance.see(place, output)
+
+
+def _see_inputs(
+    glance: Glance, place: _Place, module: nn.Module, args: Any, kwargs: Any = None
+) -> None:
+    if is_elsewhere(glance.thread) or place.has_passed:
+        return
+    place.has_passed = True
+    if glance.awaited is place:
+        glance.see(place, (args, kwargs))
+
+
+def _versions(own: Tensor | list[Tensor]) -> int | list[int]:
+    return version(own) if isinstance(own, Tensor) else [version(tensor) for tensor in own]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _settled(value: Any, depth: int) -> Any:
+    """`value` with containers of its own, so deep: the model may fill them with something else."""
+    if isinstance(value, Tensor) or not depth:
+        return value
+    if depth == 1:
+        return copy(value) if isinstance(value, (list, dict)) or is_dataclass(value) else value
+    return map_leaves(lambda leaf: leaf, value)

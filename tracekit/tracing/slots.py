@@ -80,9 +80,10 @@ class Slots(ABC):
         Shape is the family's own, usually `(batch, positions, model)`. Assigning puts the new
         tensor into the same structure.
         """
-        found = first_tensor(self.output)
+        output = self.output
+        found = first_tensor(output)
         if found is None:
-            raise MisfitError(f"{self._path}.output is {describe(self.output)}, with no tensor.")
+            raise MisfitError(f"{self._path}.output is {describe(output)}, with no tensor.")
         return found
 
     @hidden.setter

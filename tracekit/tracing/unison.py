@@ -7,31 +7,33 @@
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from tracekit.capture import Block, Member
+from tracekit.capture import Block, Member, Scope
 from tracekit.core.settings import settings
 from tracekit.core.tree import Tree
-from tracekit.interleave.ahead import Forecast
-from tracekit.tracing.envoy import Envoy
-from tracekit.tracing.foresight import forecast
+from tracekit.interleave.ahead import Foretold
+from tracekit.tracing.foresight import forecast, foreseen
+from tracekit.tracing.glance import Asked
 
 
 def forecasts(
     blocks: Sequence[Block], members: Sequence[Member], tracer: object, tree: Tree
-) -> Sequence[Forecast | None]:
-    """What each of the blocks will ask; None for each if they have to run beside the model."""
-    if not settings.defer_reads or not _are_apart(blocks, members, tracer):
+) -> Sequence[Callable[[], Foretold | None] | None]:
+    """What makes the forecast of each block; None for each if they must run beside the model."""
+    if not settings.defer_reads or not _are_apart(blocks, members, tracer, tree):
         return [None] * len(blocks)
     return [
-        forecast(block, member.frame, tracer, tree, member.names_taken)
+        partial(forecast, block, member.frame, tracer, tree, member.names_taken)
         for block, member in zip(blocks, members, strict=True)
     ]
 
 
-def _are_apart(blocks: Sequence[Block], members: Sequence[Member], tracer: object) -> bool:
+def _are_apart(
+    blocks: Sequence[Block], members: Sequence[Member], tracer: object, tree: Tree
+) -> bool:
     places = Counter(blocks)
     if not all(block.plan().is_complete for block in places):
         return False
@@ -43,23 +45,34 @@ def _are_apart(blocks: Sequence[Block], members: Sequence[Member], tracer: objec
         others = [other for other in places if other is not block or count > 1]
         if any(name in other.reads for other in others for name in writes[block]):
             return False
-    is_one_place = len(places) == 1 and _is_one_statement(blocks[0])
-    return is_one_place or not _share_a_container(members, tracer)
+    if len(blocks) == 1 or not any(block.fills_containers for block in places):
+        return True
+    known = [
+        foreseen(block, member.frame, tracer, tree, member.names_taken)
+        for block, member in zip(blocks, members, strict=True)
+    ]
+    if any(each is None for each in known):
+        return False
+    found = [each for each in known if each is not None]
+    is_one_statement = len(places) == 1 and len(blocks[0].tree.body) == 1
+    return (is_one_statement and _fill_in_turn(found)) or _fill_apart([each[1] for each in found])
 
 
-def _is_one_statement(block: Block) -> bool:
-    return len(block.tree.body) == 1 and isinstance(block.tree.body[0], (ast.Assign, ast.Expr))
+def _fill_in_turn(known: list[tuple[Asked, Scope]]) -> bool:
+    """Whether one statement, at the same values for all, stores without looking what is there."""
+    visits = [[look.visit for look in asked.looks] for asked, _ in known]
+    looks = any(scope.changed & scope.looked_into for _, scope in known)
+    return not looks and all(each == visits[0] for each in visits)
 
 
-def _share_a_container(members: Sequence[Member], tracer: object) -> bool:
-    seen: set[int] = set()
-    for member in members:
-        own = {id(value) for value in member.names_taken.values() if _may_be_changed(value, tracer)}
-        if own & seen:
-            return True
-        seen |= own
-    return False
-
-
-def _may_be_changed(value: object, tracer: object) -> bool:
-    return value is not tracer and not isinstance(value, (Envoy, int, float, str, type(None)))
+def _fill_apart(scopes: list[Scope]) -> bool:
+    """Whether none of them stores into what another stores into, or looks into."""
+    filled: set[int] = set()
+    looked: set[int] = set()
+    for scope in scopes:
+        changed, own = scope.changed, scope.looked_into
+        if changed & (filled | looked) or own & filled:
+            return False
+        filled |= changed
+        looked |= own
+    return True

@@ -107,8 +107,9 @@ class Lifted(Way):
         body = block.body(frame, HELPERS | {"ahead": partial(ask_group, block, entered, tree)})
         self.execution = self._start()
         try:
-            asked = foreseen(block, frame, entered, tree)
-            ahead = forecast(block, frame, entered, tree)
+            known = foreseen(block, frame, entered, tree)
+            asked = known[0] if known is not None else None
+            ahead = partial(forecast, block, frame, entered, tree)
             own = Intervention(body, forecast=ahead, asked=asked, file=block.filename)
             return self.execution.run([own])
         finally:
