@@ -1,4 +1,4 @@
-"""The README runs as printed, and shows what it prints; what it points to exists."""
+"""README runs as printed, and shows what it prints; it and ARCHITECTURE point to what exists."""
 
 from __future__ import annotations
 
@@ -42,6 +42,20 @@ def test_the_map_of_the_readme_is_the_repository() -> None:
     assert sorted(inside) == sorted(set(found) - {"py.typed"})
     beside = re.findall(r"^(\w+)/", drawing, re.MULTILINE)
     assert [folder for folder in beside if not (ROOT / folder).is_dir()] == []
+
+
+def test_the_house_of_architecture_names_every_file() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    rooms = dict(re.findall(r"^\| \w+ \| `(\w+)/` \| (.*) \|$", page, re.MULTILINE))
+    folders = [path for path in (ROOT / "tracekit").iterdir() if path.name[0] not in "_."]
+    assert sorted(rooms) == sorted(folder.name for folder in folders if folder.is_dir())
+    unnamed = [
+        f"{folder}/{file.name}"
+        for folder, words in rooms.items()
+        for file in (ROOT / "tracekit" / folder).glob("[a-z]*.py")
+        if not re.search(rf"\b{file.stem}\b", words)
+    ]
+    assert unnamed == []
 
 
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, re.MULTILINE))

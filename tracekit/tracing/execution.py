@@ -301,7 +301,7 @@ class Execution:
             cures = ["take .clone() of that, too"] if others else []
             cures += ["trace under torch.no_grad()"] if self._has_grad else []
             more = " If you did: the memory is still in use {}; {}.".format(
-                " and ".join(holders), " and ".join(cures)
+                " and ".join(holders), ", and ".join(cures)
             )
             raise OverwrittenError(
                 f"{label} was overwritten in place after the block had read it, by the model or "
