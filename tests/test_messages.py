@@ -323,7 +323,7 @@ CASES = [
         errors.RowsError,
         "model.output (step 0) has a tensor of shape (5,) that belongs to all rows alike, and the "
         "block of one invoke changed it; change it in `with tracer.invoke():`, which stands for "
-        f"all of them. ({line(rows_that_belong_to_all, 8)} asked for it) [rows]",
+        f"all of them. The block asked for it at {line(rows_that_belong_to_all, 8)}. [rows]",
     ),
     Case(
         padding_that_is_read,

@@ -147,12 +147,17 @@ def test_a_compiled_model_runs_as_python_under_a_trace() -> None:
             value = model._orig_mod[0].output
             model._orig_mod[1].output = torch.ones(3, 4)
             result = tracer.result
-        with model.trace(X):
-            again = model._orig_mod[0].output
+        with model.trace() as tracer:
+            with tracer.invoke(X[:1]):
+                again = getattr(model, "0").output  # as an attribute of the module is reached
+            with tracer.invoke(X[1:]):
+                model._orig_mod[1].output[:] = 1
+                rest = model.output
     assert [warning.category for warning in warned] == [TracekitWarning]
     assert "was compiled by torch" in str(warned[0].message)
     assert [warning.filename for warning in warned] == [__file__]  # once
-    assert torch.equal(again, net[0](X))
+    assert torch.allclose(again, net[0](X[:1]))
+    assert torch.equal(rest, net[2](torch.ones(2, 4)))
     assert torch.equal(value, net[0](X))
     assert torch.equal(result, net[2](torch.ones(3, 4)))
     assert torch.equal(compiled(X), net(X))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.tiny_models import make
 from tests.tracing.plain import state_of
+from tracekit import Model
 from tracekit.core.nest import map_leaves, tensors
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -230,3 +231,38 @@ def test_layouts_of_weights_that_accelerate_brings() -> None:
     model = accelerate.cpu_offload(Flattens())
     assert of(model, torch.randn(2, 3, 4), "model.flat", torch.zeros(14, 4), 2) == Layout(0, 7)
     assert model.flat.weight.is_meta
+
+
+class Average(nn.Module):
+    """Returns what is each row's, a mean of all, and a table that follows from none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.table = nn.Embedding(5, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.inner(x) + self.table(torch.arange(5))
+        return {"y": y, "mean": y.mean(0)}
+
+
+def test_a_mean_of_all_rows_is_not_given_to_a_block_as_its_own() -> None:
+    net = Average()
+    model, inputs = Model(net), torch.randn(2, 5, 4)
+    for ask in (lambda tracer: tracer.result, lambda _: model.output):
+        with pytest.raises(RowsError, match="one for all rows, and made of all of them"):
+            with model.trace() as tracer:
+                with tracer.invoke(inputs[:1]):
+                    ask(tracer)["mean"]
+                with tracer.invoke(inputs[1:]):
+                    model.inner.output
+    with model.trace() as tracer:
+        with tracer.invoke(inputs[:1]):
+            inner, table = model.inner.output, model.table.output
+        with tracer.invoke(inputs[1:]):
+            model.inner.output[:] = 0
+        with tracer.invoke():
+            mean = model.output["mean"]
+    torch.testing.assert_close(inner, net.inner(inputs[:1]))
+    assert torch.equal(table, net.table(torch.arange(5)))
+    torch.testing.assert_close(mean, inner[0] / 2 + table)

@@ -806,3 +806,55 @@ def test_what_an_operation_gives_for_the_whole_batch_is_not_taken_for_a_blocks_o
     assert torch.equal(given, values[:1]) and weight is net[0].weight
     torch.testing.assert_close(wide, values[1:] @ net[0].weight.T)
     torch.testing.assert_close(mean, (values @ net[0].weight.T).mean(0))
+
+
+class Heads(nn.Module):
+    """Attention in the manner of Bloom: the heads of each row lie behind one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, length, _ = x.shape
+        heads = self.project(x).view(rows, length, 2, 3).transpose(1, 2)
+        flat = torch.reshape(heads, (rows * 2, length, 3))
+        scores = torch.bmm(flat, flat.transpose(1, 2))
+        turned = torch.transpose(heads, 0, 1)
+        pattern = scored(scores)
+        mixed = torch.bmm(pattern, flat).view(rows, 2, length, 3) + turned.transpose(0, 1)
+        return torch.reshape(mixed.transpose(1, 2), x.shape)
+
+
+def scored(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, -1)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_operations_are_divided_into_rows_as_modules_are(rows: int) -> None:
+    net = nn.Sequential(Heads()).requires_grad_(False)
+    model = Model(net)
+    inputs = [torch.randn(rows, 4, 6) for _ in range(2)]  # 4 heads or rows or positions
+    found: list[list[Any]] = []
+    with model.trace() as tracer:
+        for x in inputs:
+            with tracer.invoke(x):
+                values = [model[0].source.torch_bmm_0.inputs[0][0]]
+                values.append(model[0].source.torch_transpose_0.output)
+                values.append(model[0].source.scored_0.source.torch_softmax_0.output)
+                found.append(values)
+    for x, values in zip(inputs, found, strict=True):
+        with model.trace(x):
+            alone = [model[0].source.torch_bmm_0.inputs[0][0]]
+            alone.append(model[0].source.torch_transpose_0.output)
+            alone.append(model[0].source.scored_0.source.torch_softmax_0.output)
+        for value, plain in zip(values, alone, strict=True):
+            torch.testing.assert_close(value, plain)
+    with model.trace() as tracer:
+        with tracer.invoke(inputs[0]):
+            first = model.output
+        with tracer.invoke(inputs[1]):
+            model[0].source.scored_0.source.torch_softmax_0.output[:] = 0
+            second = model.output
+    torch.testing.assert_close(first, net(inputs[0]))
+    torch.testing.assert_close(second, net[0].project(inputs[1]))

@@ -196,4 +196,5 @@ class Tree:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    return getattr(type(module), "forward", None) is not getattr(nn.Module, "forward", None)
+    is_own = getattr(type(module), "forward", None) is not getattr(nn.Module, "forward", None)
+    return is_own or "dynamo_ctx" in vars(module)  # what torch.compile returns has it on itself

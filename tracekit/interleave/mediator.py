@@ -336,8 +336,8 @@ class Mediator:
         try:
             return part.put_back(new)
         except TracekitError as error:
-            line = self.last[1] if self.last is not None else "before"
-            self.error = type(error)(f"{error.args[0]} ({line} asked for it)")
+            at = f" The block asked for it at {self.last[1]}." if self.last is not None else ""
+            self.error = type(error)(f"{error.args[0]}{at}")
             return part.value
 
     def answer(self, reply: Reply) -> None:

@@ -87,8 +87,9 @@ def eager(tree: Tree) -> AbstractContextManager[Any]:
     """
     if not tree.is_compiled():
         return nullcontext()
-    if not tree.was_told_eager:
-        tree.was_told_eager = True
+    own = tree.original or tree  # nobody knows of twins
+    if not own.was_told_eager:
+        own.was_told_eager = True
         warn_user(
             f"{type(tree.root).__name__} was compiled by torch; under a trace it runs as Python, "
             f"and slower: what is compiled can't be seen or changed. Outside it stays compiled."

@@ -166,6 +166,10 @@ class Envoy(Slots):
                 f"{name!r} is not in {type(module).__name__} ({self._path})"
                 f"{did_you_mean(name, known)}"
             ) from None
+        if isinstance(value, nn.Module):  # a property, or a wrapper that looks into what it wraps
+            known = self._here().modules
+            path = next((path for path in self._tree.order if known.get(path) is value), None)
+            return value if path is None else Envoy(self._tree, path)
         is_on_meta = isinstance(value, torch.Tensor) and value.is_meta
         load_first = self._here().load_first
         if load_first is not None and (is_on_meta or callable(value)):

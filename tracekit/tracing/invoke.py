@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, Protocol, final
 
@@ -133,11 +134,9 @@ class Gathered(Way):
         if not any(spans):
             return [AllRows(copies) for _ in spans]
         layouts = layouts_of(self._tree, self._batch.call_with, self._batch.kind)
-        size, is_generation = self._size, self._batch.is_generation
-        return [
-            InvokeRows(layouts, *span, size, copies, is_generation) if span else AllRows(copies)
-            for span in spans
-        ]
+        learn = partial(layouts.learn, self._tree, self._batch.call_with)
+        how = (self._size, copies, learn, self._batch.is_generation)
+        return [InvokeRows(layouts, *span, *how) if span else AllRows(copies) for span in spans]
 
 
 @final

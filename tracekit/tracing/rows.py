@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import final
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tracekit.core.nest import Nest, difference, map_leaves, named_tensors, tensors
 from tracekit.core.origins import stands_for
-from tracekit.core.site import Slot, Visit
+from tracekit.core.site import Site, Slot, Visit
 from tracekit.core.versions import version
 from tracekit.errors import RowsError
 from tracekit.interleave.duties import Part, Unsettled
@@ -78,8 +79,10 @@ class InvokeRows:
         stop: int,
         size: int,
         copies: Copies,
+        learn: Callable[[Site], None],
         is_generation: bool = False,
     ) -> None:
+        self._learn = learn
         self._is_generation = is_generation
         self._copies = copies
         self._layouts = layouts
@@ -105,6 +108,7 @@ class InvokeRows:
     def _axes(self, visit: Visit, whole: Nest) -> list[int | None]:
         if visit.site.slot is Slot.RESULT and self._is_generation:  # no forward pass returns it
             return [0 if _has_rows(each, self._size) else None for each in tensors(whole)]
+        self._learn(visit.site)
         layouts = self._layouts.of(visit.site, whole, self._size, visit.call)
         return [None if layout is None else layout.axis for layout in layouts]
 
