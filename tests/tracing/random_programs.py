@@ -347,7 +347,7 @@ class Guarded(Statement):
         self.inner.write(text, depth + 1)
         self.line = self.inner.line
         text.add(depth, "except TracekitError as error:")
-        text.add(depth + 1, f"{self.name} = error.slug")
+        text.add(depth + 1, f"{self.name} = str(error)")
 
     def run(self, meaning: Meaning) -> Program:
         try:
@@ -356,7 +356,7 @@ class Guarded(Statement):
             if error.slug == "never-ran":  # it may be known at once, or at the end of the run
                 meaning.has_unknown_end = True
                 raise Leave from None
-            meaning.names[self.name] = error.slug
+            meaning.names[self.name] = str(error)
 
 
 @dataclass
