@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import traceback
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -426,14 +424,6 @@ def _nothing(_: Any) -> None: ...
 
 
 # -- lifetime -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def without_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.usefixtures("without_collector")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.capture.fake_tracer import load
-from tests.tracing.plain import X, changing, small, state_of
+from tests.tracing.plain import X, changing
 from tracekit import Model, settings
 
 
@@ -576,18 +576,6 @@ SPACES = {
     "contextlib": "import contextlib\n",
     "torch": "import torch\n",
 }
-
-
-@pytest.fixture
-def net() -> nn.Sequential:
-    return small()
-
-
-@pytest.fixture
-def model(net: nn.Sequential) -> Iterator[Model]:
-    before = state_of(net)
-    yield Model(net)
-    assert state_of(net) == before
 
 
 def expected(net: nn.Sequential) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -208,14 +208,6 @@ KINDS = [
     interrupted_in_the_pass,
     interrupted_in_a_pass_in_the_block,
 ]
-
-
-@pytest.fixture
-def without_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.mark.filterwarnings("ignore:Using backward:UserWarning")  # of create_graph, said once

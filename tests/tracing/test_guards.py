@@ -16,7 +16,7 @@ import tracekit
 from tests.tiny_models import make
 from tests.tracing import helpers
 from tests.tracing.conftest import LIFTED
-from tests.tracing.plain import X, small, state_of
+from tests.tracing.plain import X, state_of
 from tracekit import LanguageModel, Model
 from tracekit.errors import (
     CacheError,
@@ -39,11 +39,6 @@ GREEDY = {"max_new_tokens": 3, "do_sample": False}
 def without_gradients() -> Any:
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def net() -> nn.Sequential:
-    return small()
 
 
 @pytest.fixture
@@ -87,7 +82,7 @@ def lines_of(error: BaseException) -> list[str]:
 def test_a_value_outside_a_trace_is_refused_with_the_way_in(
     read: Callable[[Model], Any], model: Model
 ) -> None:
-    with pytest.raises(OutsideTraceError, match=r"model(\.0)?\.\w+.* `with model\.trace\(input\)`"):
+    with pytest.raises(OutsideTraceError, match=r"model(\.0)?\.\w+.* `with model\.trace\(input\):`"):
         read(model)
     with model.trace(X):
         pass

@@ -16,18 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny_models import make
-from tests.tracing.plain import X, small, state_of
+from tests.tracing.plain import X, state_of
 from tracekit import Model, Tracer, settings
 from tracekit.errors import CacheError, OutsideTraceError, SiteOrderError
 from tracekit.interleave import worker
 
 IDS = torch.arange(10, 16).reshape(2, 3)
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
-
-
-@pytest.fixture
-def net() -> nn.Sequential:
-    return small()
 
 
 @pytest.fixture

@@ -282,14 +282,6 @@ def living() -> tuple[int, int, int]:
     return tensors, threading.active_count(), len(os.listdir("/proc/self/fd"))
 
 
-@pytest.fixture
-def without_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
 def found_by_collecting() -> list[Any]:
     """What only the collector could free, as far as it is of tracekit or of torch."""
     gc.set_debug(gc.DEBUG_SAVEALL)

@@ -21,18 +21,6 @@ from tracekit.errors import OutsideTraceError, TracekitError
 pytestmark = pytest.mark.usefixtures("each_way")
 
 
-@pytest.fixture
-def net() -> nn.Sequential:
-    return small()
-
-
-@pytest.fixture
-def model(net: nn.Sequential) -> Iterator[Model]:
-    before = state_of(net)
-    yield Model(net)
-    assert state_of(net) == before
-
-
 def test_a_trace_in_a_trace_of_the_same_model_has_values_of_its_own(
     model: Model, net: nn.Sequential
 ) -> None:

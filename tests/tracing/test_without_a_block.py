@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny_models import make
-from tests.tracing.plain import X, changing, small, state_of
+from tests.tracing.plain import X, changing
 from tracekit import LanguageModel, Model, Outcome, Tracer
 from tracekit.errors import (
     InputError,
@@ -25,18 +25,6 @@ from tracekit.errors import (
 
 IDS = torch.arange(10, 16).reshape(2, 3)
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
-
-
-@pytest.fixture
-def net() -> nn.Sequential:
-    return small()
-
-
-@pytest.fixture
-def model(net: nn.Sequential) -> Iterator[Model]:
-    before = state_of(net)
-    yield Model(net)
-    assert state_of(net) == before
 
 
 # -- a function ------------------------------------------------------------------------------------

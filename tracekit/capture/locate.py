@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from tracekit.capture.bytecode import with_sites
 from tracekit.capture.percode import PerCode
+from tracekit.capture.samecode import is_alike, is_same
 from tracekit.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -153,9 +154,9 @@ def _is_source_of(source: Source, frame: FrameType) -> bool:
     code = frame.f_code
     if _is_notebook_cell(code.co_filename):
         return True
-    is_same = _is_alike if is_rewritten_on_import(frame.f_globals) else _is_equal
+    matches = is_alike if is_rewritten_on_import(frame.f_globals) else _is_equal
     return any(
-        is_same(candidate, code)
+        matches(candidate, code)
         for compiled in _compiled_forms(source, code)
         for candidate in _code_objects(compiled)
         if (candidate.co_name, candidate.co_firstlineno) == (code.co_name, code.co_firstlineno)
@@ -198,22 +199,8 @@ def _code_objects(code: CodeType) -> Iterator[CodeType]:
 def _is_equal(found: object, running: object) -> bool:
     if not isinstance(found, CodeType) or not isinstance(running, CodeType):
         return type(found) is type(running) and found == running
-    return (
-        found.co_code == running.co_code
-        and found.co_names == running.co_names
-        and found.co_varnames == running.co_varnames
-        and found.co_cellvars == running.co_cellvars
-        and found.co_freevars == running.co_freevars
-        and list(found.co_lines()) == list(running.co_lines())
-        and len(found.co_consts) == len(running.co_consts)
-        and all(map(_is_equal, found.co_consts, running.co_consts))
-    )
-
-
-def _is_alike(found: CodeType, running: CodeType) -> bool:
-    """The weaker test for code that was rewritten on import, which may have added names."""
-    has_names = set(found.co_names) <= set(running.co_names)
-    return has_names and set(found.co_varnames) <= set(running.co_varnames)
+    is_on_same_lines = list(found.co_lines()) == list(running.co_lines())
+    return is_on_same_lines and is_same(found, running, _is_equal)
 
 
 # --- the statement -------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 from tracekit.capture.functions import FunctionNode, Written, changed, function_like, written
 from tracekit.capture.locate import FUTURES, is_rewritten_on_import, quiet_compiler
 from tracekit.capture.percode import PerCode
+from tracekit.capture.samecode import is_alike, is_same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -267,27 +268,12 @@ def _found_in(code: CodeType, name: str) -> CodeType:
 
 
 def _matches(found: CodeType, running: CodeType, is_loose: bool) -> bool:
-    """Whether the code found in the source is the one that runs.
-
-    The weaker test is for code that was rewritten on import, which may have added names.
-    """
-    if is_loose:
-        has_names = set(found.co_names) <= set(running.co_names)
-        return has_names and set(found.co_varnames) <= set(running.co_varnames)
-    return (
-        found.co_code == running.co_code
-        and found.co_names == running.co_names
-        and found.co_varnames == running.co_varnames
-        and found.co_cellvars == running.co_cellvars
-        and found.co_freevars == running.co_freevars
-        and len(found.co_consts) == len(running.co_consts)
-        and all(map(_is_same_constant, found.co_consts, running.co_consts))
-    )
+    return is_alike(found, running) if is_loose else is_same(found, running, _is_same_constant)
 
 
 def _is_same_constant(found: object, running: object) -> bool:
     if isinstance(found, CodeType) and isinstance(running, CodeType):
-        return _matches(found, running, is_loose=False)
+        return is_same(found, running, _is_same_constant)
     if isinstance(found, str) and isinstance(running, str) and _FACTORY in found:
         return found.rpartition(".")[2] == running.rpartition(".")[2]  # a qualified name, in 3.10
     return type(found) is type(running) and found == running
