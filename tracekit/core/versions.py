@@ -38,7 +38,9 @@ class Versions:
     def note(self, label: object, nest: Any) -> None:
         """Remember all tensors in `nest`."""
         for tensor in tensors(nest):
-            if storage_key(tensor) is not None:
+            if is_fake(tensor) and not tensor.is_inference():  # it counts, though it has no memory
+                self._notes.append(_Counted(label, tensor))
+            elif storage_key(tensor) is not None:
                 kind = _Copied if tensor.is_inference() else _Counted
                 self._notes.append(kind(label, tensor))
 
@@ -137,8 +139,13 @@ class _Copied:
 
 
 def version(tensor: Tensor) -> int:
-    """The version counter, or UNKNOWN for a tensor that keeps none."""
-    return UNKNOWN if tensor.is_inference() or is_fake(tensor) else tensor._version
+    """The version counter, or UNKNOWN for a tensor that keeps none, or no numbers."""
+    return UNKNOWN if is_fake(tensor) else changes(tensor)
+
+
+def changes(tensor: Tensor) -> int:
+    """The version counter, of a fake tensor too; UNKNOWN for a tensor that keeps none."""
+    return UNKNOWN if tensor.is_inference() else tensor._version
 
 
 def storage_key(tensor: Tensor) -> int | None:

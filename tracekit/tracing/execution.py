@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -203,9 +204,18 @@ class Execution:
         return None
 
     def record(
-        self, modules: Selector | None, keep: Keep, inputs: bool, outputs: bool, grads: bool
+        self,
+        modules: Selector | None,
+        keep: Keep,
+        inputs: bool,
+        outputs: bool,
+        grads: bool,
+        invoke: int | None = 0,
     ) -> Cache:
-        """Begin to record, before the model passes the modules; CacheError if it has."""
+        """Begin to record, before the model passes the modules; CacheError if it has.
+
+        `invoke` is what the graph says of a cache that is made in no block of the run.
+        """
         if self.is_over:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
         if grads and not self._has_grad:
@@ -222,7 +232,9 @@ class Execution:
         recorder = Recorder(cache, self._tree, found, named, keep, self._kind, rows)
         recorder.place(self._hooks, self._interleaver, inputs, outputs, grads)
         self._recorders.append(recorder)
-        self.log.note(0, "cache", f"{len(found)} modules", None, _line())
+        note = None if own is None or own not in self.mediators else own.note
+        note = note or partial(self.log.note, invoke)
+        note("cache", f"{len(found)} module{'s' * (len(found) != 1)}", None, _line())
         return cache
 
     def _begin(self, mediator: Mediator, intervention: Intervention) -> None:

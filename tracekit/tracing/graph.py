@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import linecache
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -28,7 +29,7 @@ class Node:
     what: str  # the site, as in "model.layers.3.output"
     step: int
     call: int
-    invoke: int | None  # the how-manieth block of the run; None: a lasting edit
+    invoke: int | None  # the how-manieth block; None: a lasting edit, or a cache around all blocks
     file: str
     line: int
     value: str  # as in "Tensor float32" or "tuple of 2"
@@ -105,15 +106,24 @@ class Graph(Sequence[Node]):
         return cls([_node(node, names) for node in nodes])
 
     def difference(self, other: Graph) -> list[str]:
-        """Where another run differs, in words: nodes that one has alone, and other shapes."""
-        theirs = {node.where: node for node in other}
-        ours = {node.where: node for node in self}
-        found = [f"only in this one: {_told(node)}" for node in self if node.where not in theirs]
-        found += [f"only in the other: {_told(node)}" for node in other if node.where not in ours]
-        for where, node in ours.items():
-            match = theirs.get(where, node)
-            if (node.shape, node.dtype, node.value) != (match.shape, match.dtype, match.value):
-                found.append(f"{_told(node)}: {_value(node)} here, {_value(match)} in the other")
+        """Where another run differs, in words: of a scan and a run, or of two runs.
+
+        Nodes that one has alone, other values, and what comes in another order. Lines, and which
+        reads were deferred, may differ.
+        """
+        ours, theirs = _by_place(self), _by_place(other)
+        here = [at for at in ours if at in theirs]
+        there = [at for at in theirs if at in ours]
+        found = [f"only in this one: {_told(ours[at])}" for at in ours if at not in theirs]
+        found += [f"only in the other: {_told(theirs[at])}" for at in theirs if at not in ours]
+        for at in here:
+            own, match = _value(ours[at]), _value(theirs[at])
+            if own != match:
+                found.append(f"{_told(ours[at])}: {own} here, {match} in the other")
+        for at, instead in zip(here, there, strict=True):
+            if at != instead:
+                told = f"{_told(ours[at])} here, {_told(theirs[instead])} in the other"
+                return [*found, f"in another order: {told}"]
         return found
 
     def _rows(self) -> list[tuple[str, ...]]:
@@ -124,7 +134,7 @@ class Graph(Sequence[Node]):
                 node.what,
                 str(node.step),
                 str(node.call),
-                "edit" if node.invoke is None else str(node.invoke),
+                _asked_by(node),
                 _value(node),
                 str(node.line),
                 node.source,
@@ -139,8 +149,24 @@ def _node(told: dict[str, Any], names: set[str]) -> Node:
     return Node(**known, shape=None if shape is None else tuple(shape))
 
 
+def _by_place(graph: Graph) -> dict[tuple[object, int], Node]:
+    """Each node, by what makes it the same in another run, and the how-manieth such it is."""
+    counts: Counter[object] = Counter()
+    found: dict[tuple[object, int], Node] = {}
+    for node in graph:
+        found[node.where, counts[node.where]] = node
+        counts[node.where] += 1
+    return found
+
+
 def _told(node: Node) -> str:
     return f"{node.kind} of {node.what} (step {node.step}, line {node.line})"
+
+
+def _asked_by(node: Node) -> str:
+    if node.invoke is not None:
+        return str(node.invoke)
+    return "all" if node.kind == "cache" else "edit"
 
 
 def _value(node: Node) -> str:

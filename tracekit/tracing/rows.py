@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tracekit.core.nest import Nest, difference, map_leaves, named_tensors, tensors
 from tracekit.core.origins import stands_for
 from tracekit.core.site import Site, Slot, Visit
-from tracekit.core.versions import version
+from tracekit.core.versions import changes
 from tracekit.errors import RowsError
 from tracekit.interleave.duties import Part, Unsettled
 from tracekit.tracing.layouts import Layouts
@@ -143,11 +143,11 @@ class _Leaf:
         self.whole = whole
         self.part = part
         self.span = span  # axis, start, length; None: it has no rows
-        self._version = version(part)
+        self._version = changes(part)
 
     def is_edited(self) -> bool:
         """Whether the part was changed in place."""
-        return version(self.part) != self._version
+        return changes(self.part) != self._version
 
     def is_leaf(self, new: Tensor) -> bool:
         """Whether the block lets gradients begin at `new`."""
@@ -156,7 +156,7 @@ class _Leaf:
     def is_replaced_by(self, visit: Visit, new: Tensor, is_copy: bool) -> bool:
         """Whether the whole needs `new` in the place of the part; an edit of a view is in it."""
         is_leaf = self.is_leaf(new)
-        is_changed = new is not self.part or version(new) != self._version
+        is_changed = new is not self.part or changes(new) != self._version
         is_there = new is self.part and self.span and new._base is not None
         if (not is_changed or is_there) and not is_leaf:
             if is_changed and is_copy:

@@ -106,7 +106,10 @@ class Tracer:
             raise CacheError(f"dtype= takes a torch.dtype, as in torch.float16, not {dtype!r}.")
         place = torch.device(device) if device is not None else None
         keep = Keep(place, dtype, detach, clone)
-        return execution.record(modules, keep, include_inputs, include_output, include_grads)
+        invoke = None if isinstance(self._way, Gathered) else 0
+        return execution.record(
+            modules, keep, include_inputs, include_output, include_grads, invoke
+        )
 
     @property
     def result(self) -> Any:
