@@ -240,6 +240,32 @@ def test_the_result_of_a_forward_is_divided_along_the_axis_of_its_rows() -> None
         assert result["places"].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("lengths", [[(6, 6), (6, 4)], [(4, 6), (6, 6)]])
+def test_what_was_learned_of_a_padded_batch_is_not_held_against_another(
+    name: str, lengths: list[tuple[int, int]]
+) -> None:
+    net, _ = make(name)
+    model = LanguageModel(net)
+    layer = (model.transformer.h if name == "gpt2" else model.model.layers)[1]
+    for pair in lengths:
+        prompts = [torch.randint(3, 50, (1, length)) for length in pair]
+        found: list[Any] = []
+        with torch.no_grad(), model.trace() as tracer:
+            for prompt in prompts:
+                with tracer.invoke(prompt):
+                    layer.input[:, -1] *= 2
+                    found.append((layer.input, layer.inputs[1].get("position_ids"), layer.hidden))
+        for prompt, (given, positions, hidden) in zip(prompts, found, strict=True):
+            with torch.no_grad(), model.trace(prompt):
+                layer.input[:, -1] *= 2
+                plain, out = layer.input, layer.hidden
+            assert close(given, plain)
+            assert close(hidden, out)
+            if positions is not None:
+                assert positions[0, -1] == prompt.shape[1] - 1
+
+
 def test_a_tensor_that_belongs_to_all_rows_is_not_changed_by_one_block() -> None:
     class Shared(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor]:

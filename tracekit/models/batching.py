@@ -55,12 +55,25 @@ class Batch:
         self._call = call  # takes the tree, what to call at the end of each step, and the arguments
         self._kind = kind
         self._read: list[Inputs] = []
+        self._joined: Inputs | None = None
 
     @property
     def kind(self) -> Hashable:
-        """Tells apart calls that take different ways through the model."""
-        args, kwargs = self._read[0]
-        return self._kind, len(args), *sorted(kwargs)
+        """Tells apart calls that take different ways through the model.
+
+        A padded batch has masks, and positions for each row, that another does without.
+        """
+        args, kwargs = self._inputs
+        attention = getattr(self._tree.root, "config", None)
+        attention = getattr(attention, "_attn_implementation", None)  # may be set between runs
+        is_padded = _most_padded(kwargs) is not None
+        return self._kind, len(args), attention, is_padded, *sorted(kwargs)
+
+    @property
+    def _inputs(self) -> Inputs:
+        if self._joined is None:
+            self._joined = self._reader.joined(self._read)
+        return self._joined
 
     @property
     def is_generation(self) -> bool:
@@ -73,29 +86,39 @@ class Batch:
         if self._read:
             _check_alike(inputs, self._read[0])
         self._read.append(inputs)
+        self._joined = None
         return _rows(inputs)
 
     def call(self) -> TracedCall:
         """Runs the model on all inputs."""
-        inputs = self._reader.joined(self._read)
+        inputs = self._inputs
         tree, make = self._tree, self._call
         count = partial(count_steps, tree.root, *inputs) if self._kind == "generate" else one_step
         return TracedCall(lambda end_step: make(tree, end_step, *inputs), count)
 
     def call_with(self, rows: int) -> Callable[[Tree], object]:
-        """Runs a forward pass of the model of a Tree on the first row, repeated."""
+        """Runs a forward pass of the model of a Tree on the row with most padding, repeated."""
         size = sum(map(_rows, self._read))
-        args, kwargs = self._reader.joined(self._read)
+        args, kwargs = self._inputs
+        row = _most_padded(kwargs) or 0
         if self.is_generation:
             kwargs = of_a_forward(self._tree.root, kwargs)
 
         def repeated(leaf: Any) -> Any:
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size:
-                return leaf[:1].repeat(rows, *[1] * (leaf.dim() - 1))
+                return leaf[row : row + 1].repeat(rows, *[1] * (leaf.dim() - 1))
             return leaf
 
         inputs: Any = map_leaves(repeated, (args, kwargs))
         return lambda tree: run(tree, *inputs)
+
+
+def _most_padded(kwargs: dict[str, Any]) -> int | None:
+    """The row with most padding, as the mask tells; None if there is none."""
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return int((mask != 0).sum(-1).argmin())
 
 
 def join_inputs(inputs: list[Inputs], pad: int = 0, side: str = "right") -> Inputs:

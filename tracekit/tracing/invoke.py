@@ -48,7 +48,7 @@ class Batch(Protocol):
         ...
 
     def call_with(self, rows: int) -> Callable[[Tree], object]:
-        """Runs a forward pass of the model of a Tree on the first row, repeated."""
+        """Runs a forward pass of the model of a Tree on one of the rows, repeated."""
         ...
 
 
