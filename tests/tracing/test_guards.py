@@ -82,7 +82,8 @@ def lines_of(error: BaseException) -> list[str]:
 def test_a_value_outside_a_trace_is_refused_with_the_way_in(
     read: Callable[[Model], Any], model: Model
 ) -> None:
-    with pytest.raises(OutsideTraceError, match=r"model(\.0)?\.\w+.* `with model\.trace\(input\):`"):
+    cure = r"model(\.0)?\.\w+.* `with model\.trace\(input\):`"
+    with pytest.raises(OutsideTraceError, match=cure):
         read(model)
     with model.trace(X):
         pass
