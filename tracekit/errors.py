@@ -19,7 +19,7 @@ class TracekitError(Exception):
 
 
 class CaptureError(TracekitError):
-    """The body of a `with` block cannot be lifted out of its place in the source."""
+    """A block cannot be lifted out of its place, or does other things than its source said."""
 
     slug = "capture"
 

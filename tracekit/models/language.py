@@ -95,6 +95,8 @@ class LanguageModel(Model):
         `input` is a string, a list of strings, token ids, or an encoding; keyword arguments go
         to the model's forward. No keys and values are kept unless `use_cache=True` says so.
         Without input, each `with tracer.invoke(input):` in the block has rows of its own.
+        Raises InputError for what is no input, PaddingError for a padded batch in which a row would
+        not be what it is alone.
         """
         if is_without_input(args, kwargs):
             return self._tracer(self._batch(kwargs, run_forward, "trace"))
@@ -107,7 +109,7 @@ class LanguageModel(Model):
 
         The same block, on fake tensors: shapes, dtypes, devices, the order of modules and whether
         edits fit, each error at its line. It computes nothing, and loads no weights that were left
-        out. What it binds stays fake: whoever asks it for numbers gets an error.
+        out. What it binds stays fake: whoever asks it for numbers gets a DryRunError.
         """
         if is_without_input(args, kwargs):
             twin = fake_twin(self._tree)

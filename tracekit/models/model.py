@@ -70,7 +70,8 @@ class Model(Envoy):
 
         The same block, on fake tensors: shapes, dtypes, devices, the order of modules and whether
         edits fit, each error at its line. It computes nothing and needs no weights. What it binds
-        stays fake: whoever asks it for numbers gets an error.
+        stays fake: whoever asks it for numbers gets a DryRunError, as does who scans a model that
+        decides by its values.
         """
         twin = fake_twin(self._tree)
         if is_without_input(args, kwargs) and _takes_input(self.module):

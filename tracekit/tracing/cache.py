@@ -38,7 +38,10 @@ class Cache(Mapping[str, Entries]):
     # -- by key ---------------------------------------------------------------------------------
 
     def __getitem__(self, path: str | Envoy) -> Entries:
-        """By full path, by path without the root's name, or by the Envoy itself."""
+        """By full path, by path without the root's name, or by the Envoy itself.
+
+        UnknownPathError for what is not in it, CacheError while the trace runs.
+        """
         if isinstance(path, Envoy):
             path = path.path
         for key in (path, f"{self._root}.{path}"):

@@ -29,7 +29,10 @@ Change: TypeAlias = "Callable[[Any], Any] | Tensor | float"
 @final
 @dataclass(frozen=True)
 class Outcome:
-    """What a declared run gives: what the call returned, and the cache of what was captured."""
+    """What a declared run gives: what the call returned, and the cache of what was captured.
+
+    The cache holds outputs, detached and on the CPU, as `tracer.cache()` does.
+    """
 
     result: Any
     cache: Cache

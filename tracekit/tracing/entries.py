@@ -40,7 +40,7 @@ class Entry:
 
     @property
     def output(self) -> Any:
-        """What the module returned, after all edits."""
+        """What the module returned, after all edits; CacheError if that was not recorded."""
         if self._output is ABSENT:
             raise CacheError(
                 f"{self.path} has no output in this cache: "
@@ -58,7 +58,10 @@ class Entry:
 
     @property
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the module was called with, after all edits: `(args, kwargs)`."""
+        """What the module was called with, after all edits: `(args, kwargs)`.
+
+        CacheError if the cache was made without `include_inputs=True`.
+        """
         if self._inputs is ABSENT:
             raise CacheError(
                 f"{self.path} has no inputs in this cache: "
@@ -76,6 +79,7 @@ class Entry:
         """The gradient of the output, in its structure, with None where none has come.
 
         The sum over all backward passes so far, as torch's own `.grad`; it has no graph.
+        CacheError, with the reason, if there is none.
         """
         if self._grad is ABSENT:
             raise CacheError(
@@ -130,7 +134,8 @@ def _gradient(leaf: object) -> torch.Tensor | None:
 class Entries(Sequence[Entry]):
     """All visits to one module: one Entry for each, in order, however many there were.
 
-    With one Entry, `.output`, `.hidden`, `.input`, `.inputs` and `.grad` reach through to it.
+    With one Entry, `.output`, `.hidden`, `.input`, `.inputs` and `.grad` reach through to it; with
+    several they raise CacheError, as one value would have to be guessed.
     """
 
     __slots__ = ("_entries", "path")

@@ -125,7 +125,10 @@ class Envoy(Slots):
         return next((weight.device for weight in weights), None)
 
     def get(self, path: str) -> Envoy:
-        """The module at a path below this one: `model.get("transformer.h.0.mlp")`."""
+        """The module at a path below this one: `model.get("transformer.h.0.mlp")`.
+
+        UnknownModuleError, with near names, if there is none.
+        """
         self._tree.refresh_if_changed()
         return Envoy(self._tree, self._tree.canonical(f"{self._path}.{path.strip('.')}"))
 

@@ -1,4 +1,4 @@
-"""`save(x)` and `x.save()`: accepted on anything; they mark what a remote run sends back."""
+"""`save(x)` and `x.save()`: accepted on anything, as nnsight needs them; they change nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def save(value: T) -> T:
-    """`value` itself: what a block binds is bound after it anyway, marked or not."""
+    """`value` itself: what a block binds is bound after it anyway, saved or not."""
     return value
 
 

@@ -32,7 +32,12 @@ class Slots(ABC):
     @property
     @showing_own_lines
     def output(self) -> Any:
-        """What it returned: exactly that, a tensor for one family, a tuple for another."""
+        """What it returned: exactly that, a tensor for one family, a tuple for another.
+
+        Reading blocks until the model gets there. SiteOrderError where it has passed, NeverRanError
+        where it did not come, OutsideTraceError where no model runs. An assigned value has to have
+        the structure, shapes, dtypes and devices of the old one, else MisfitError.
+        """
         mediator, site = self._at(Slot.OUTPUT, "output")
         return mediator.read(site, self._call)
 
@@ -93,7 +98,10 @@ class Slots(ABC):
 
     @showing_own_lines
     def skip(self, value: Any) -> None:
-        """Do not run it in this step; its output is `value`."""
+        """Do not run it in this call; its output is `value`, and nothing inside it runs.
+
+        In the block of an invoke this holds for its rows alone. SiteOrderError where it has begun.
+        """
         mediator, site = self._at(Slot.OUTPUT, "skip()")
         mediator.skip(site, value, self._call)
 

@@ -43,7 +43,10 @@ T = TypeVar("T")
 
 @final
 class Tracer:
-    """What `with model.trace(...) as tracer:` binds."""
+    """What `with model.trace(...) as tracer:` binds: what is of the run, and not of one module.
+
+    The names are nnsight's, as are the forms of `with`.
+    """
 
     def __init__(
         self,
@@ -113,16 +116,26 @@ class Tracer:
 
     @property
     def result(self) -> Any:
-        """What the traced call returned; blocks until it has. For generate, the tokens."""
+        """What the traced call returned; blocks until it has. For generate, the tokens.
+
+        In the block of an invoke, the rows of its input. Ask for it last: the run is over then.
+        """
         return self._mediator("result").read(Site(self._tree.name, Slot.RESULT))
 
     def stop(self) -> None:
-        """End the block and the run: nothing after this point is computed."""
+        """End the block and the run: nothing after this point is computed.
+
+        With several invokes it ends its own block, and the run when no other goes on.
+        """
         self._mediator("stop()").stop()
 
     @property
     def iter(self) -> Steps:
-        """Steps of a generation: `for step in tracer.iter[2:5]:` is steps 2, 3 and 4."""
+        """Steps of a generation: `for step in tracer.iter[2:5]:` is steps 2, 3 and 4.
+
+        Index it with a step, a slice, or an ascending list; from 0, the prompt. An open loop ends
+        with the run; one over steps that did not happen ends, too, and warns (ShortLoopWarning).
+        """
         return Steps(lambda: self._mediator("iter"))
 
     def all(self) -> Steps:
@@ -130,7 +143,10 @@ class Tracer:
         return self.iter
 
     def next(self, steps: int = 1) -> None:
-        """Go on to a later step: what is asked for afterwards is about that one."""
+        """Go on to a later step: what is asked for afterwards is about that one.
+
+        StepError, where it is asked about, if the run ended before.
+        """
         mediator = self._mediator("next()")
         mediator.go_to_step(mediator.step + steps)
 
@@ -148,14 +164,18 @@ class Tracer:
     def barrier(self, count: int) -> Barrier:
         """A function that `count` blocks call, each waiting for the others there.
 
-        Names that one block binds and another reads need none: the reader waits.
+        Names that an earlier block binds need none: whoever reads them waits. Behind a barrier a
+        block sees what the others bound before it. NeverCameError if too few call it.
         """
         gathered_of(self._way)
         return Barrier(count)
 
     @property
     def graph(self) -> Graph:
-        """What the blocks asked for so far, in order: a node for each request, with its line."""
+        """What the blocks asked for so far, in order: a node for each request, with its line.
+
+        It holds no value, and stays when the run is over.
+        """
         return self._log.graph()
 
     def explain(self) -> str:
