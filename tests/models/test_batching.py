@@ -66,6 +66,55 @@ def test_a_generation_of_several_invokes_gives_each_what_it_gives_alone(name: st
             torch.testing.assert_close(step[:, -1], plain, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"guidance_scale": 1.5},
+        {"prefill_chunk_size": 3},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_blocks_have_their_own_steps_and_rows_however_the_batch_is_generated(
+    name: str, options: dict[str, Any]
+) -> None:
+    module, _ = make(name)
+    model = LanguageModel(module)
+    last_chunk = 1 if "prefill_chunk_size" in options else 0
+    options = {"max_new_tokens": 4, "do_sample": False, **options}
+    rows = [torch.tensor([[11, 12, 13, 14]]), torch.tensor([[21, 22, 23, 24]])]
+    one, other = (
+        module.generate(ids, output_logits=True, return_dict_in_generate=True, **options)
+        for ids in rows
+    )
+    with model.generate(**options) as tracer:
+        with tracer.invoke(rows[0]):
+            cache = tracer.cache([model.lm_head])
+            odd = [(step, model.lm_head.output[:, -1]) for step in tracer.iter[1::2]]
+            tokens = tracer.result
+        with tracer.invoke(rows[1]):
+            ends = []
+            for step in tracer.iter[:]:
+                if step in (0, 3):
+                    call = 0 if step else last_chunk
+                    ends.append((step, model.lm_head.calls[call].output[:, -1]))
+            others = tracer.result
+    assert torch.equal(tokens, one.sequences)
+    assert torch.equal(others, other.sequences)
+    assert [step for step, _ in odd] == [1, 3] and [step for step, _ in ends] == [0, 3]
+    for step, logits in odd:
+        torch.testing.assert_close(logits, one.logits[step], atol=1e-5, rtol=1e-4)
+    for step, logits in ends:
+        torch.testing.assert_close(logits, other.logits[step], atol=1e-5, rtol=1e-4)
+    for entry in cache["model.lm_head"]:
+        if entry.call == (0 if entry.step else last_chunk):
+            plain = one.logits[entry.step]
+            torch.testing.assert_close(entry.output[:, -1], plain, atol=1e-5, rtol=1e-4)
+
+
 def test_an_encoder_is_divided_into_rows_while_a_decoder_generates() -> None:
     module, _ = make("t5")
     model = LanguageModel(module)
