@@ -133,8 +133,9 @@ class Tracer:
     def iter(self) -> Steps:
         """Steps of a generation: `for step in tracer.iter[2:5]:` is steps 2, 3 and 4.
 
-        Index it with a step, a slice, or an ascending list; from 0, the prompt. An open loop ends
-        with the run; one over steps that did not happen ends, too, and warns (ShortLoopWarning).
+        Index it with a step, a slice, or an ascending list; from 0, the prompt, or from the end,
+        with -1, where that is certain (StepError elsewhere). An open loop ends with the run; one
+        over steps that did not happen ends, too, and warns (ShortLoopWarning).
         """
         return Steps(lambda: self._mediator("iter"))
 
