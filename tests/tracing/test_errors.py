@@ -302,6 +302,19 @@ def a_misspelled_assignment(model: Model) -> None:
         model.transformer.h[0].ouput = 0  # here
 
 
+@mistake(UnknownModuleError, r"'model' is not in GPT2LMHeadModel.*\(there: transformer, lm_head\)")
+def a_name_of_another_family(model: Model) -> None:
+    with model.trace(IDS):
+        model.model.layers[0].output  # here
+
+
+@mistake(StepError, r"write `for step in tracer\.iter\[\.\.\.\]:`")
+def a_with_in_the_place_of_a_loop(model: Model) -> None:
+    with model.generate(IDS, **GREEDY) as tracer:
+        with tracer.iter[1:]:  # here
+            model.lm_head.output
+
+
 @mistake(UnknownModuleError, "'atn' is not in model.transformer.h.0.*did you mean 'attn'")
 def a_misspelled_key(model: Model) -> None:
     with model.trace(IDS):

@@ -164,10 +164,12 @@ class Envoy(Slots):
         try:
             value = getattr(module, name)
         except AttributeError:
-            known = [*own_children(module), *aliases, *module._parameters, *_VALUES]
+            children = [*own_children(module), *aliases]
+            near = did_you_mean(name, [*children, *module._parameters, *_VALUES])
+            is_near = not children or any(repr(child) in near for child in children)
+            there = "" if is_near else f" (there: {', '.join(children[:8])})"
             raise UnknownModuleError(
-                f"{name!r} is not in {type(module).__name__} ({self._path})"
-                f"{did_you_mean(name, known)}"
+                f"{name!r} is not in {type(module).__name__} ({self._path}){near}{there}"
             ) from None
         if isinstance(value, nn.Module):  # a property, or a wrapper that looks into what it wraps
             known = self._here().modules

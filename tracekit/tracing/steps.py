@@ -5,21 +5,44 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from tracekit.capture import warn_user
 from tracekit.errors import ShortLoopWarning, StepError
 from tracekit.interleave.mediator import Mediator
 
 
+class _NoContext:
+    """Says what to write instead of `with tracer.iter[...]:`, as nnsight once had it."""
+
+    def __enter__(self) -> NoReturn:
+        raise StepError(
+            "steps are gone through by a loop: write `for step in tracer.iter[...]:` in the place "
+            "of `with tracer.iter[...]:`."
+        )
+
+    def __exit__(self, *raised: object) -> None: ...
+
+
 @final
-class Steps:
+class StepLoop(_NoContext, Iterator[int]):
+    """The steps of one loop, each when the model gets there."""
+
+    def __init__(self, steps: Iterator[int]) -> None:
+        self._steps = steps
+
+    def __next__(self) -> int:
+        return next(self._steps)
+
+
+@final
+class Steps(_NoContext):
     """Index it with a step, a slice or an ascending list of steps, and loop over that."""
 
     def __init__(self, mediator: Callable[[], Mediator]) -> None:
         self._mediator = mediator
 
-    def __getitem__(self, key: int | slice | Sequence[int]) -> Iterator[int]:
+    def __getitem__(self, key: int | slice | Sequence[int]) -> StepLoop:
         """The steps, in order; a loop without an end stops with the run, and what follows runs.
 
         Negative numbers count from the end, where it is certain how many steps there will be: in a
@@ -27,7 +50,8 @@ class Steps:
         `min_new_tokens=max_new_tokens`. StepError, with the reason, where it is not.
         """
         steps = steps_of(key, lambda: self._mediator().count_steps())
-        return self._open(steps) if isinstance(steps, itertools.count) else self._listed(steps)
+        is_open = isinstance(steps, itertools.count)
+        return StepLoop(self._open(steps) if is_open else self._listed(steps))
 
     def __iter__(self) -> Iterator[int]:
         return self[:]
