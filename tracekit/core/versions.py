@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from typing import Any, Final, Protocol, final
 
 import torch
@@ -62,8 +64,10 @@ class Versions:
         return changed
 
     def overwritten(self) -> list[object]:
-        """The labels of tensors that are still in use and no longer what was given out."""
-        return [note.label for note in self._notes if note.has_moved()]
+        """The labels of tensors that somebody still holds and that are not what was given out."""
+        moved = [note for note in self._notes if note.has_moved()]
+        held = _storages_in_hands() if moved else set[int]()
+        return [note.label for note in moved if note.storage.cdata in held]
 
     def sharing(self, label: object) -> list[object]:
         """The other labels of tensors in the memory of what was noted under `label`."""
@@ -136,6 +140,47 @@ class _Copied:
             return None
         now = self._copy.new_empty(0)
         return now.set_(storage, self._offset, self._copy.shape, self._stride)
+
+
+def _storages_in_hands() -> set[int]:
+    """The memory of every tensor that Python holds; what a backward pass alone keeps is not in it.
+
+    It looks at all objects there are, so it is for when something was overwritten.
+    """
+    found: set[int] = set()
+    is_counted = is_a_graph_counted()
+    for each in gc.get_objects():
+        if not issubclass(type(each), (Tensor, torch.UntypedStorage)):  # isinstance asks proxies
+            continue
+        here = 3  # the list of objects, `each`, and the argument of getrefcount
+        here += 1 if is_counted and _is_used_below(each) else 0
+        if sys.getrefcount(each) <= here:
+            continue
+        try:
+            storage = each if type(each) is torch.UntypedStorage else each.untyped_storage()
+            found.add(StorageWeakRef(storage).cdata)
+        except (RuntimeError, NotImplementedError):  # no memory that could be shared
+            continue
+    return found
+
+
+def _is_used_below(held: Any) -> bool:
+    """Whether something that is not written in Python has `held`, too."""
+    if isinstance(held, Tensor):
+        return held._use_count() > 1  # pyright: ignore[reportAttributeAccessIssue] - since torch 2.10
+    return torch._C._storage_Use_Count(held._cdata) > 1  # pyright: ignore
+
+
+def is_a_graph_counted() -> bool:
+    """Whether a tensor that a graph keeps has one reference more for that (since torch 2.10).
+
+    Before, a tensor that only a graph keeps looks as if somebody had it.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        factor = torch.ones(1)
+        before = sys.getrefcount(factor)
+        product = factor * torch.ones(1, requires_grad=True)
+        return hasattr(product, "_use_count") and sys.getrefcount(factor) == before + 1
 
 
 def version(tensor: Tensor) -> int:
