@@ -466,6 +466,18 @@ def test_a_block_waits_for_a_name_that_a_block_before_it_binds(tiny: LanguageMod
     torch.testing.assert_close(patched, alone(tiny, PROMPTS[0], 0)[1][:, -1], atol=2e-4, rtol=1e-3)
 
 
+def test_what_passed_while_a_block_waited_for_another_is_an_error_that_says_so() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = Model(net)
+    with pytest.raises(SiteOrderError, match=r"model\.0\.output .* had waited for 'clean', which"):
+        with model.trace() as tracer:
+            with tracer.invoke(X[:1]):
+                clean = [layer.output.clone() for layer in model]
+            with tracer.invoke(X[1:]):
+                model[0].input[:] = 0
+                model[0].output = clean[0]
+
+
 def test_a_sum_over_blocks_is_the_sum() -> None:
     model = Model(nn.Linear(2, 2))
     xs = [torch.randn(1, 2) for _ in range(4)]

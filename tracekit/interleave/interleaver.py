@@ -109,6 +109,8 @@ class Interleaver:
                 raise unserved.too_late_if_at_all(
                     visit, self._passage.callers(visit.site.path), mediator.last
                 )
+            if mediator.slept_for is not None:
+                raise unserved.too_late_after_sleep(visit, mediator.slept_for)
             raise too_late(visit, mediator.last)
         if self.has_ended:
             raise unserved.after_the_end(visit, mediator.last)

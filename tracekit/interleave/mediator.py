@@ -63,6 +63,7 @@ class Mediator:
         # what it asked for in each of its rounds so far
         self.has_finished_a_round = False
         self.last: tuple[Visit, str] | None = None  # served last, and the line that asked
+        self.slept_for: str | None = None  # since then
         self.answers: Answers | None = None  # to what was asked ahead of the block
         self.note: Callable[..., None] | None = None  # takes (kind, visit, value, line, deferred)
         self._reply: Reply | None = None
@@ -145,6 +146,7 @@ class Mediator:
         if not is_over():
             self._run.note_sleep(self)
             self._ask(Sleep(is_over, what_for))
+            self.slept_for = what_for
 
     @property
     def steps_begun(self) -> int:
@@ -203,7 +205,7 @@ class Mediator:
             if self.note is not None:
                 self.note(KINDS[type(request)], request.visit, value, line, deferred)
             self._at, self._value = request.visit, value
-            self.last = (request.visit, line)
+            self.last, self.slept_for = (request.visit, line), None
         elif isinstance(request, NextStep) and value:
             self.step = request.step
             if self.note is not None:

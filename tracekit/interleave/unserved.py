@@ -26,6 +26,14 @@ def too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
     )
 
 
+def too_late_after_sleep(visit: Visit, what_for: str) -> SiteOrderError:
+    """The model has passed `visit` while the block waited for another block."""
+    return SiteOrderError(
+        f"{visit} was asked for when the block had waited for {what_for}, and the model had passed "
+        f"it by then; ask for it before, or take the other block's value in a trace of its own."
+    )
+
+
 def skipped_too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
     """The module of `visit` has begun, so it can't be kept from running any more."""
     got = f" The block's last value was {last[0]} ({last[1]})." if last else ""
