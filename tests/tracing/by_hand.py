@@ -185,9 +185,9 @@ class ByHand:
         for path, module in self._model.named_modules():
             before, after = self._before(path), self._after(path)
             handles = [
-                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
                 module.register_forward_pre_hook(self._observe_inputs(path), with_kwargs=True),
-                module.register_forward_hook(after),
+                module.register_forward_hook(after, prepend=True),
                 module.register_forward_hook(self._observe(path)),
             ]
             undo += [handle.remove for handle in handles]

@@ -53,7 +53,8 @@ def is_same(kept: Any, plain: Any) -> bool:
 
 
 def _bits(tensor: Tensor) -> bytes:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    fresh = tensor.detach().clone(memory_format=torch.contiguous_format)  # strides of its own
+    return fresh.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count
 from types import CodeType, SimpleNamespace
 from typing import Any
@@ -585,16 +585,24 @@ class Source:
 
     def run(self, **names: Any) -> tuple[dict[str, Any], str]:
         """What it binds, and the name of its file."""
-        filename = f"<random program {next(_numbers)}>"
-        lines = self.text.splitlines(keepends=True)
-        linecache.cache[filename] = (len(self.text), None, lines, filename)
+        filename = self._filename
         given = {"torch": torch, "new_box": SimpleNamespace, "TracekitError": TracekitError}
         space = {**given, **names, "__name__": "random_program"}
+        lines = self.text.splitlines(keepends=True)
+        linecache.cache[filename] = (len(self.text), None, lines, filename)
         try:
-            exec(compile(self.text, filename, "exec"), space)
+            exec(self._code, space)
         finally:
-            del linecache.cache[filename]
+            linecache.cache.pop(filename, None)
         return dict(space["bound"]), filename
+
+    @cached_property
+    def _filename(self) -> str:
+        return f"<random program {next(_numbers)}>"
+
+    @cached_property
+    def _code(self) -> CodeType:
+        return compile(self.text, self._filename, "exec")
 
 
 def by_hand(

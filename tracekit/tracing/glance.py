@@ -45,7 +45,10 @@ class Look:
     def shown(self, value: Any) -> Any:
         """What the block is to get: what it takes out of that later is what it would take now."""
         value = value if self.part is None else self.part(value)
-        return _settled(value, self.depth) if self.depth else value
+        try:
+            return _settled(value, self.depth) if self.depth else value
+        except Exception:  # noqa: BLE001 - of a kind that can't be copied; the model goes on
+            return value
 
 
 class Asked(NamedTuple):
@@ -164,7 +167,7 @@ class Glance:
             self._take(results[0])
             self._put(answers, look, self._taken[-1], mediator, has_grad)
         if missing:
-            error = self._missed(missing[0], mediator, bool(results))
+            error = self._missed(len(self._taken), mediator, bool(results))
             answers.put(missing[0].visit, Reply(error=error))
         self.close()
         mediator.remember(answers)
@@ -182,15 +185,17 @@ class Glance:
         if mediator.note is not None:
             mediator.note("read", look.visit, taken.value, look.line, True)
 
-    def _missed(self, look: Look, mediator: Mediator, has_ended: bool) -> BaseException:
-        before = self._looks[self._looks.index(look) - 1]
+    def _missed(self, index: int, mediator: Mediator, has_ended: bool) -> BaseException:
+        visit = self._looks[index].visit
+        before = self._looks[index - 1] if index else None
+        last = (before.visit, before.line) if before is not None else None
         if self._is_late:
-            return unserved.too_late(look.visit, (before.visit, before.line))
+            return unserved.too_late(visit, last)
         if not has_ended:
             return Unwind(mediator)
-        if before.visit.site.slot is Slot.RESULT:
-            return unserved.after_the_end(look.visit, (before.visit, before.line))
-        return unserved.unlike_before(look.visit)
+        if before is not None and before.visit.site.slot is Slot.RESULT:
+            return unserved.after_the_end(visit, last)
+        return unserved.unlike_before(visit)
 
     def close(self) -> None:
         """Let go of all values."""
@@ -238,6 +243,7 @@ def _settled(value: Any, depth: int) -> Any:
     """`value` with containers of its own, so deep: the model may fill them with something else."""
     if isinstance(value, Tensor) or not depth:
         return value
-    if depth == 1:
-        return copy(value) if isinstance(value, (list, dict)) or is_dataclass(value) else value
-    return map_leaves(lambda leaf: leaf, value)
+    if depth > 1:
+        return map_leaves(lambda leaf: leaf, value)
+    is_filled = isinstance(value, (list, dict)) or is_dataclass(value)
+    return copy(value) if is_filled else value
