@@ -859,3 +859,17 @@ def test_a_block_that_sees_all_rows_edits_them_where_the_model_has_them() -> Non
     torch.testing.assert_close(kept, model.inner(x + 1))
     torch.testing.assert_close(first, x[:1] + 1)
     torch.testing.assert_close(second, x[1:] + 1 + model.inner(x[1:] + 1))
+
+
+def test_inputs_that_the_model_overwrites_are_held_by_nobody_else() -> None:
+    model = Model(nn.Sequential(nn.Identity(), nn.ReLU()))
+    with torch.no_grad(), model.trace() as tracer:
+        with tracer.invoke(X[:1]):
+            first = model.input[:, 0].clone()
+            model[1].input[:, 0] += 1.5
+            result = model.output.clone()
+        with tracer.invoke(X[1:]):
+            second = model.output.clone()
+    torch.testing.assert_close(first, X[:1, 0])
+    torch.testing.assert_close(result[:, 0], (X[:1, 0] + 1.5).relu())
+    torch.testing.assert_close(second, X[1:].relu())

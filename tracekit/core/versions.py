@@ -148,13 +148,12 @@ def _storages_in_hands() -> set[int]:
     It looks at all objects there are, so it is for when something was overwritten.
     """
     found: set[int] = set()
-    is_counted = is_a_graph_counted()
+    is_counted, of_this_loop = is_a_graph_counted(), _references_of_a_loop()
     for each in gc.get_objects():
         if not issubclass(type(each), (Tensor, torch.UntypedStorage)):  # isinstance asks proxies
             continue
-        here = 3  # the list of objects, `each`, and the argument of getrefcount
-        here += 1 if is_counted and _is_used_below(each) else 0
-        if sys.getrefcount(each) <= here:
+        below = 1 if is_counted and _is_used_below(each) else 0
+        if sys.getrefcount(each) <= of_this_loop + below:
             continue
         try:
             storage = each if type(each) is torch.UntypedStorage else each.untyped_storage()
@@ -162,6 +161,13 @@ def _storages_in_hands() -> set[int]:
         except (RuntimeError, NotImplementedError):  # no memory that could be shared
             continue
     return found
+
+
+def _references_of_a_loop() -> int:
+    """What a loop like the one above counts for what nobody else has: 3, or less (3.14)."""
+    for each in [object()]:
+        return sys.getrefcount(each)
+    raise AssertionError
 
 
 def _is_used_below(held: Any) -> bool:

@@ -90,8 +90,8 @@ class Batch:
         return _rows(inputs)
 
     def call(self) -> TracedCall:
-        """Runs the model on all inputs."""
-        inputs = self._inputs
+        """Runs the model on all inputs, which nothing else holds while it runs."""
+        inputs, self._joined = self._inputs, None
         tree, make = self._tree, self._call
         count = partial(count_steps, tree.root, *inputs) if self._kind == "generate" else one_step
         return TracedCall(lambda end_step: make(tree, end_step, *inputs), count)
