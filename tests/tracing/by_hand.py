@@ -55,6 +55,8 @@ class Pause:
     """The model stands still at a visit; what is put into `value` is what it goes on with."""
 
     value: Any
+    is_first: bool = False  # nothing of the program has been there before
+    is_written: bool = False  # with a value from elsewhere, if it is the same object, too
 
 
 Program: TypeAlias = Generator[Any, Any, None]
@@ -261,12 +263,13 @@ class ByHand:
     def _reach(self, visit: Visit, value: Any) -> Any:
         self.outcome.visits.append(visit)
         self._passed.add(visit)
-        self._at, pause = visit, Pause(value)
+        self._at, pause = visit, Pause(value, is_first=True)
         while isinstance(self._wanted, (AtVisit, Skipping)) and self._wanted.visit == visit:
             self._fresh += tensors_in(pause.value)
             self._memory |= storages(pause.value)
             self._go_on(pause)
-        if pause.value is not value or self._has_answered == visit:
+            pause.is_first = False
+        if pause.value is not value or pause.is_written or self._has_answered == visit:
             pause.value = with_own_memory(pause.value)  # the model may write into it
         self.outcome.given += map(Seen.of, self._fresh)
         self._fresh = []

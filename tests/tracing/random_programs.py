@@ -254,6 +254,7 @@ class Write(Statement):
         if isinstance(old, Tensor) and (new.shape != old.shape or new.dtype != old.dtype):
             raise MisfitError
         pause.value = self.spot.put(pause.value, new)
+        pause.is_written |= pause.is_first and not uses_old
 
 
 @dataclass
