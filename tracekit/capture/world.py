@@ -34,7 +34,7 @@ class World(Protocol):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Taken:
     """What the block will get from the model, or has made of that: to be stored, and no more."""
 

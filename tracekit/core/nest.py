@@ -21,7 +21,10 @@ def tensors(nest: Nest) -> Iterator[Tensor]:
         yield nest
         return
     for child in _children(nest):
-        yield from tensors(child)
+        if isinstance(child, Tensor):
+            yield child
+        elif child is not None:
+            yield from tensors(child)
 
 
 def named_tensors(

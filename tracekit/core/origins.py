@@ -52,7 +52,7 @@ _origins: Final[dict[int, Origin]] = {}
 
 def note_visit(label: object, nest: Nest, had_grad: bool) -> None:
     """Remember that a block got every tensor in `nest` at `label`."""
-    for tensor in tensors(nest):
+    for tensor in (nest,) if isinstance(nest, Tensor) else tensors(nest):
         key = id(tensor)
         known = origin_of(tensor)
         if known is None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from tracekit.core.quirks import own_children
 from tracekit.core.renames import Renames, spellings
-from tracekit.core.site import Slot
+from tracekit.core.site import Site, Slot
 from tracekit.errors import UnknownModuleError, did_you_mean
 
 
@@ -45,9 +45,10 @@ class Tree:
         # By kind of run, of the slots of the modules that were recorded before: whether the model
         # overwrites the value later, as Falcon adds the attention into the output of its MLP.
         self.overwrites: dict[object, dict[Slot, dict[str, bool]]] = {}
-        # By kind of run, where the rows of a batch lie in every value.
         self.proven: set[object] = set()  # reads that were served in their order (glance.py)
+        # By kind of run, where the rows of a batch lie in every value.
         self.layouts: dict[object, object] = {}
+        self.sites: dict[tuple[str, Slot], Site] = {}  # by the path that was asked for
         self.refresh(is_first=True)
 
     def refresh(self, is_first: bool = False) -> None:
@@ -61,6 +62,7 @@ class Tree:
         self._relatives.clear()
         self.proven.clear()
         self.layouts.clear()
+        self.sites.clear()
         first: dict[int, str] = {}
         for relative, module in self.root.named_modules(remove_duplicate=False):
             path = f"{self.name}.{relative}" if relative else self.name
@@ -109,8 +111,10 @@ class Tree:
 
     def is_compiled(self) -> bool:
         """Whether anything here runs compiled by torch; hooks placed since do not fire in it."""
-        marks = ("_compiled_call_impl", "_compiled_call", "dynamo_ctx")
-        return any(mark in state for state in self._states for mark in marks)
+        for state in self._states:  # spelled out, as every trace asks
+            if "_compiled_call_impl" in state or "_compiled_call" in state or "dynamo_ctx" in state:
+                return True
+        return False
 
     def is_empty(self) -> bool:
         """Whether there are weights that hold no numbers; as fast as every trace needs it."""

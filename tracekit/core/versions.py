@@ -46,6 +46,10 @@ class Versions:
                 kind = _Copied if tensor.is_inference() else _Counted
                 self._notes.append(kind(label, tensor))
 
+    def note_uncounted(self, label: object, nest: Any) -> None:
+        """Remember those tensors in `nest` whose changes nothing counts."""
+        self.note(label, [tensor for tensor in tensors(nest) if tensor.is_inference()])
+
     def note_overwritten(self, label: object, nest: Any) -> None:
         """Remember tensors that are not what was given out, should somebody still hold them."""
         for tensor in tensors(nest):

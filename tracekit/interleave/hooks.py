@@ -97,8 +97,8 @@ class Hooks:
         self, module: nn.Module, begin: Callable[[nn.Module, Any], None], hook: ForwardHook
     ) -> None:
         """Let `begin` know of each call, and `hook` see what `module` returned."""
-        self._put(module._forward_pre_hooks, begin, is_first=True)
-        self._put(module._forward_hooks, hook, is_first=True)
+        key = self._put(module._forward_pre_hooks, begin, is_first=True)
+        self._put(module._forward_hooks, hook, is_first=True, key=key)
 
     # -- OBSERVER -------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ class Hooks:
         key = next(_keys) if key is None else key
         self._placed.append((where, key))  # noted first: Ctrl-C may come behind any line
         where[key] = what
-        if is_first:
+        if is_first and len(where) > 1:
             where.move_to_end(key, last=False)
         return key
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from tracekit.core.site import Visit
 
@@ -54,8 +54,7 @@ Request: TypeAlias = Read | Write | Skip | NextStep | Sleep
 KINDS: dict[type, str] = {Read: "read", Write: "write", Skip: "skip"}
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):  # one for each value: a dataclass costs more
     """What comes back for a request: a value, or an error to raise at the line that asked."""
 
     value: object = None

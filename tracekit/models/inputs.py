@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tracekit.core.quirks import first_weight
 from tracekit.errors import InputError
 
 
@@ -38,8 +39,8 @@ def encode(given: Any, tokenizer: Any, side: Callable[[], str]) -> dict[str, Any
 
 def device_of(module: nn.Module) -> torch.device | None:
     """Where the model wants its inputs; None if accelerate moves them itself."""
-    weights: Any = next(module.parameters(), None)
-    return None if weights is None or weights.is_meta else weights.device
+    weight = first_weight(module)
+    return None if weight is None or weight.is_meta else weight.device
 
 
 def on_device(inputs: dict[str, Any], device: torch.device | None) -> dict[str, Any]:

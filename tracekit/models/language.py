@@ -159,15 +159,15 @@ class LanguageModel(Model):
             raise InputError("an input is needed: a string, a list of strings, or token ids.")
         if not is_dry:
             self.dispatch()
-        return fit_padding(self._read(args, kwargs), self.module, for_generate)
+        return fit_padding(self._read(args, kwargs), self._tree.root, for_generate)
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         encoded = feeding.encode(args[0], self.tokenizer, self._side) if args else {}
-        return feeding.on_device({**encoded, **kwargs}, feeding.device_of(self.module))
+        return feeding.on_device({**encoded, **kwargs}, feeding.device_of(self._tree.root))
 
     def _completed(self, inputs: dict[str, Any], for_generate: bool) -> dict[str, Any]:
         """`inputs`, and what else a traced call is told."""
-        module = self.module
+        module = self._tree.root
         if not for_generate:
             check_options(module, inputs)
             if accepts(module, "use_cache") and inputs.get("past_key_values") is None:
@@ -181,7 +181,7 @@ class LanguageModel(Model):
     ) -> Batch:
         def fitted(inputs: dict[str, Any]) -> dict[str, Any]:
             for_generate = kind == "generate"
-            inputs = fit_padding({**inputs, **shared}, self.module, for_generate)
+            inputs = fit_padding({**inputs, **shared}, self._tree.root, for_generate)
             return self._completed(inputs, for_generate)
 
         if twin is None:
@@ -192,7 +192,7 @@ class LanguageModel(Model):
     def _side(self) -> str:
         if self._padding_side is not None:
             return self._padding_side
-        module = self.module
+        module = self._tree.root
         is_decoder = callable(getattr(module, "can_generate", None)) and module.can_generate()
         return "left" if is_decoder and not module.config.is_encoder_decoder else "right"
 

@@ -60,7 +60,7 @@ class Model(Envoy):
         Takes what the module's forward takes. Without input, each `with tracer.invoke(input):` in
         the block has rows of its own in one pass; inputs are joined along their first axis.
         """
-        if is_without_input(args, kwargs) and _takes_input(self.module):
+        if is_without_input(args, kwargs) and _takes_input(self._tree.root):
             return self._tracer(self._batch(kwargs, run_forward, "trace"))
         return self._tracer(TracedCall(lambda _: run(self._tree, args, kwargs)))
 
@@ -74,7 +74,7 @@ class Model(Envoy):
         decides by its values.
         """
         twin = fake_twin(self._tree)
-        if is_without_input(args, kwargs) and _takes_input(self.module):
+        if is_without_input(args, kwargs) and _takes_input(self._tree.root):
             return self._tracer(self._batch(kwargs, run_dry, "trace", twin), tree=twin)
         return self._tracer(TracedCall(lambda _: run_dry(twin, _, args, kwargs)), tree=twin)
 
@@ -118,7 +118,7 @@ class Model(Envoy):
         return generation(self._tree, args, kwargs)
 
     def _check_generates(self) -> None:
-        module = self.module
+        module = self._tree.root
         if not callable(getattr(module, "generate", None)):
             raise InputError(f"{type(module).__name__} has no generate().")
 

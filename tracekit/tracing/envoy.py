@@ -74,6 +74,15 @@ class Envoy(Slots):
         return mediator, self._site(mediator.model, slot)
 
     def _site(self, tree: Tree, slot: Slot) -> Site:
+        own: Tree = self._tree
+        if tree is not own:
+            return self._site_in(tree, slot)
+        key = (self._path, slot)
+        if key not in tree.sites:
+            tree.sites[key] = self._site_in(tree, slot)
+        return tree.sites[key]
+
+    def _site_in(self, tree: Tree, slot: Slot) -> Site:
         path = path_in(tree, self._tree, self._path)
         if not tree.is_called(path):
             raise NeverRanError(
@@ -83,7 +92,7 @@ class Envoy(Slots):
         return Site(path, slot)
 
     def _mediator(self, name: str) -> Mediator:
-        return mediator_of(self._tree, f"{self._path}.{name}")
+        return mediator_of(self._tree, self._path, name)
 
     # -- the module -----------------------------------------------------------------------------
 

@@ -63,13 +63,16 @@ def foreseen(
     scope = Scope(frame, Foresight(tracer, tree, has_rows=True), taken)
     steps = plan.run(scope)
     looks: list[Look] = []
+    lines: dict[int, Line] = {}  # a loop asks many times at one
     look: Look | None = None
     try:
         while True:
             wanted, line = steps.send(look)
             if not isinstance(wanted, Wanted) or wanted.call:
                 return None
-            look = Look(Visit(wanted.site), Line(block.filename, line), wanted.part)
+            if line not in lines:
+                lines[line] = Line(block.filename, line)
+            look = Look(Visit(wanted.site), lines[line], wanted.part)
             looks.append(look)
     except StopIteration:
         return Asked(looks, scope.is_as_it_was), scope

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, is_dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, TypeAlias, final
 
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from tracekit.core.nest import map_leaves, tensors
 from tracekit.core.origins import note_visit
 from tracekit.core.site import Line, Site, Slot, Visit
 from tracekit.core.tree import Tree
-from tracekit.core.versions import Versions, version
+from tracekit.core.versions import UNKNOWN, Versions, version
 from tracekit.interleave import unserved
 from tracekit.interleave.answers import Answers
 from tracekit.interleave.hooks import Hooks, is_elsewhere
@@ -66,12 +66,8 @@ class _Place:
     has_passed: bool = False
 
 
-class _Taken(NamedTuple):
-    """A value of the model, and what it was when the block would have got it."""
-
-    value: Any  # as the block gets it
-    tensors: Tensor | list[Tensor]  # those in it, which it may exchange later
-    versions: int | list[int]
+# A value as the block gets it; the tensors in it, which it may exchange later; their versions then.
+_Taken: TypeAlias = tuple[Any, Tensor | list[Tensor], int | list[int]]
 
 
 @final
@@ -107,22 +103,23 @@ class Glance:
         self.thread = hooks.thread
         self._mediator, self._versions = mediator, versions
         places: dict[Site, _Place | None] = {}
+        modules = self._tree.modules
         for look in self._looks:
             site = look.visit.site
             if site not in places:
-                places[site] = self._placed(site, hooks)
+                places[site] = self._placed(site, hooks, modules)
             self._places.append(places[site])
         self.awaited = self._places[0] if self._places else None
 
-    def _placed(self, site: Site, hooks: Hooks) -> _Place | None:
+    def _placed(self, site: Site, hooks: Hooks, modules: dict[str, nn.Module]) -> _Place | None:
         if site.slot is Slot.RESULT:
             return None
-        place, module = _Place(), self._tree.modules[site.path]
+        place = _Place()
         if site.slot is Slot.INPUT:
-            hooks.look_at_inputs(module, partial(_see_inputs, self, place))
+            hooks.look_at_inputs(modules[site.path], partial(_see_inputs, self, place))
         else:
-            begin = partial(_see_begin, self, place)
-            hooks.look_at_output(module, begin, partial(_see_output, self, place))
+            begin, end = partial(_see_begin, self, place), partial(_see_output, self, place)
+            hooks.look_at_output(modules[site.path], begin, end)
         return place
 
     def end_step(self) -> None:
@@ -131,24 +128,29 @@ class Glance:
 
     def see(self, place: _Place, value: Any) -> None:
         """The model is at `place`, for which the block would wait."""
-        self._take(value)
-        while self.awaited is place:
-            self._take(value)
-        if self.awaited is not None and self.awaited.has_passed:
+        awaited: _Place | None = place
+        while awaited is place:
+            awaited = self._take(value)
+        if awaited is not None and awaited.has_passed:
             self._is_late = True
             raise Unwind(self._mediator)
 
-    def _take(self, value: Any) -> None:
-        index = len(self._taken)
-        look = self._looks[index]
-        own = value if isinstance(value, Tensor) else list(tensors(value))
-        self._taken.append(_Taken(look.shown(value), own, _versions(own)))
-        for tensor in tensors(own):
-            if tensor.is_inference():  # it counts no versions
+    def _take(self, value: Any) -> _Place | None:
+        taken, places = self._taken, self._places
+        look = self._looks[len(taken)]
+        if type(value) is Tensor and not value.is_inference():
+            own, versions = value, value._version
+        else:
+            own = list(tensors(value))
+            versions = list(map(version, own))
+            if UNKNOWN in versions:
                 assert self._versions is not None
-                self._versions.note(look.visit, tensor)
-        index += 1
-        self.awaited = self._places[index] if index < len(self._places) else None
+                self._versions.note_uncounted(look.visit, own)
+        if look.part is not None or look.depth:
+            value = look.shown(value)
+        taken.append((value, own, versions))
+        self.awaited = awaited = places[len(taken)] if len(taken) < len(places) else None
+        return awaited
 
     def answer(self, mediator: Mediator, results: list[Any], has_grad: bool) -> None:
         """Give the block of `mediator` what it will ask, as far as it came.
@@ -175,15 +177,16 @@ class Glance:
     def _put(
         self, answers: Answers, look: Look, taken: _Taken, mediator: Mediator, has_grad: bool
     ) -> None:
-        answers.put(look.visit, Reply(taken.value))
-        note_visit(look.visit, taken.tensors, has_grad)
-        if _versions(taken.tensors) != taken.versions:
+        value, own, before = taken
+        answers.put(look.visit, Reply(value))
+        note_visit(look.visit, own, has_grad)
+        if (own._version if isinstance(own, Tensor) else list(map(version, own))) != before:
             assert self._versions is not None
-            for tensor, before in zip(_list(taken.tensors), _list(taken.versions), strict=True):
-                if version(tensor) != before:
+            for tensor, known in zip(_list(own), _list(before), strict=True):
+                if version(tensor) != known:
                     self._versions.note_overwritten(look.visit, tensor)
         if mediator.note is not None:
-            mediator.note("read", look.visit, taken.value, look.line, True)
+            mediator.note("read", look.visit, value, look.line, True)
 
     def _missed(self, index: int, mediator: Mediator, has_ended: bool) -> BaseException:
         visit = self._looks[index].visit
@@ -214,11 +217,10 @@ def _see_output(glance: Glance, place: _Place, module: nn.Module, args: Any, out
     if is_elsewhere(glance.thread):
         return
     place.running -= 1
-    if place.running or place.has_passed:
-        return
-    place.has_passed = True
-    if glance.awaited is place:
-        glance.see(place, output)
+    if not place.running and not place.has_passed:
+        place.has_passed = True
+        if glance.awaited is place:
+            glance.see(place, output)
 
 
 def _see_inputs(
@@ -229,10 +231,6 @@ def _see_inputs(
     place.has_passed = True
     if glance.awaited is place:
         glance.see(place, (args, kwargs))
-
-
-def _versions(own: Tensor | list[Tensor]) -> int | list[int]:
-    return version(own) if isinstance(own, Tensor) else [version(tensor) for tensor in own]
 
 
 def _list(value: Any) -> list[Any]:

@@ -120,20 +120,20 @@ class Calls(Generic[T_co]):
         return self._of_call(call)
 
 
-def mediator_of(tree: Tree, what: str) -> Mediator:
-    """Whom to ask for `what`, a value in the model of `tree`; OutsideTraceError if nobody."""
+def mediator_of(tree: Tree, path: str, name: str) -> Mediator:
+    """Whom to ask for `name`, a value of `path` in `tree`; OutsideTraceError if nobody."""
     mediator = current_mediator()
     if mediator is None:
         raise OutsideTraceError(
-            f"{what} has a value only while the model runs: ask for it in the block of "
+            f"{path}.{name} has a value only while the model runs: ask for it in the block of "
             f"`with model.trace(input):` or, in a trace that was opened without input, of "
             f"`with tracer.invoke(input):`; after it, use the names that the block bound, or a "
             f"tracer.cache()."
         )
     if not mediator.model.stands_for(tree):
         raise OutsideTraceError(
-            f"{what} belongs to a model that this block is not tracing; read it in the block of "
-            f"its own trace and use the name here."
+            f"{path}.{name} belongs to a model that this block is not tracing; read it in the "
+            f"block of its own trace and use the name here."
         )
     return mediator
 

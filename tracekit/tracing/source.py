@@ -159,7 +159,7 @@ class Operation(Slots):
                 f"which function {self._path} calls shows when the model runs: ask for "
                 f"{self._path}.source in the block of a trace; it can be printed there."
             )
-        mediator = mediator_of(self._source.tree, f"{self._path}.source")
+        mediator = mediator_of(self._source.tree, self._path, "source")
         _, known = self.open_call(mediator)
         return Source(self._source.tree, self._path, known, around=self)
 
@@ -169,7 +169,7 @@ class Operation(Slots):
         return site.path, cast("Listing", mediator.open_source(site, self._call))
 
     def _at(self, slot: Slot, name: str) -> tuple[Mediator, Site]:
-        mediator = mediator_of(self._source.tree, f"{self._path}.{name}")
+        mediator = mediator_of(self._source.tree, self._path, name)
         path, known = self._source.open(mediator)
         if all(call.name != self.name for call in known.calls):
             raise UnknownOperationError(
