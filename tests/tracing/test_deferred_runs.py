@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -604,18 +604,21 @@ def test_blocks_of_several_inputs_store_in_the_models_order(
             reads.append(RowsRead(at, len(reads), path, slot, form))
     text = (text_of_one_place if is_one_place else text_of_places)(reads, len(blocks))
     note(text)
-    kept: list[Tensor] = []
-    names: dict[str, Any] = {"model": Model(net), "inputs": inputs, "named": {}, "kept": kept}
-    with torch.no_grad():
-        run_text(text, {**names, "box": SimpleNamespace(items=kept)})
-        in_turn = sorted(reads, key=lambda read: read.rank)
-        wanted = [read.alone(net, inputs) for read in in_turn if read.form < 3]
-        by_key = {read.key: read.alone(net, inputs) for read in in_turn if read.form == 3}
-    assert len(kept) == len(wanted)
-    assert list(names["named"]) == list(by_key)
-    found = [*kept, *names["named"].values()]
-    for one, other in zip(found, [*wanted, *by_key.values()], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    model, code = Model(net), compiled(text)
+    for _ in range(3):  # later runs of the same make no requests
+        kept: list[Tensor] = []
+        names: dict[str, Any] = {"model": model, "inputs": inputs, "named": {}, "kept": kept}
+        with torch.no_grad():
+            exec(code, {**names, "box": SimpleNamespace(items=kept)})
+            in_turn = sorted(reads, key=lambda read: read.rank)
+            wanted = [read.alone(net, inputs) for read in in_turn if read.form < 3]
+            by_key = {read.key: read.alone(net, inputs) for read in in_turn if read.form == 3}
+        assert len(kept) == len(wanted)
+        assert list(names["named"]) == list(by_key)
+        found = [*kept, *names["named"].values()]
+        for one, other in zip(found, [*wanted, *by_key.values()], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        inputs = [-2 * x for x in inputs]
 
 
 def text_of_places(reads: list[RowsRead], count: int) -> str:
@@ -639,10 +642,7 @@ def text_of_one_place(reads: list[RowsRead], count: int) -> str:
     )
 
 
-def run_text(text: str, names: dict[str, Any]) -> None:
+def compiled(text: str) -> CodeType:
     filename = "<blocks of several inputs>"
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    try:
-        exec(compile(text, filename, "exec"), names)
-    finally:
-        del linecache.cache[filename]
+    return compile(text, filename, "exec")

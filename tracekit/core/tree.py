@@ -118,11 +118,11 @@ class Tree:
 
     def is_empty(self) -> bool:
         """Whether there are weights that hold no numbers; as fast as every trace needs it."""
-        return any(
-            weight is not None and weight.is_meta
-            for state in self._states
-            for weight in state.get("_parameters", {}).values()
-        )
+        for state in self._states:
+            for weight in (state.get("_parameters") or {}).values():
+                if weight is not None and weight.is_meta:
+                    return True
+        return False
 
     def paths(self) -> Iterator[str]:
         """Every canonical path, in tree order."""

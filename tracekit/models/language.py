@@ -220,8 +220,8 @@ class _Padded:
             )
         inputs = self._read(args, kwargs)
         ids = inputs.get("input_ids")
-        if isinstance(ids, torch.Tensor):
-            inputs.setdefault("attention_mask", torch.ones_like(ids))
+        if isinstance(ids, torch.Tensor) and "attention_mask" not in inputs:
+            inputs["attention_mask"] = torch.ones_like(ids)
         return (), inputs
 
     def joined(self, inputs: list[Inputs]) -> Inputs:

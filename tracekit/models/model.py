@@ -20,9 +20,9 @@ from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
-from tracekit.tracing.edits import Editing, Edits
+from tracekit.tracing.edits import Editing, Edits, run_edited
 from tracekit.tracing.envoy import Envoy
-from tracekit.tracing.execution import Intervention, run_edited
+from tracekit.tracing.execution import Intervention
 from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
 from tracekit.tracing.tracer import Tracer

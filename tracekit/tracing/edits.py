@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Generic, TypeVar, final, overload
 
 from tracekit.capture import Block, Skip, caller_frame, capture, keep, skip_body, text_of
+from tracekit.core.tree import Tree
 from tracekit.errors import CaptureError
 from tracekit.tracing import edit_files
+from tracekit.tracing.call import EndStep, TracedCall
 from tracekit.tracing.edit import Edit, EditTracer, of_function
+from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.unentered import warn_if_dropped
 from tracekit.tracing.ways import HELPERS
 
@@ -161,3 +165,22 @@ def goes_through_steps(statements: Sequence[ast.stmt], tracer: str | None) -> bo
 def _names_steps(node: ast.Attribute, tracer: str | None) -> bool:
     is_of_tracer = isinstance(node.value, ast.Name) and node.value.id == tracer
     return node.attr == "next" or (is_of_tracer and node.attr in {"iter", "all"})
+
+
+def run_edited(
+    tree: Tree, call: TracedCall, grad: bool | None, edits: Sequence[Intervention]
+) -> Any:
+    """What `call` returns, with the model edited while it runs."""
+    results: list[Any] = []
+
+    def kept(end_step: EndStep | None) -> Any:
+        results.append(call.make(end_step))
+        return results[0]
+
+    failure = Execution(tree, replace(call, make=kept), grad, edits).run(())
+    if failure is not None:
+        try:
+            raise failure
+        finally:
+            del failure
+    return results.pop()

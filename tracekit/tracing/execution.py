@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
@@ -101,11 +101,10 @@ class Execution:
     def _run_all(self, interventions: Sequence[Intervention]) -> BaseException | None:
         glance = self._glance_of(interventions)
         if glance is not None and glance.is_proven:
-            error = self._run_at_a_glance(glance, interventions[0])
+            error = self._run_at_a_glance(glance, interventions)
         else:
             error = self._run_with_requests(interventions)
-            answers = self.mediators[0].answers if glance is not None else None
-            if glance is not None and error is None and answers is not None and answers.is_all:
+            if glance is not None and error is None and all(map(_was_foreseen, self.mediators)):
                 glance.prove()
         try:
             checked = self._checked(is_whole=error is None)
@@ -115,26 +114,29 @@ class Execution:
             del error
 
     def _glance_of(self, interventions: Sequence[Intervention]) -> Glance | None:
-        """What the only block will ask, if nothing else has a part in the run."""
-        if len(interventions) != 1 or self._edits or self._recorders:
+        """What the blocks will ask, if that is all known and nothing else has a part in the run."""
+        if not interventions or self._edits or self._recorders:
+            return None
+        blocks = [(each.asked, each.rows) for each in interventions if each.asked is not None]
+        if len(blocks) < len(interventions):
             return None
         self._tree.refresh_if_changed()
-        asked, rows = interventions[0].asked, interventions[0].rows
-        return None if asked is None or rows else Glance(self._tree, self._kind, asked)
+        return Glance(self._tree, self._kind, blocks)
 
-    def _run_at_a_glance(self, glance: Glance, intervention: Intervention) -> BaseException | None:
-        mediator = self._new_mediator(0, intervention)
+    def _run_at_a_glance(
+        self, glance: Glance, interventions: Sequence[Intervention]
+    ) -> BaseException | None:
+        mediators = [self._new_mediator(*each) for each in enumerate(interventions)]
         results: list[Any] = []
         error = None
         self._interleaver.mediators.clear()  # nobody asks for anything
         try:
-            glance.place(self._hooks, mediator, self._versions)
+            glance.place(self._hooks, mediators, self._versions)
             error = self._run(glance, results)
-            glance.answer(mediator, results, self._has_grad)
-            run_here(mediator, intervention.body, self._grad)
-            if mediator.error is not None:
-                error, mediator.error = mediator.error, None
-            return error
+            glance.answer(results, self._has_grad)
+            for mediator, intervention in zip(mediators, interventions, strict=True):
+                self._run_behind(mediator, intervention.body)
+            return self._first_error(error)
         finally:
             glance.close()
             del error, results
@@ -151,6 +153,13 @@ class Execution:
                 self._begin(mediator, intervention)
         error = self._run()
         self._run_deferred()
+        try:
+            return self._first_error(error)
+        finally:
+            del error
+
+    def _first_error(self, error: BaseException | None) -> BaseException | None:
+        """That of the first block that has one, else `error`."""
         try:
             for mediator in self.mediators:
                 if mediator.error is not None:
@@ -255,12 +264,15 @@ class Execution:
             assert answers is not None
             answers.look_again()
         for _, mediator, body in deferred:
-            if mediator.scope is not None:
-                mediator.scope.enter()
-            run_here(mediator, body, self._grad)
-            if mediator.scope is not None:
-                mediator.scope.leave()
+            self._run_behind(mediator, body)
         self._deferred.clear()
+
+    def _run_behind(self, mediator: Mediator, body: Callable[[], None]) -> None:
+        if mediator.scope is not None:
+            mediator.scope.enter()
+        run_here(mediator, body, self._grad)
+        if mediator.scope is not None:
+            mediator.scope.leave()
 
     def _new_mediator(self, place: int, intervention: Intervention | None = None) -> Mediator:
         """A mediator at this place in the order; a block that stands in place gives way."""
@@ -367,30 +379,15 @@ class Execution:
         return any(is_checkpointing(self._tree.module(ancestor)) for ancestor in above)
 
 
-def run_edited(
-    tree: Tree, call: TracedCall, grad: bool | None, edits: Sequence[Intervention]
-) -> Any:
-    """What `call` returns, with the model edited while it runs."""
-    results: list[Any] = []
-
-    def kept(end_step: EndStep | None) -> Any:
-        results.append(call.make(end_step))
-        return results[0]
-
-    failure = Execution(tree, replace(call, make=kept), grad, edits).run(())
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure
-    return results.pop()
-
-
 def _run_again(_: EndStep | None) -> Any:
     raise AssertionError("an Execution runs once")
 
 
 _OVER = TracedCall(_run_again)
+
+
+def _was_foreseen(mediator: Mediator) -> bool:
+    return mediator.answers is not None and mediator.answers.is_all
 
 
 def _line() -> str:

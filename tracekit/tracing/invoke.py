@@ -120,8 +120,17 @@ class Gathered(Way):
         members = self._family.members
         foreseen = forecasts(self._blocks, members, self._tracer, self._tree)
         return [
-            Intervention(member, own, member, forecast=forecast)
-            for member, own, forecast in zip(members, self._rows(), foreseen, strict=True)
+            Intervention(
+                member,
+                own,
+                member,
+                forecast=known.forecast,
+                asked=known.asked,
+                file=block.filename,
+            )
+            for block, member, own, known in zip(
+                self._blocks, members, self._rows(), foreseen, strict=True
+            )
         ]
 
     def _rows(self) -> list[Rows | None]:

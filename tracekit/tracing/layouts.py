@@ -65,14 +65,17 @@ class Layouts:
         self._why_not = why_not
         self._opened: set[str] = set()  # the paths whose operations were learned
         self._knows_shared = False  # which values of modules are made of all rows
+        self._learned: set[Site] = set()  # of which there is nothing more to learn
 
     def learn(self, tree: Tree, call_with: CallWith, site: Site) -> None:
         """Learn of the operations beside `site`, if it is one that nobody has asked for before.
 
         The model of `tree` may be running: what transformers collects then is left alone.
         """
-        if tree.original is not None or not self._known:
+        if site in self._learned or tree.original is not None or not self._known:
             return
+        if tree.load_first is None:
+            self._learned.add(site)
         opened = site.path.rpartition(".source.")[0]
         if module_around(tree, site.path) is None:
             self._learn_of_shared(tree, call_with, site)

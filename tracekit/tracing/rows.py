@@ -102,7 +102,10 @@ class InvokeRows:
             self._leaf(tensor, axis)
             for tensor, axis in zip(tensors(whole), self._axes(visit, whole), strict=True)
         ]
-        value = _with_tensors(whole, [leaf.part for leaf in leaves])
+        is_tensor = isinstance(whole, Tensor)
+        value = (
+            leaves[0].part if is_tensor else _with_tensors(whole, [each.part for each in leaves])
+        )
         return _Part((self.start, self.stop), visit, patched, value, leaves)
 
     def _axes(self, visit: Visit, whole: Nest) -> list[int | None]:

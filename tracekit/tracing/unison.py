@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from tracekit.capture import Block, Member, Scope
 from tracekit.core.settings import settings
@@ -19,24 +20,34 @@ from tracekit.tracing.foresight import forecast, foreseen
 from tracekit.tracing.glance import Asked
 
 
+class Known(NamedTuple):
+    """What is known of a block ahead of it."""
+
+    forecast: Callable[[], Foretold | None] | None = None
+    asked: Asked | None = None  # all of it, if no value decides
+
+
 def forecasts(
     blocks: Sequence[Block], members: Sequence[Member], tracer: object, tree: Tree
-) -> Sequence[Callable[[], Foretold | None] | None]:
-    """What makes the forecast of each block; None for each if they must run beside the model."""
-    if not settings.defer_reads or not _are_apart(blocks, members, tracer, tree):
-        return [None] * len(blocks)
-    return [
-        partial(forecast, block, member.frame, tracer, tree, member.names_taken)
+) -> Sequence[Known]:
+    """What is known of each block; nothing of any if they must run beside the model."""
+    if not settings.defer_reads or not all(block.plan().is_complete for block in set(blocks)):
+        return [Known()] * len(blocks)
+    ahead = [
+        (block, member.frame, tracer, tree, member.names_taken)
         for block, member in zip(blocks, members, strict=True)
     ]
+    known = [found for each in ahead if (found := foreseen(*each)) is not None]
+    if not _are_apart(blocks, members, known):
+        return [Known()] * len(blocks)
+    asked = [each for each, _ in known] if len(known) == len(blocks) else [None] * len(blocks)
+    return [Known(partial(forecast, *each), own) for each, own in zip(ahead, asked, strict=True)]
 
 
 def _are_apart(
-    blocks: Sequence[Block], members: Sequence[Member], tracer: object, tree: Tree
+    blocks: Sequence[Block], members: Sequence[Member], known: list[tuple[Asked, Scope]]
 ) -> bool:
     places = Counter(blocks)
-    if not all(block.plan().is_complete for block in places):
-        return False
     writes = {
         block: {name for _, name in member.writes}
         for block, member in zip(blocks, members, strict=True)
@@ -47,15 +58,10 @@ def _are_apart(
             return False
     if len(blocks) == 1 or not any(block.fills_containers for block in places):
         return True
-    known = [
-        foreseen(block, member.frame, tracer, tree, member.names_taken)
-        for block, member in zip(blocks, members, strict=True)
-    ]
-    if any(each is None for each in known):
+    if len(known) < len(blocks):
         return False
-    found = [each for each in known if each is not None]
     is_one_statement = len(places) == 1 and len(blocks[0].tree.body) == 1
-    return (is_one_statement and _fill_in_turn(found)) or _fill_apart([each[1] for each in found])
+    return (is_one_statement and _fill_in_turn(known)) or _fill_apart([each[1] for each in known])
 
 
 def _fill_in_turn(known: list[tuple[Asked, Scope]]) -> bool:
