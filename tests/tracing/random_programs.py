@@ -254,7 +254,8 @@ class Write(Statement):
         if isinstance(old, Tensor) and (new.shape != old.shape or new.dtype != old.dtype):
             raise MisfitError
         pause.value = self.spot.put(pause.value, new)
-        pause.is_written |= pause.is_first and not uses_old
+        has_read = uses_old or self.spot.slot == "hidden"  # which is put into what was there
+        pause.is_written |= pause.is_first and not has_read
 
 
 @dataclass
