@@ -228,7 +228,8 @@ def _cells(
 ) -> tuple[dict[str, CellType], dict[str, CellType]]:
     """A cell for each free variable of the body; and those of them that are copies."""
     free = compiled.code.co_freevars
-    cells = {helper_name(name): CellType(value) for name, value in helpers.items()}
+    hidden = {helper_name(name): value for name, value in helpers.items()}
+    cells = {name: CellType(value) for name, value in hidden.items() if name in free}
     cells.update(
         shared_cells(frame, {name: names.slots[name] for name in free if name in names.slots})
     )

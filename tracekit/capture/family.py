@@ -48,7 +48,7 @@ class Spot(Protocol):
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class CellSpot:
     """A variable of a function, in its cell, or in a copy of its own if `is_private`."""
 
@@ -75,7 +75,7 @@ class CellSpot:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class ItemSpot:
     """A name of a module, or of another namespace."""
 
@@ -113,7 +113,7 @@ class Member:
         self.frame: FrameType | None = frame
         self.line = line
         self.keys = {name: spot.key for name, spot in spots.items()}
-        self.spots: dict[Key, Spot] = {spot.key: spot for spot in spots.values()}
+        self.spots: dict[Key, Spot] = {self.keys[name]: spot for name, spot in spots.items()}
         self.writes = frozenset(self.keys[name] for name in writes)
         self.own: dict[Key, object] = {}  # what the block bound, or unbound
         self.has_ended = False
