@@ -5,8 +5,11 @@ Imports neither torch nor transformers: tests/capture runs on interpreters that 
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -25,3 +28,14 @@ settings.load_profile("tracekit")
 def pytest_configure() -> None:
     """Let the tests press Ctrl-C: what a shell starts in the background ignores it from birth."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects_rest() -> None:
+    """Let the garbage collector pass over what the modules before have left.
+
+    Whoever asks it what there is (core/versions.py, for every value that was overwritten) looks at
+    all objects; those of a whole suite, with transformers, are a million.
+    """
+    gc.collect()
+    gc.freeze()
