@@ -29,7 +29,7 @@ test: lint suite
 
 ## make suite         the test suite only
 suite: $(VENV)/.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=10
 
 ## make lint          ruff and pyright only
 lint: $(VENV)/.stamp
