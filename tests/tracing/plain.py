@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,26 @@ def small(activation: nn.Module | None = None) -> nn.Sequential:
     """Linear, activation, Linear, of width 4."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 4), activation or nn.ReLU(), nn.Linear(4, 4))
+
+
+def stack(count: int = 3) -> nn.Sequential:
+    """Linears of width 4."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
+
+
+def check_nothing_stays(net: nn.Module, run: Callable[[], list[Tensor]]) -> None:
+    """Neither the first `run` on `net` nor a later one leaves a hook, or keeps what it gives."""
+    before, refs = state_of(net), list[weakref.ref[Tensor]]()
+    refs += map(weakref.ref, run())
+    gc.disable()
+    try:
+        for _ in range(2):
+            refs += map(weakref.ref, run())
+        assert refs and all(ref() is None for ref in refs)
+    finally:
+        gc.enable()
+    assert state_of(net) == before
 
 
 def copied(value: Any) -> Any:

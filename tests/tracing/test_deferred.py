@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import linecache
 import traceback
-import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.tracing.plain import X, plain_hooks, state_of
+from tests.tracing.plain import X, check_nothing_stays, plain_hooks
 from tracekit import Model, save, settings
 from tracekit.errors import (
     CaptureError,
@@ -516,23 +514,14 @@ def test_what_is_overwritten_later_is_refused_in_every_run() -> None:
 def test_a_later_run_leaves_no_hook_and_keeps_nothing() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model = Model(net)
-    before = state_of(net)
-    refs: list[Any] = []
 
-    def run() -> None:
+    def run() -> list[Tensor]:
         with model.trace(torch.ones(1, 2)):
             first = model[0].output
             second = model[1].output
-        refs.extend([weakref.ref(first), weakref.ref(second)])
+        return [first, second]
 
-    run()
-    gc.disable()
-    try:
-        run()
-        assert [ref() for ref in refs] == [None] * 4
-    finally:
-        gc.enable()
-    assert state_of(net) == before
+    check_nothing_stays(net, run)
 
 
 def test_the_graph_of_a_later_run_is_that_of_the_first() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import traceback
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tracing.plain import X, state_of
+from tests.tracing.plain import X, check_nothing_stays, stack
 from tracekit import Model, backward
 from tracekit.errors import OverwrittenError, RowsError, SiteOrderError
 from tracekit.interleave.mediator import Mediator
 
 RUNS = 3  # the first makes requests
-
-
-def stack(depth: int) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(*[nn.Linear(X.shape[1], X.shape[1]) for _ in range(depth)])
 
 
 class Branch(nn.Module):
@@ -199,26 +192,16 @@ def test_an_error_in_the_model_leaves_each_block_what_came_before() -> None:
 def test_later_runs_leave_no_hook_and_keep_nothing() -> None:
     net = stack(2)
     model = Model(net)
-    before = state_of(net)
-    refs: list[Any] = []
 
-    def run() -> None:
+    def run() -> list[Tensor]:
         with model.trace() as tracer:
             with tracer.invoke(X[:1].clone()):
                 first = model[0].output
             with tracer.invoke(X[1:2].clone()):
                 second = model[1].output
-        refs.extend([weakref.ref(first), weakref.ref(second)])
+        return [first, second]
 
-    run()
-    gc.disable()
-    try:
-        run()
-        run()
-        assert [ref() for ref in refs] == [None] * 6
-    finally:
-        gc.enable()
-    assert state_of(net) == before
+    check_nothing_stays(net, run)
 
 
 def test_the_graph_of_later_runs_is_that_of_the_first() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tracing.plain import X
+from tests.tracing.plain import X, stack
 from tracekit import Model, settings
 from tracekit.errors import (
     CaptureError,
@@ -32,11 +32,6 @@ def each_setting(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def line_of(error: BaseException) -> str | None:
     return traceback.extract_tb(error.__traceback__)[-1].line
-
-
-def stack(count: int = 3) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
 
 
 # -- which value ----------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class Execution:
         if len(blocks) < len(interventions):
             return None
         self._tree.refresh_if_changed()
-        return Glance(self._tree, self._kind, blocks)
+        return Glance(self._tree, self._kind, blocks, self._versions)
 
     def _run_at_a_glance(
         self, glance: Glance, interventions: Sequence[Intervention]
@@ -131,7 +131,7 @@ class Execution:
         error = None
         self._interleaver.mediators.clear()  # nobody asks for anything
         try:
-            glance.place(self._hooks, mediators, self._versions)
+            glance.place(self._hooks, mediators)
             error = self._run(glance, results)
             glance.answer(results, self._has_grad)
             for mediator, intervention in zip(mediators, interventions, strict=True):

@@ -138,13 +138,17 @@ class Glance:
     """What the blocks of one run ask; made before it."""
 
     def __init__(
-        self, tree: Tree, kind: object, blocks: Iterable[tuple[Asked, Rows | None]]
+        self,
+        tree: Tree,
+        kind: object,
+        blocks: Iterable[tuple[Asked, Rows | None]],
+        versions: Versions,
     ) -> None:
         self._tree = tree
+        self._versions = versions
         self._onlookers = [_Onlooker(asked, rows, kind) for asked, rows in blocks]
         self._taken: list[_Taken] = []  # in the order in which the model came to it
         self.thread = _NO_THREAD
-        self._versions = Versions()
 
     @property
     def is_proven(self) -> bool:
@@ -157,10 +161,9 @@ class Glance:
             self._tree.proven.clear()
         self._tree.proven.update(onlooker.key for onlooker in self._onlookers)
 
-    def place(self, hooks: Hooks, mediators: Iterable[Mediator], versions: Versions) -> None:
+    def place(self, hooks: Hooks, mediators: Iterable[Mediator]) -> None:
         """Put the hooks on, in front of the user's own: a block sees what the module gave."""
         self.thread = hooks.thread
-        self._versions = versions
         places: dict[Site, _Place | None] = {}
 
         def place_of(site: Site) -> _Place | None:

@@ -17,7 +17,7 @@ from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.layouts import layouts_of
 from tracekit.tracing.rows import AllRows, Copies, InvokeRows
 from tracekit.tracing.unentered import warn_if_dropped
-from tracekit.tracing.unison import forecasts
+from tracekit.tracing.unison import outlooks
 from tracekit.tracing.ways import HELPERS, Way
 
 _WAY_OUT = (
@@ -118,18 +118,18 @@ class Gathered(Way):
 
     def _interventions(self) -> list[Intervention]:
         members = self._family.members
-        foreseen = forecasts(self._blocks, members, self._tracer, self._tree)
+        known = outlooks(self._blocks, members, self._tracer, self._tree)
         return [
             Intervention(
                 member,
                 own,
                 member,
-                forecast=known.forecast,
-                asked=known.asked,
+                forecast=outlook.forecast,
+                asked=outlook.asked,
                 file=block.filename,
             )
-            for block, member, own, known in zip(
-                self._blocks, members, self._rows(), foreseen, strict=True
+            for block, member, own, outlook in zip(
+                self._blocks, members, self._rows(), known, strict=True
             )
         ]
 

@@ -20,33 +20,35 @@ from tracekit.tracing.foresight import forecast, foreseen
 from tracekit.tracing.glance import Asked
 
 
-class Known(NamedTuple):
+class Outlook(NamedTuple):
     """What is known of a block ahead of it."""
 
     forecast: Callable[[], Foretold | None] | None = None
     asked: Asked | None = None  # all of it, if no value decides
 
 
-def forecasts(
+def outlooks(
     blocks: Sequence[Block], members: Sequence[Member], tracer: object, tree: Tree
-) -> Sequence[Known]:
-    """What is known of each block; nothing of any if they must run beside the model."""
+) -> Sequence[Outlook]:
+    """Of each block; nothing is known of any if they must run beside the model."""
+    nothing = [Outlook()] * len(blocks)
     if not settings.defer_reads or not all(block.plan().is_complete for block in set(blocks)):
-        return [Known()] * len(blocks)
+        return nothing
+    if _share_names(blocks, members):
+        return nothing
     ahead = [
         (block, member.frame, tracer, tree, member.names_taken)
         for block, member in zip(blocks, members, strict=True)
     ]
     known = [found for each in ahead if (found := foreseen(*each)) is not None]
-    if not _are_apart(blocks, members, known):
-        return [Known()] * len(blocks)
+    if not _fill_in_order(blocks, known):
+        return nothing
     asked = [each for each, _ in known] if len(known) == len(blocks) else [None] * len(blocks)
-    return [Known(partial(forecast, *each), own) for each, own in zip(ahead, asked, strict=True)]
+    return [Outlook(partial(forecast, *each), own) for each, own in zip(ahead, asked, strict=True)]
 
 
-def _are_apart(
-    blocks: Sequence[Block], members: Sequence[Member], known: list[tuple[Asked, Scope]]
-) -> bool:
+def _share_names(blocks: Sequence[Block], members: Sequence[Member]) -> bool:
+    """Whether one of them may read a name that another binds."""
     places = Counter(blocks)
     writes = {
         block: {name for _, name in member.writes}
@@ -55,7 +57,13 @@ def _are_apart(
     for block, count in places.items():
         others = [other for other in places if other is not block or count > 1]
         if any(name in other.reads for other in others for name in writes[block]):
-            return False
+            return True
+    return False
+
+
+def _fill_in_order(blocks: Sequence[Block], known: list[tuple[Asked, Scope]]) -> bool:
+    """Whether containers are filled as the model gets there, if each block fills them behind it."""
+    places = set(blocks)
     if len(blocks) == 1 or not any(block.fills_containers for block in places):
         return True
     if len(known) < len(blocks):
