@@ -128,3 +128,7 @@ class Rows(Protocol):
     def narrow(self, visit: Visit, whole: object) -> Part:
         """The part of `whole`; RowsError if it can't be told."""
         ...
+
+    def span(self, rows: int) -> tuple[int, int]:
+        """Where the part begins and ends, of so many rows."""
+        ...

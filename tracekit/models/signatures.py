@@ -35,3 +35,13 @@ def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     """All arguments of `module.generate(*args, **kwargs)`, by name."""
     names = list(inspect.signature(type(module).generate).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def by_name_of_forward(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a call of the module, by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}

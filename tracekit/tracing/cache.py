@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping
-from typing import Any, final
+from typing import Any, Literal, final
 
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
 from tracekit.tracing.entries import Entries, Entry
 from tracekit.tracing.envoy import Envoy
+from tracekit.tracing.sequence import TokenSequence, calls_in_forwards, stitch
+from tracekit.tracing.timeline import Timeline
 
 
 @final
@@ -22,13 +24,19 @@ class Cache(Mapping[str, Entries]):
         self._entries: dict[str, list[Entry]] = {}
         self._aliases: dict[str, str] = {}
         self._asked: list[str] = []
+        self._timeline = Timeline()
         self._root = ""
         self._is_complete = False
 
     def _freeze(
-        self, entries: dict[str, list[Entry]], aliases: dict[str, str], asked: list[str]
+        self,
+        entries: dict[str, list[Entry]],
+        aliases: dict[str, str],
+        asked: list[str],
+        timeline: Timeline,
     ) -> None:
         """Take what was recorded; a Recorder calls this once, at the end of its run."""
+        self._timeline = timeline
         self._entries = entries
         self._aliases = aliases
         self._asked = asked
@@ -74,6 +82,35 @@ class Cache(Mapping[str, Entries]):
                 f"or ask for a module's .output in it."
             )
 
+    # -- by token -------------------------------------------------------------------------------
+
+    def sequence(
+        self,
+        path: str | Envoy,
+        of: Literal["output", "input"] = "output",
+        *,
+        call: int | None = None,
+        partial: bool = False,
+    ) -> TokenSequence:
+        """What a module gave for each token of the sequences: `[batch, positions, ...]`.
+
+        Of a generation, the steps put together: prompt and all new tokens but the last, which the
+        model never went over. A tensor, with `.tokens`, `.positions` and `.valid`, each
+        `[batch, positions]`. Each position is from the forward that came to it first; what was
+        drafted and rejected is left out; a row follows its beam. Of a tuple it is the first tensor,
+        as `.hidden`; `of="input"` takes the first input. `call` names one of several calls of the
+        module in each forward.
+
+        CacheError for what has no value for each token; and for what lacks some, unless
+        `partial=True`: `.positions` tells which there are.
+        """
+        entries = self[path]
+        if of not in ("output", "input"):
+            raise CacheError(f"of= is 'output' or 'input', not {of!r}.")
+        chosen = entries if call is None else calls_in_forwards(entries, call)
+        values = [entry.output if of == "output" else entry.input for entry in chosen]
+        return stitch(chosen, values, self._timeline, is_partial=partial)
+
     # -- by attribute ---------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -118,7 +155,7 @@ class Cache(Mapping[str, Entries]):
 def empty_cache() -> Cache:
     """The complete cache of a run that recorded nothing."""
     cache = Cache()
-    cache._freeze({}, {}, [])  # pyright: ignore[reportPrivateUsage] - same file
+    cache._freeze({}, {}, [], Timeline())  # pyright: ignore[reportPrivateUsage] - same file
     return cache
 
 

@@ -34,12 +34,13 @@ from tracekit.interleave.places import Places
 from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.worker import current_mediator, later_beside, run_beside, run_here
 from tracekit.tracing.cache import Cache
-from tracekit.tracing.call import EndStep, TracedCall
+from tracekit.tracing.call import Follower, TracedCall
 from tracekit.tracing.glance import Asked, Glance
 from tracekit.tracing.graph import Log
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.rows import AllRows, Copies
 from tracekit.tracing.select import Selector, select
+from tracekit.tracing.timeline import Timeline
 
 
 @final
@@ -84,10 +85,12 @@ class Execution:
         self._passage = Passage(self._places, self._places.watch_ends, self._places.watch_begins)
         self._versions = Versions()
         self.log = Log()
+        self.timeline = Timeline()
         self.mediators: list[Mediator] = []
         self._deferred: list[tuple[Mediator, Callable[[], None]]] = []
         self._recorders: list[Recorder] = []
         self._interleaver = Interleaver(self._passage, self._places, self, call.count_steps)
+        self._ticker: Interleaver | Glance = self._interleaver
         self._hooks.subscriber = self._interleaver
 
     def run(self, interventions: Sequence[Intervention]) -> BaseException | None:
@@ -199,7 +202,8 @@ class Execution:
     ) -> BaseException | None:
         try:
             self._interleaver.start()
-            result = self._call.make((steps or self._interleaver).end_step)
+            self._ticker = steps or self._interleaver
+            result = self._call.make(self)
             if results is not None:
                 results.append(result)
             self._interleaver.finish(result)
@@ -238,7 +242,9 @@ class Execution:
         own = current_mediator()
         rows = own.rows if own is not None and own in self.mediators else None
         rows = None if rows is None or rows.is_all else rows
-        recorder = Recorder(cache, self._tree, found, named, keep, self._kind, rows)
+        recorder = Recorder(
+            cache, self._tree, found, named, keep, self._kind, self.timeline, rows
+        )
         recorder.place(self._hooks, self._interleaver, inputs, outputs, grads)
         self._recorders.append(recorder)
         note = None if own is None or own not in self.mediators else own.note
@@ -285,8 +291,13 @@ class Execution:
         self._interleaver.mediators.insert(place, mediator)
         return mediator
 
+    def end_step(self) -> None:
+        """A decoding iteration has ended."""
+        self._ticker.end_step()
+
     def _close(self) -> None:
         self._call, self._edits = _OVER, ()
+        self.timeline.close()
         was_interrupted = False
         for clean in (self._interleaver.close, self._hooks.remove):
             is_clean = False
@@ -296,7 +307,7 @@ class Execution:
                     is_clean = True
                 except KeyboardInterrupt:  # first things first
                     was_interrupted = True
-        del self._interleaver, self._passage
+        del self._interleaver, self._passage, self._ticker
         if was_interrupted:
             raise KeyboardInterrupt
 
@@ -379,7 +390,7 @@ class Execution:
         return any(is_checkpointing(self._tree.module(ancestor)) for ancestor in above)
 
 
-def _run_again(_: EndStep | None) -> Any:
+def _run_again(_: Follower | None) -> Any:
     raise AssertionError("an Execution runs once")
 
 

@@ -31,6 +31,7 @@ from tracekit.interleave.hooks import Hooks, is_elsewhere
 from tracekit.tracing.arrivals import await_gradients
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.entries import ABSENT, Entry
+from tracekit.tracing.timeline import Timeline
 
 
 class Clock(Protocol):
@@ -61,8 +62,11 @@ class Recorder:
         named: set[str],
         keep: Keep,
         kind: object,
+        timeline: Timeline,
         rows: Rows | None = None,
     ) -> None:
+        self._timeline = timeline
+        self._marks: list[int] = []  # how many records there were when each forward began
         self._rows = rows  # of the block that records; None: all
         self._cache = cache
         self._tree = tree
@@ -82,6 +86,7 @@ class Recorder:
     def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool, grads: bool) -> None:
         """Put the hooks on; `run` tells the step."""
         self._thread, self._run = hooks.thread, run
+        self._timeline.subscribe(self._mark)
         if outputs:
             plain, copied = self._by_habit(Slot.OUTPUT)
             hooks.observe(plain, Slot.OUTPUT, self._see_output)
@@ -102,6 +107,9 @@ class Recorder:
         if len(plain) == len(self._modules):
             return plain, []
         return plain, [m for path, m in self._modules.items() if habits.get(path) is not False]
+
+    def _mark(self) -> None:
+        self._marks.append(len(self._records))
 
     # -- the hooks ------------------------------------------------------------------------------
 
@@ -221,7 +229,11 @@ class Recorder:
         self._learn(was_whole)
         found: dict[str, list[Entry]] = {}
         begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
+        passes = iter([*zip(self._marks, self._timeline.passes, strict=True), (-1, None)])
+        following, during = next(passes), None
         for index, (module, slot, step, value, _) in enumerate(self._records):
+            while index >= following[0] >= 0:
+                during, following = following[1], next(passes)
             path = self._paths[module]
             awaited = self._awaited.get(index, ABSENT)
             if slot is Slot.OUTPUT and begun.get(path):
@@ -232,13 +244,15 @@ class Recorder:
             is_again = bool(entries) and entries[-1].step == step
             call = entries[-1].call + 1 if is_again else 0
             if slot is Slot.OUTPUT:
-                entries.append(Entry(path, step, call, ABSENT, value, awaited))
+                entries.append(Entry(path, step, call, ABSENT, value, awaited, during))
             else:
-                entries.append(Entry(path, step, call, value, ABSENT))
+                entries.append(Entry(path, step, call, value, ABSENT, ABSENT, during))
                 begun.setdefault(path, []).append(entries[-1])
         self._awaited.clear()
         self._nodes.clear()
-        self._cache._freeze(found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        rows, timeline = self._rows, self._timeline
+        timeline = timeline if rows is None else timeline.narrowed(rows.span)
+        self._cache._freeze(found, self._tree.aliases, list(self._modules), timeline)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""
