@@ -41,6 +41,7 @@ class Passes:
         self._generating: Any = None  # what the decoding loop calls
         self._modules = [each for each in tree.modules.values() if is_transformers(each)]
         self._handles: list[RemovableHandle] = []
+        timeline.is_generation = True
         timeline.prompt, timeline.prompt_mask = self._known_prompt()
 
     def __enter__(self) -> Passes:
@@ -93,7 +94,7 @@ class Passes:
         is_main = not _is_side_branch() and module is self._generating
         start = self._start(given, length)
         kept = kept if isinstance(kept, int) else 0
-        self._timeline.begin(self._step, start, length, kept, is_main)
+        self._timeline.begin(self._step, rows, start, length, kept, is_main)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if not is_elsewhere(self._thread):

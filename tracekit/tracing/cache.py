@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, final
 
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
+from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import Entries, Entry
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.sequence import TokenSequence, calls_in_forwards, stitch
@@ -24,7 +25,7 @@ class Cache(Mapping[str, Entries]):
         self._entries: dict[str, list[Entry]] = {}
         self._aliases: dict[str, str] = {}
         self._asked: list[str] = []
-        self._timeline = Timeline()
+        self._changes = Changes(Timeline())
         self._root = ""
         self._is_complete = False
 
@@ -33,10 +34,10 @@ class Cache(Mapping[str, Entries]):
         entries: dict[str, list[Entry]],
         aliases: dict[str, str],
         asked: list[str],
-        timeline: Timeline,
+        changes: Changes,
     ) -> None:
         """Take what was recorded; a Recorder calls this once, at the end of its run."""
-        self._timeline = timeline
+        self._changes = changes
         self._entries = entries
         self._aliases = aliases
         self._asked = asked
@@ -109,7 +110,7 @@ class Cache(Mapping[str, Entries]):
             raise CacheError(f"of= is 'output' or 'input', not {of!r}.")
         chosen = entries if call is None else calls_in_forwards(entries, call)
         values = [entry.output if of == "output" else entry.input for entry in chosen]
-        return stitch(chosen, values, self._timeline, is_partial=partial)
+        return stitch(chosen, values, self._changes.timeline, is_partial=partial)
 
     # -- by attribute ---------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ class Cache(Mapping[str, Entries]):
 def empty_cache() -> Cache:
     """The complete cache of a run that recorded nothing."""
     cache = Cache()
-    cache._freeze({}, {}, [], Timeline())  # pyright: ignore[reportPrivateUsage] - same file
+    cache._freeze({}, {}, [], Changes(Timeline()))  # pyright: ignore[reportPrivateUsage] - same file
     return cache
 
 

@@ -30,8 +30,8 @@ from tracekit.interleave.duties import Rows
 from tracekit.interleave.hooks import Hooks, is_elsewhere
 from tracekit.tracing.arrivals import await_gradients
 from tracekit.tracing.cache import Cache
+from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import ABSENT, Entry
-from tracekit.tracing.timeline import Timeline
 
 
 class Clock(Protocol):
@@ -62,10 +62,11 @@ class Recorder:
         named: set[str],
         keep: Keep,
         kind: object,
-        timeline: Timeline,
+        changes: Changes,
         rows: Rows | None = None,
     ) -> None:
-        self._timeline = timeline
+        self._changes = changes
+        self._timeline = changes.timeline
         self._marks: list[int] = []  # how many records there were when each forward began
         self._rows = rows  # of the block that records; None: all
         self._cache = cache
@@ -250,9 +251,8 @@ class Recorder:
                 begun.setdefault(path, []).append(entries[-1])
         self._awaited.clear()
         self._nodes.clear()
-        rows, timeline = self._rows, self._timeline
-        timeline = timeline if rows is None else timeline.narrowed(rows.span)
-        self._cache._freeze(found, self._tree.aliases, list(self._modules), timeline)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
+        self._cache._freeze(found, self._tree.aliases, list(self._modules), changes)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tracekit.core.nest import describe, first_tensor
 from tracekit.errors import CacheError
 from tracekit.tracing.entries import Entry
-from tracekit.tracing.timeline import PADDING, Pass, Timeline, Transcript
+from tracekit.tracing.timeline import PADDING, Pass, Timeline, Transcript, fits
 
 
 @final
@@ -160,35 +160,29 @@ def _rows(pieces: list[Piece], transcript: Transcript) -> int:
 
 def _axis(path: str, pieces: list[Piece], rows: int) -> int:
     """Where the positions are in every piece: axis 1 or 2, or 0 with rows and positions in one."""
-    fits = [
+    found = [
         axis
         for axis in (1, 2, 0)
-        if all(_fits(piece.value, axis, _count(piece), rows) for piece in pieces)
+        if all(fits(piece.value, axis, _count(piece), rows) for piece in pieces)
     ]
-    if fits[:2] == [1, 2] and pieces[0].value.dim() > 3 and any(_count(each) > 1 for each in pieces):
+    if found[:2] == [1, 2] and pieces[0].value.dim() > 3 and any(_count(each) > 1 for each in pieces):
         raise CacheError(
             f"{path} gave {describe(pieces[0].value)}, and two of its axes may be the positions; "
             f"run it on another number of tokens, or read its entries."
         )
-    if not fits:
+    if not found:
         piece = pieces[0]
         raise CacheError(
             f"{path} gave {describe(piece.value)} in step {piece.one.step}, with no axis of "
             f"{_count(piece)} positions for {rows} rows; read its entries."
         )
-    return fits[0]
+    return found[0]
 
 
 def _count(piece: Piece) -> int:
     """How many positions the value has."""
     one = piece.one
     return one.kept if one.kept and _is_kept(piece.value, one) else one.length
-
-
-def _fits(value: Tensor, axis: int, count: int, rows: int) -> bool:
-    if axis == 0:
-        return value.dim() > 1 and value.shape[0] == rows * count
-    return value.dim() > axis and value.shape[axis] == count and value.shape[0] in (1, rows)
 
 
 def _part(piece: Piece, axis: int, rows: int) -> Tensor:

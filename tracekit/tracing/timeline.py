@@ -13,6 +13,10 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from tracekit.core.nest import describe
+from tracekit.core.site import Site
+from tracekit.errors import UnsupportedError
+
 PADDING = -1  # the own position of what is no token of its row
 NO_TOKEN = -1  # in the place of a token where only an embedding was given
 
@@ -22,6 +26,7 @@ class Pass(NamedTuple):
 
     index: int  # among all of the run
     step: int
+    rows: int
     start: int
     length: int
     kept: int = 0  # the last so many of them alone have logits; 0: all
@@ -75,6 +80,7 @@ class Timeline:
         self.prompt: int | None = None  # columns, where they are known before the first forward
         self.prompt_mask: Tensor | None = None  # [rows, prompt], where there is padding
         self.transcript: Transcript | None = None
+        self.is_generation = False
         # Runs one forward over `(transcript, with the last token too)`.
         self.rerun: Callable[[Transcript, bool], Any] | None = None
         self._subscribers: list[Callable[[], None]] = []
@@ -89,12 +95,12 @@ class Timeline:
         self._subscribers.append(begins)
 
     def begin(
-        self, step: int, start: int, length: int, kept: int = 0, is_main: bool = True
+        self, step: int, rows: int, start: int, length: int, kept: int = 0, is_main: bool = True
     ) -> None:
         """A forward begins, over so many positions from `start` on."""
         for begins in self._subscribers:
             begins()
-        self.passes.append(Pass(len(self.passes), step, start, length, kept, is_main))
+        self.passes.append(Pass(len(self.passes), step, rows, start, length, kept, is_main))
 
     def end_step(self, length: int) -> None:
         """A step has ended, with sequences of so many tokens."""
@@ -104,6 +110,7 @@ class Timeline:
         """That of the rows of one block."""
         other = Timeline()
         other.passes, other.lengths, other.prompt = self.passes, self.lengths, self.prompt
+        other.rerun = self.rerun
         if self.transcript is not None:
             other.transcript = self.transcript.narrowed(span)
         return other
@@ -119,15 +126,23 @@ class Timeline:
         ends = [each.stop for each in self.passes if each.step == 0 and each.is_main]
         return max(ends) if one.step else max(one.stop, *ends)
 
-    def own_positions(self, one: Pass, rows: int) -> Tensor:
-        """`[rows, length]`: the own positions of what a forward of so many rows goes over."""
+    def own_positions(self, one: Pass) -> Tensor:
+        """`[rows, length]`: the own positions of what a forward goes over."""
         mask = self.prompt_mask
         if mask is None:
-            return torch.arange(one.start, one.stop).expand(rows, -1)
+            return torch.arange(one.start, one.stop).expand(one.rows, -1)
         behind = max(0, one.stop - mask.shape[1])
         longer = torch.cat([mask, mask.new_ones(mask.shape[0], behind)], 1)
         own = own_positions(longer)[:, one.start : one.stop]
-        return own.repeat_interleave(rows // mask.shape[0], 0)
+        return own.repeat_interleave(one.rows // mask.shape[0], 0)
+
+    def own_prompt(self, prompt: int, rows: int) -> Tensor:
+        """`[rows]`: how many tokens of each row come before the column `prompt`."""
+        mask = self.prompt_mask
+        if mask is None:
+            return torch.full((rows,), prompt)
+        counted = mask[:, :prompt].long().sum(-1) + max(0, prompt - mask.shape[1])
+        return counted.repeat_interleave(rows // mask.shape[0], 0)
 
     def spans(self) -> list[tuple[int, int]]:
         """For each forward, the positions of it that are in the result, each in one forward alone.
@@ -156,6 +171,29 @@ class Timeline:
             return stops
         length = self.transcript.tokens.shape[1]
         return min(stops, length - 1 if self.lengths else length)
+
+
+def axis_of(site: Site, value: Tensor, one: Pass) -> tuple[int, int]:
+    """Where the positions of a forward are in `value`, and how many.
+
+    Axis 1 or 2, or 0 with rows and positions in one; UnsupportedError if nowhere.
+    """
+    kept = one.kept if 0 < one.kept < one.length else one.length
+    for axis in (1, 2, 0):
+        for count in (one.length, kept):
+            if fits(value, axis, count, one.rows):
+                return axis, count
+    raise UnsupportedError(
+        f"{site} is {describe(value)} in a forward over {one.length} positions of {one.rows} rows: it "
+        f"has no value for each position."
+    )
+
+
+def fits(value: Tensor, axis: int, count: int, rows: int) -> bool:
+    """Whether the positions may be in this axis of `value`; in 0 they are one with the rows."""
+    if axis == 0:
+        return value.dim() > 1 and value.shape[0] == rows * count
+    return value.dim() > axis and value.shape[axis] == count and value.shape[0] in (1, rows)
 
 
 def own_positions(is_real: Tensor) -> Tensor:
