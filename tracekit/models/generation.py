@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tracekit.capture import warn_user
 from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
+from tracekit.models.eager import eager
 from tracekit.models.lengths import count_steps
 from tracekit.models.passes import Passes, asked
+from tracekit.models.rerun import Rerun
 from tracekit.models.signatures import accepts, by_name, is_transformers
 from tracekit.tracing.call import Follower, TracedCall
 
@@ -57,6 +57,7 @@ def _generate(
             return module.generate(*args, **kwargs)
     given = by_name(module, args, kwargs)
     passes = Passes(tree, follower.timeline, given)
+    follower.timeline.rerun = Rerun(tree, given)
 
     def end_step(ids: Tensor) -> None:
         passes.end_step(ids)
@@ -99,23 +100,6 @@ def of_a_forward(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         )  # generate gives every row its own
         taken.setdefault("position_ids", columns.repeat(first.shape[0], 1))
     return taken
-
-
-def eager(tree: Tree) -> AbstractContextManager[Any]:
-    """Run compiled parts as Python: hooks placed after a compilation do not fire in it.
-
-    Says so once for each model.
-    """
-    if not tree.is_compiled():
-        return nullcontext()
-    own = tree.original or tree  # nobody knows of twins
-    if not own.was_told_eager:
-        own.was_told_eager = True
-        warn_user(
-            f"{type(tree.root).__name__} was compiled by torch; under a trace it runs as Python, "
-            f"and slower: what is compiled can't be seen or changed. Outside it stays compiled."
-        )
-    return torch.compiler.set_stance("force_eager")
 
 
 def _with_end_of_step(given: Any, end_step: Callable[[Tensor], None]) -> Any:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from tracekit.core.tree import Tree
 from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
+from tracekit.models.recompute import valid_tokens
 from tracekit.models.signatures import by_name_of_forward, is_transformers
 from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
 
@@ -118,15 +119,14 @@ class Passes:
         given = self._given
         if not is_own_generate(self._root) or self._root.config.is_encoder_decoder:
             return None, given.get("decoder_attention_mask")
-        ids, mask = self._given_ids(), given.get("attention_mask")
-        if ids is None:
-            embeds = given.get("inputs_embeds")
-            length = None if embeds is None else embeds.shape[1]
-        else:
-            length = ids.shape[1]
-        is_plain = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length
-        has_padding = is_plain and not bool(mask.all())
-        return length, mask.bool() if has_padding else None
+        ids = self._given_ids()
+        if ids is not None:
+            none = ids.new_zeros(ids.shape[0])
+            mask = valid_tokens(self._root, given, ids, new_tokens=none)
+            return ids.shape[1], None if bool(mask.all()) else mask
+        embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
+        has_padding = mask is not None and not bool(mask.all())
+        return None if embeds is None else embeds.shape[1], mask if has_padding else None
 
     def _given_ids(self) -> Tensor | None:
         ids = self._given.get("input_ids")

@@ -12,6 +12,7 @@ from tracekit.tracing.entries import Entries, Entry
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.sequence import TokenSequence, calls_in_forwards, stitch
 from tracekit.tracing.timeline import Timeline
+from tracekit.tracing.verify import Verification, verify
 
 
 @final
@@ -111,6 +112,20 @@ class Cache(Mapping[str, Entries]):
         chosen = entries if call is None else calls_in_forwards(entries, call)
         values = [entry.output if of == "output" else entry.input for entry in chosen]
         return stitch(chosen, values, self._changes.timeline, is_partial=partial)
+
+    def verify(self, tolerance: float | None = None) -> Verification:
+        """Whether what was recorded while the model generated is what one forward computes.
+
+        The model runs once over the final tokens, with the run's edits made again at the absolute
+        positions where they were made, and each site is compared with what was recorded. True if
+        all agree; shows as a table: site, largest deviation, where, verdict. `tolerance` is of the
+        largest value of a site; by default it is that of the dtype (float32 1e-5, bfloat16 2e-2).
+
+        CacheError if the run can't be made again: the model is gone, or an edit was of a kind that
+        belongs to no position.
+        """
+        self._check_complete("what verifies it")
+        return verify(self._entries, self._changes, tolerance)
 
     # -- by attribute ---------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class Changes:
         self.made: list[Change] = []
         self.at_positions: list[PositionEdit] = []
         self.span: Callable[[int], tuple[int, int]] | None = None  # the rows of one block
+        self.whole = self  # those of all rows
 
     def has(self, edit: PositionEdit) -> bool:
         """Whether the same line has made this edit before."""
@@ -60,7 +61,7 @@ class Changes:
     def narrowed(self, span: Callable[[int], tuple[int, int]]) -> Changes:
         """Those of the rows of one block."""
         other = Changes(self.timeline.narrowed(span))
-        other.made, other.at_positions, other.span = self.made, self.at_positions, span
+        other.whole, other.span = self, span
         return other
 
 
@@ -98,9 +99,7 @@ def _change(
     if is_same and changes(after) == version and version >= 0:
         return None
     how = How.IN_PLACE if is_same else How.REPLACED
-    if after.shape != before.shape or after.dtype.is_complex != before.dtype.is_complex:
+    if after.shape != before.shape or not before.is_floating_point():
         return how, None
-    if not before.is_floating_point():
-        return (how, None) if not bool((after == before).all()) else None
     added = after.detach() - before
     return None if is_same and not bool(added.any()) else (how, added)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast, final
 
 import torch
@@ -26,7 +26,7 @@ class TokenSequence(Tensor):
     `.tokens`: `[batch, positions]`, the token that each value belongs to (-1: it was given as an
     embedding). `.positions`: the same shape, the token's place in its own row, from 0 (-1: it is
     padding). `.valid`: the same shape, False for padding and behind the end of a row: what is
-    there belongs to no token. What is computed from it is a plain tensor.
+    there belongs to no token. `.columns`: which columns of the batch it has. What is computed from it is a plain tensor.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore - as torch.nn.Parameter has it
@@ -34,6 +34,7 @@ class TokenSequence(Tensor):
     tokens: Tensor
     positions: Tensor
     valid: Tensor
+    columns: list[int]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         plain = self.as_subclass(Tensor)
@@ -77,40 +78,62 @@ def stitch(
             f"{path}: the tokens of this run are not known, so there is no sequence of them: it was "
             f"stopped before its first step was over, or its generate() is none of transformers'."
         )
-    pieces = _pieces(entries, values, timeline)
-    columns = [column for piece in pieces for column in range(piece.start, piece.stop)]
+    laid = lay_out(path, _tensors(entries, values), timeline, transcript)
     if not is_partial:
-        _check_whole(path, columns, timeline.total)
-    joined = _joined(path, pieces, transcript)
-    return _labelled(joined, transcript, columns)
+        _check_whole(path, laid.columns, timeline.total)
+    return _labelled(laid.value, transcript, laid.columns)
 
 
-def _pieces(entries: Sequence[Entry], values: list[Any], timeline: Timeline) -> list[Piece]:
+class Laid(NamedTuple):
+    """Values of a site by position: `[rows, columns, ...]`, of these columns."""
+
+    value: Tensor
+    columns: list[int]
+    axis: int  # where the positions are in the site's own values; 0: in one with the rows
+
+
+def lay_out(
+    path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timeline, transcript: Transcript
+) -> Laid:
+    """What a site gave in these forwards, by position; CacheError for what is no such thing."""
+    pieces = _pieces(path, tensors, timeline)
+    columns = [column for piece in pieces for column in range(piece.start, piece.stop)]
+    axis = _axis(path, pieces, _rows(transcript))
+    return Laid(_joined(pieces, axis, transcript), columns, axis)
+
+
+def _tensors(entries: Sequence[Entry], values: list[Any]) -> Iterator[tuple[Pass, Tensor]]:
+    for entry, value in zip(entries, values, strict=True):
+        if entry.during is None:
+            continue
+        tensor = value if isinstance(value, Tensor) else first_tensor(value)
+        if tensor is None:
+            raise CacheError(f"{entry.path} gave {describe(value)}, with no tensor.")
+        yield entry.during, tensor
+
+
+def _pieces(
+    path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timeline
+) -> list[Piece]:
     """Of each forward, the positions that no earlier one has, in order."""
     spans = timeline.spans()
     pieces: list[Piece] = []
-    for entry, value in zip(entries, values, strict=True):
-        one = entry.during
-        if one is None:
-            continue
+    for one, tensor in tensors:
         start, stop = spans[one.index]
-        tensor = first_tensor(value)
-        if tensor is None:
-            raise CacheError(f"{entry.path} gave {describe(value)}, with no tensor.")
         if one.kept and _is_kept(tensor, one):
             start = max(start, one.stop - one.kept)
         if start >= stop:
             continue
         if pieces and pieces[-1].one is one:
             raise CacheError(
-                f"{entry.path} ran several times in one forward (step {entry.step}), so it has "
-                f"several sequences: name one, as in cache.sequence(path, call=0)."
+                f"{path} ran several times in one forward (step {one.step}), so it has several "
+                f"sequences: name one, as in cache.sequence(path, call=0)."
             )
         pieces.append(Piece(tensor, one, start, stop))
     if not pieces:
         raise CacheError(
-            f"{entries[0].path} ran outside the decoder's forwards (an encoder, for one), so it has "
-            f"no value for each token; read its entries."
+            f"{path} ran outside the decoder's forwards (an encoder, for one), so it has no value "
+            f"for each token; read its entries."
         )
     return pieces
 
@@ -134,28 +157,24 @@ def _check_whole(path: str, columns: list[int], total: int) -> None:
 # -- axes -----------------------------------------------------------------------------------------
 
 
-def _joined(path: str, pieces: list[Piece], transcript: Transcript) -> Tensor:
+def _joined(pieces: list[Piece], axis: int, transcript: Transcript) -> Tensor:
     """`[rows, positions, ...]` of all pieces."""
-    rows = _rows(pieces, transcript)
-    axis = _axis(path, pieces, rows)
+    rows = _rows(transcript)
     parts = [_part(piece, axis, rows) for piece in pieces]
-    lineage = transcript.lineage
-    if lineage is not None:
-        clamped = lineage.clamp(min=0)
+    if any(part.shape[0] != rows for part in parts):
+        parts = [part.expand(rows, *part.shape[1:]) for part in parts]
+    if transcript.lineage is not None:
+        lineage = transcript.lineage.clamp(min=0).to(parts[0].device)
         parts = [
-            part.index_select(0, clamped[:, piece.start].to(part.device))
+            part.index_select(0, lineage[:, piece.start])
             for part, piece in zip(parts, pieces, strict=True)
         ]
-    elif any(part.shape[0] != rows for part in parts):
-        parts = [part.expand(rows, *part.shape[1:]) for part in parts]
     return torch.cat(parts, 1)
 
 
-def _rows(pieces: list[Piece], transcript: Transcript) -> int:
+def _rows(transcript: Transcript) -> int:
     """How many rows the forwards had: not those of the result, where beams were left behind."""
-    if transcript.lineage is None:
-        return transcript.tokens.shape[0]
-    return transcript.batch
+    return transcript.tokens.shape[0] if transcript.lineage is None else transcript.batch
 
 
 def _axis(path: str, pieces: list[Piece], rows: int) -> int:
@@ -207,4 +226,5 @@ def _labelled(joined: Tensor, transcript: Transcript, columns: list[int]) -> Tok
     if transcript.lineage is not None:
         valid = valid & (transcript.lineage != PADDING)
     made.valid = valid[:, chosen]
+    made.columns = columns
     return made

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracekit.core.nest import describe
 from tracekit.core.site import Site
@@ -70,6 +70,19 @@ class Transcript:
         return own_positions(self.is_real)
 
 
+class Rerunning(Protocol):
+    """Runs the model again over the tokens of a transcript, in one forward."""
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The model's modules by path; CacheError if it is gone."""
+        ...
+
+    def __call__(self, transcript: Transcript, include_last: bool) -> None:
+        """One forward over all tokens, or all but the last."""
+        ...
+
+
 @final
 class Timeline:
     """The forwards of one run, as they come, and its Transcript when it is over."""
@@ -81,8 +94,7 @@ class Timeline:
         self.prompt_mask: Tensor | None = None  # [rows, prompt], where there is padding
         self.transcript: Transcript | None = None
         self.is_generation = False
-        # Runs one forward over `(transcript, with the last token too)`.
-        self.rerun: Callable[[Transcript, bool], Any] | None = None
+        self.rerun: Rerunning | None = None
         self._subscribers: list[Callable[[], None]] = []
 
     @property
