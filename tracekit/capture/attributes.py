@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from types import CodeType, FrameType
 from typing import Final
 
@@ -32,7 +33,7 @@ def _followed_by(code: CodeType, name: str) -> frozenset[int]:
     """Where attributes are taken of which `name` is taken next, as `f_lasti` may say it."""
     found: set[int] = set()
     steps = steps_of(code)
-    for step, after in zip(steps, steps[1:], strict=False):
+    for step, after in pairwise(steps):
         is_pair = step.name in _TAKES_ATTRIBUTE and after.name in _TAKES_ATTRIBUTE
         if is_pair and name in re.split(r"\W+", after.detail):
             found.update(range(step.reported, after.first, 2))

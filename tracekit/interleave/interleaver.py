@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, final
 
 from tracekit.core.site import Site, Slot, Visit
@@ -64,7 +64,7 @@ class Witness(Protocol):
         """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
         ...
 
-    def look(self, visit: Visit, value: object) -> list[Look]:
+    def look(self, visit: Visit, value: object) -> Sequence[Look]:
         """Blocks are about to see `value`; who wants to know what becomes of it."""
         ...
 

@@ -124,12 +124,13 @@ class Passes:
             none = ids.new_zeros(ids.shape[0])
             mask = valid_tokens(self._root, given, ids, new_tokens=none)
             return ids.shape[1], None if bool(mask.all()) else mask
-        embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
+        embeds: Any = given.get("inputs_embeds")
+        mask = given.get("attention_mask")
         has_padding = mask is not None and not bool(mask.all())
         return None if embeds is None else embeds.shape[1], mask if has_padding else None
 
     def _given_ids(self) -> Tensor | None:
-        ids = self._given.get("input_ids")
+        ids: Any = self._given.get("input_ids")
         ids = self._given.get("inputs") if ids is None else ids
         is_plain = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
         return ids if is_plain and ids.shape[1] else None

@@ -32,7 +32,7 @@ _NOT_KEPT: Final = frozenset(
 
 @final
 class Rerun:
-    """Runs the model of `tree` again, on the inputs of a generation and the tokens it ended with."""
+    """Runs the model of `tree` again, on what was given and the tokens that it ended with."""
 
     def __init__(self, tree: Tree, given: dict[str, Any]) -> None:
         self._tree = weakref.ref(tree)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor
@@ -93,7 +93,9 @@ class At:
             raise InputError(
                 f"what is written at positions is a tensor or a number, not {describe(operand)}."
             )
-        return PositionEdit(self._site, self._chosen, partial(_operated, features, operation, operand))
+        return PositionEdit(
+            self._site, self._chosen, partial(_operated, features, operation, operand)
+        )
 
     def _make(self, change: Change) -> None:
         self._place(PositionEdit(self._site, self._chosen, change))
@@ -203,8 +205,8 @@ class PositionEdit:
         """NeverRanError if no forward went over what was chosen."""
         if not self.has_fired:
             raise NeverRanError(
-                f"the edit of {self.site} at {self.chosen!r} ({self.line}) was never made: no forward "
-                f"of the module went over these positions. The last new token is never run."
+                f"the edit of {self.site} at {self.chosen!r} ({self.line}) was never made: no "
+                f"forward of the module went over these positions. The last new token is never run."
             )
 
 
@@ -237,10 +239,10 @@ def _spread(value: Tensor, places: Tensor, count: int | None, written: Tensor) -
     return written.expand(value.shape[0], *written.shape[1:])[rows, place]
 
 
-def _features(index: Any) -> tuple[Any, ...]:
+def _features(index: object) -> tuple[Any, ...]:
     """What of each token's value is meant by `at[:, :, 3]` or `at[..., 3]`."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if parts == (slice(None),) or parts == (...,):
+    parts: tuple[Any, ...] = cast("Any", index) if isinstance(index, tuple) else (index,)
+    if len(parts) == 0 or parts == (slice(None),) or parts == (...,):
         return ()
     if parts[0] is ...:
         return tuple(parts[1:])

@@ -93,6 +93,7 @@ class Cache(Mapping[str, Entries]):
         *,
         call: int | None = None,
         partial: bool = False,
+        flat: bool = False,
     ) -> TokenSequence:
         """What a module gave for each token of the sequences: `[batch, positions, ...]`.
 
@@ -101,7 +102,8 @@ class Cache(Mapping[str, Entries]):
         `[batch, positions]`. Each position is from the forward that came to it first; what was
         drafted and rejected is left out; a row follows its beam. Of a tuple it is the first tensor,
         as `.hidden`; `of="input"` takes the first input. `call` names one of several calls of the
-        module in each forward.
+        module in each forward; `flat=True` says of values with rows and positions in one axis (a
+        router's) that they are in it row by row.
 
         CacheError for what has no value for each token; and for what lacks some, unless
         `partial=True`: `.positions` tells which there are.
@@ -111,7 +113,8 @@ class Cache(Mapping[str, Entries]):
             raise CacheError(f"of= is 'output' or 'input', not {of!r}.")
         chosen = entries if call is None else calls_in_forwards(entries, call)
         values = [entry.output if of == "output" else entry.input for entry in chosen]
-        return stitch(chosen, values, self._changes.timeline, is_partial=partial)
+        timeline = self._changes.timeline
+        return stitch(chosen, values, timeline, is_partial=partial, is_flat=flat)
 
     def verify(self, tolerance: float | None = None) -> Verification:
         """Whether what was recorded while the model generated is what one forward computes.

@@ -47,7 +47,12 @@ class Changes:
         self.made: list[Change] = []
         self.at_positions: list[PositionEdit] = []
         self.span: Callable[[int], tuple[int, int]] | None = None  # the rows of one block
-        self.whole = self  # those of all rows
+        self._of: Changes | None = None  # those of all rows, if these are not
+
+    @property
+    def whole(self) -> Changes:
+        """Those of all rows."""
+        return self if self._of is None else self._of
 
     def has(self, edit: PositionEdit) -> bool:
         """Whether the same line has made this edit before."""
@@ -61,7 +66,7 @@ class Changes:
     def narrowed(self, span: Callable[[int], tuple[int, int]]) -> Changes:
         """Those of the rows of one block."""
         other = Changes(self.timeline.narrowed(span))
-        other.whole, other.span = self, span
+        other._of, other.span = self, span
         return other
 
 

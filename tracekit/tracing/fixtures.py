@@ -75,9 +75,7 @@ class Fixtures:
         cache = Cache()
         rows = mediator.rows if mediator is not None else None
         rows = None if rows is None or rows.is_all else rows
-        recorder = Recorder(
-            cache, self._tree, modules, named, keep, self._kind, self.changes, rows
-        )
+        recorder = Recorder(cache, self._tree, modules, named, keep, self._kind, self.changes, rows)
         recorder.place(self._hooks, self._run, inputs, outputs, grads)
         self._recorders.append(recorder)
         return cache

@@ -82,7 +82,9 @@ def _numbers(given: Any) -> list[int]:
         return [given]
     if isinstance(given, (range, Sequence)):
         numbers = list(cast("Sequence[Any]", given))
-        if numbers and all(isinstance(each, int) and not isinstance(each, bool) for each in numbers):
+        if numbers and all(
+            isinstance(each, int) and not isinstance(each, bool) for each in numbers
+        ):
             return numbers
     raise _unknown(given)
 

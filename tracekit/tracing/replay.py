@@ -76,7 +76,7 @@ def _made_again(changes: Changes, transcript: Transcript) -> Iterator[tuple[Site
             continue
         tensors = [(made.during, made.value) for made in group]
         try:
-            laid = lay_out(str(site), tensors, changes.timeline, transcript)  # pyright: ignore[reportArgumentType] - neither is None here
+            laid = lay_out(str(site), tensors, changes.timeline, transcript, is_flat=True)  # pyright: ignore[reportArgumentType] - neither is None here
         except TracekitError as error:
             raise _not_again(site, error.args[0]) from None
         yield site, _Again(call, leaf, how, laid)
@@ -86,7 +86,7 @@ def _call_in_forward(made: Change, timeline: Timeline) -> int:
     """The how-manieth call of its module in the forward; calls are counted in a step."""
     if made.during is None:
         return made.call
-    before = [each for each in timeline.passes[: made.during.index] if each.step == made.step]
+    before = [each for each in timeline.passes[: made.during.place] if each.step == made.step]
     if not before:
         return made.call
     if made.call == len(before):
@@ -108,8 +108,10 @@ def _changed(value: Any, again: _Again, one: Pass) -> Any:
     if not found:
         return value
     new = _with(found[0], again, one)
-    return value if new is found[0] else map_leaves(
-        lambda leaf: new if leaf is found[0] else leaf, value
+    return (
+        value
+        if new is found[0]
+        else map_leaves(lambda leaf: new if leaf is found[0] else leaf, value)
     )
 
 
@@ -134,6 +136,6 @@ def _with(tensor: Tensor, again: _Again, one: Pass) -> Tensor:
 
 def _not_again(site: Site, why: str) -> CacheError:
     return CacheError(
-        f"this run can't be made again in one forward, as {site} was changed in it: {why}. Change it "
-        f"with .at(positions), or compare with a run of your own."
+        f"this run can't be made again in one forward, as {site} was changed in it: {why}. Change "
+        f"it with .at(positions), or compare with a run of your own."
     )

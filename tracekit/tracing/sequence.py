@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class TokenSequence(Tensor):
     `.tokens`: `[batch, positions]`, the token that each value belongs to (-1: it was given as an
     embedding). `.positions`: the same shape, the token's place in its own row, from 0 (-1: it is
     padding). `.valid`: the same shape, False for padding and behind the end of a row: what is
-    there belongs to no token. `.columns`: which columns of the batch it has. What is computed from it is a plain tensor.
+    there belongs to no token. `.columns`: which columns of the batch it has. What is computed
+    from it is a plain tensor.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore - as torch.nn.Parameter has it
@@ -65,20 +66,26 @@ def calls_in_forwards(entries: Sequence[Entry], call: int) -> list[Entry]:
 
 
 def stitch(
-    entries: Sequence[Entry], values: list[Any], timeline: Timeline, *, is_partial: bool = False
+    entries: Sequence[Entry],
+    values: list[Any],
+    timeline: Timeline,
+    *,
+    is_partial: bool = False,
+    is_flat: bool = False,
 ) -> TokenSequence:
     """The sequence that `values`, of the `entries` of one module, make.
 
-    CacheError for what is no sequence, and for a part of one unless `is_partial`.
+    CacheError for what is no sequence, for a part of one unless `is_partial`, and for values with
+    rows and positions in one axis unless `is_flat` says that they are in it row by row.
     """
     path = entries[0].path
     transcript = timeline.transcript
     if transcript is None:
         raise CacheError(
-            f"{path}: the tokens of this run are not known, so there is no sequence of them: it was "
-            f"stopped before its first step was over, or its generate() is none of transformers'."
+            f"{path}: the tokens of this run are not known, so there is no sequence of them: it "
+            f"was stopped before its first step was over, or is no generation of transformers."
         )
-    laid = lay_out(path, _tensors(entries, values), timeline, transcript)
+    laid = lay_out(path, _tensors(entries, values), timeline, transcript, is_flat)
     if not is_partial:
         _check_whole(path, laid.columns, timeline.total)
     return _labelled(laid.value, transcript, laid.columns)
@@ -93,12 +100,22 @@ class Laid(NamedTuple):
 
 
 def lay_out(
-    path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timeline, transcript: Transcript
+    path: str,
+    tensors: Iterable[tuple[Pass, Tensor]],
+    timeline: Timeline,
+    transcript: Transcript,
+    is_flat: bool = False,
 ) -> Laid:
     """What a site gave in these forwards, by position; CacheError for what is no such thing."""
     pieces = _pieces(path, tensors, timeline)
     columns = [column for piece in pieces for column in range(piece.start, piece.stop)]
-    axis = _axis(path, pieces, _rows(transcript))
+    axis = _axis(path, pieces, _rows(transcript), is_flat)
+    sizes = {piece.value.movedim(axis, 0).shape[2:] for piece in pieces}
+    if len(sizes) > 1:
+        raise CacheError(
+            f"{path} gave values of other sizes in each forward, {describe(pieces[0].value)} and "
+            f"{describe(pieces[-1].value)}; read its entries."
+        )
     return Laid(_joined(pieces, axis, transcript), columns, axis)
 
 
@@ -112,14 +129,12 @@ def _tensors(entries: Sequence[Entry], values: list[Any]) -> Iterator[tuple[Pass
         yield entry.during, tensor
 
 
-def _pieces(
-    path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timeline
-) -> list[Piece]:
+def _pieces(path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timeline) -> list[Piece]:
     """Of each forward, the positions that no earlier one has, in order."""
     spans = timeline.spans()
     pieces: list[Piece] = []
     for one, tensor in tensors:
-        start, stop = spans[one.index]
+        start, stop = spans[one.place]
         if one.kept and _is_kept(tensor, one):
             start = max(start, one.stop - one.kept)
         if start >= stop:
@@ -177,17 +192,27 @@ def _rows(transcript: Transcript) -> int:
     return transcript.tokens.shape[0] if transcript.lineage is None else transcript.batch
 
 
-def _axis(path: str, pieces: list[Piece], rows: int) -> int:
+def _axis(path: str, pieces: list[Piece], rows: int, is_flat: bool) -> int:
     """Where the positions are in every piece: axis 1 or 2, or 0 with rows and positions in one."""
     found = [
         axis
         for axis in (1, 2, 0)
         if all(fits(piece.value, axis, _count(piece), rows) for piece in pieces)
     ]
-    if found[:2] == [1, 2] and pieces[0].value.dim() > 3 and any(_count(each) > 1 for each in pieces):
+    if (
+        found[:2] == [1, 2]
+        and pieces[0].value.dim() > 3
+        and any(_count(each) > 1 for each in pieces)
+    ):
         raise CacheError(
             f"{path} gave {describe(pieces[0].value)}, and two of its axes may be the positions; "
             f"run it on another number of tokens, or read its entries."
+        )
+    if found == [0] and not is_flat:
+        raise CacheError(
+            f"{path} gave {describe(pieces[0].value)}, with rows and positions in one axis, in an "
+            f"order that is not known: experts sort tokens, routers do not. If it is row by row, "
+            f"write cache.sequence(path, flat=True)."
         )
     if not found:
         piece = pieces[0]
@@ -219,7 +244,7 @@ def _part(piece: Piece, axis: int, rows: int) -> Tensor:
 def _labelled(joined: Tensor, transcript: Transcript, columns: list[int]) -> TokenSequence:
     is_all = columns == list(range(len(columns)))
     chosen: Any = slice(0, len(columns)) if is_all else columns
-    made = cast("TokenSequence", joined.as_subclass(TokenSequence))
+    made = joined.as_subclass(TokenSequence)
     made.tokens = transcript.tokens[:, chosen]
     made.positions = transcript.own_positions()[:, chosen]
     valid = transcript.is_real

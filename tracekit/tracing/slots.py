@@ -34,8 +34,8 @@ class Slots(ABC):
     def _spot(self, slot: Slot) -> Spot:
         """What `.at(positions)` is asked of, in the place of a value; nothing is read for it."""
         raise UnsupportedError(
-            f"{self._path} is an operation inside a module: positions can be chosen of what modules "
-            f"give, as in model.transformer.h[0].output.at('prompt')."
+            f"{self._path} is an operation inside a module: positions can be chosen of what "
+            f"modules give, as in model.transformer.h[0].output.at('prompt')."
         )
 
     @property

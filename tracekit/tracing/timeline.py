@@ -24,7 +24,7 @@ NO_TOKEN = -1  # in the place of a token where only an embedding was given
 class Pass(NamedTuple):
     """One forward of the decoder: over the positions from `start` to `start + length`."""
 
-    index: int  # among all of the run
+    place: int  # among all of the run
     step: int
     rows: int
     start: int
@@ -196,8 +196,8 @@ def axis_of(site: Site, value: Tensor, one: Pass) -> tuple[int, int]:
             if fits(value, axis, count, one.rows):
                 return axis, count
     raise UnsupportedError(
-        f"{site} is {describe(value)} in a forward over {one.length} positions of {one.rows} rows: it "
-        f"has no value for each position."
+        f"{site} is {describe(value)} in a forward over {one.length} positions of {one.rows} "
+        f"rows: it has no value for each position."
     )
 
 

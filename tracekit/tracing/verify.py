@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tracekit.core.nest import first_input, first_tensor
 from tracekit.core.site import Site, Slot
-from tracekit.errors import CacheError
+from tracekit.errors import CacheError, TracekitError
 from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
 from tracekit.tracing.changes import Changes
@@ -159,39 +159,62 @@ class _Comparison:
         if not recorded:
             return
         label = f"{path}.{name}" + (f" (call {call})" if call else "")
-        try:
-            check = self._compared(label, recorded, slot, call, value)
-        except CacheError as error:
-            check = Check(label, None, None, None, error.args[0].partition(": ")[0])
-        self._found[path, name, call] = check
-
-    def _compared(
-        self, label: str, entries: list[Entry], slot: Slot, call: int, value: Any
-    ) -> Check:
         values: Callable[[Entry], Any] = (
             (lambda entry: entry.input) if slot is Slot.INPUT else (lambda entry: entry.output)
         )
         tensor = first_tensor(first_input(value) if slot is Slot.INPUT else value)
+        try:
+            check = self._compared(label, recorded, values, call, tensor)
+        except TracekitError as error:
+            check = Check(label, None, None, None, _reason(error))
+        self._found[path, name, call] = check
+
+    def _compared(
+        self,
+        label: str,
+        entries: list[Entry],
+        values: Callable[[Entry], Any],
+        call: int,
+        tensor: Tensor | None,
+    ) -> Check:
         if tensor is None:
-            raise CacheError("it has no tensor: ")
+            raise CacheError("it has no tensor")
         if all(entry.during is None for entry in entries):
             return self._compared_as_it_is(label, entries[call : call + 1], values, tensor)
         chosen = calls_in_forwards(entries, call)
-        recorded = stitch(
-            chosen, [values(each) for each in chosen], self._changes.timeline, is_partial=True
-        )
-        again = self._rows(self._by_position(label, tensor))
-        again = again[:, recorded.columns].to(recorded.device)
-        return self._judged(label, recorded.as_subclass(Tensor), again, recorded)
+        try:
+            return self._compared_by_position(label, chosen, values, tensor)
+        except TracekitError:
+            if len(chosen) > 1:
+                raise
+            return self._compared_as_it_is(label, chosen, values, tensor)
 
-    def _by_position(self, label: str, tensor: Tensor) -> Tensor:
-        """`[rows, positions, ...]` of a value of the recompute."""
+    def _compared_by_position(
+        self, label: str, chosen: list[Entry], values: Callable[[Entry], Any], tensor: Tensor
+    ) -> Check:
+        recorded = stitch(
+            chosen,
+            [values(each) for each in chosen],
+            self._changes.timeline,
+            is_partial=True,
+            is_flat=True,
+        )
+        axis, laid = self._by_position(label, tensor)
+        again = self._rows(laid)[:, recorded.columns].to(recorded.device)
+        check = self._judged(label, recorded.as_subclass(Tensor), again, recorded)
+        if axis == 0 and not check.is_right:
+            raise CacheError("rows and positions are in one axis, in an order of its own")
+        return check
+
+    def _by_position(self, label: str, tensor: Tensor) -> tuple[int, Tensor]:
+        """Where the positions are in a value of the recompute, and `[rows, positions, ...]`."""
         one = self._one
         axis, _ = axis_of(Site(label, Slot.OUTPUT), tensor, one)
         if axis == 0:
-            return tensor.unflatten(0, (one.rows, one.length))
+            return 0, tensor.unflatten(0, (one.rows, one.length))
         laid = tensor.movedim(axis, 1)
-        return laid if laid.shape[0] == one.rows else laid.expand(one.rows, *laid.shape[1:])
+        is_whole = laid.shape[0] == one.rows
+        return axis, laid if is_whole else laid.expand(one.rows, *laid.shape[1:])
 
     def _rows(self, laid: Tensor) -> Tensor:
         span = self._changes.span
@@ -203,20 +226,20 @@ class _Comparison:
         """What runs once, outside the decoder's forwards: an encoder, for one."""
         recorded = first_tensor(values(entries[0])) if entries else None
         if recorded is None:
-            raise CacheError("it ran more often in one forward: ")
+            raise CacheError("it ran more often in one forward")
         again = self._rows(tensor).to(recorded.device)
         if again.shape != recorded.shape and recorded.shape[:1] and again.shape[:1]:
             repeats = max(1, again.shape[0] // max(1, recorded.shape[0]))
             recorded = recorded.repeat_interleave(repeats, 0)
         if again.shape != recorded.shape:
-            raise CacheError("it runs over other numbers of rows or positions in one forward: ")
+            raise CacheError("it runs over other rows or positions in one forward")
         return self._judged(label, recorded, again, None)
 
     def _judged(
         self, label: str, recorded: Tensor, again: Tensor, sequence: TokenSequence | None
     ) -> Check:
         if recorded.shape != again.shape:
-            raise CacheError(f"it has another shape in one forward, {tuple(again.shape)}: ")
+            raise CacheError(f"it has another shape in one forward, {tuple(again.shape)}")
         limit = self._given or max(_tolerance(recorded.dtype), _tolerance(again.dtype))
         self.tolerance = max(self.tolerance, limit)
         own, other = recorded.detach().double(), again.detach().to(recorded.dtype).double()
@@ -232,7 +255,7 @@ class _Comparison:
         largest = largest[largest.isfinite()]
         scale = float(largest.max()) if largest.numel() else 1.0
         if not distance.numel():
-            raise CacheError("it has no values: ")
+            raise CacheError("it has no values")
         place = int(distance.argmax())
         deviation = float(distance.flatten()[place]) / (scale or 1.0)
         where = torch.unravel_index(torch.tensor(place), distance.shape)
@@ -240,6 +263,10 @@ class _Comparison:
         position = sequence.columns[int(where[1])] if sequence is not None else None
         verdict = "right" if deviation <= limit else "WRONG"
         return Check(label, deviation, row, position, verdict)
+
+
+def _reason(error: TracekitError) -> str:
+    return f"not compared: {error.args[0]:.90}"
 
 
 def _tolerance(dtype: torch.dtype) -> float:
