@@ -189,6 +189,34 @@ class Passes:
         return behind | is_pad
 
 
+def tell_forward(module: Any, timeline: Timeline, given: dict[str, Any]) -> None:
+    """Write one forward of a decoder or an encoder into `timeline`: all of it is prompt.
+
+    An encoder-decoder has positions of two kinds in one forward: of it nothing is told.
+    """
+    config = getattr(module, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", True):
+        return
+    size = _size(module, given)
+    if size is None:
+        return
+    measured = (_measured(given.get(name)) for name in _KV_CACHES)
+    before = next((length for length in measured if length), 0)
+    rows, length = size
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    is_plain = isinstance(mask, Tensor) and mask.shape == (rows, before + length)
+    timeline.prompt = before + length
+    timeline.prompt_mask = mask.bool() if is_plain and mask is not None else None
+    tokens = torch.full((rows, before + length), NO_TOKEN)
+    if isinstance(ids, Tensor):
+        tokens[:, before:] = ids
+    is_real = timeline.prompt_mask
+    is_real = torch.ones_like(tokens, dtype=torch.bool) if is_real is None else is_real.cpu()
+    timeline.transcript = Transcript(tokens, is_real, timeline.prompt)
+    kept = given.get("logits_to_keep")
+    timeline.begin(0, rows, before, length, kept if isinstance(kept, int) else 0)
+
+
 def asked(module: Any, given: dict[str, Any], name: str) -> Any:
     """What a generation goes by: what is given, over a given configuration, over the module's."""
     if given.get(name) is not None:
