@@ -186,6 +186,7 @@ class PositionEdit:
         own = timeline.own_positions(one)[:, one.length - count :]
         own_prompt = timeline.own_prompt(prompt, one.rows)
         places = self.chosen.places(own, one.stop - count, prompt, own_prompt)
+        places[:, : max(0, timeline.untouched - (one.stop - count))] = PADDING
         if self.span is None:
             return places
         own, found = self.span.of(one.rows), torch.full_like(places, PADDING)

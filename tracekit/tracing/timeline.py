@@ -94,6 +94,7 @@ class Timeline:
         self.prompt_mask: Tensor | None = None  # [rows, prompt], where there is padding
         self.transcript: Transcript | None = None
         self.is_generation = False
+        self.untouched = 0  # so many positions are not to be edited: a prefix was there before
         self.rerun: Rerunning | None = None
         self.is_wanted = False  # somebody asks, or may ask while the run goes on
         self._subscribers: list[Callable[[], None]] = []
