@@ -63,6 +63,7 @@ class Recorder:
         kind: object,
         rows: Rows | None = None,
     ) -> None:
+        cache._filling = self  # pyright: ignore[reportPrivateUsage] - the recorder fills it
         self._rows = rows  # of the block that records; None: all
         self._cache = cache
         self._tree = tree
@@ -78,6 +79,8 @@ class Recorder:
         self._handed_out: set[int] = set()  # storages that blocks have seen
         self._awaited: dict[int, Any] = {}  # record -> its gradients, to come
         self._nodes: list[Any] = []  # what those wait at, until the model goes on
+        self._found: dict[str, list[Entry]] = {}
+        self._begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
 
     def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool, grads: bool) -> None:
         """Put the hooks on; `run` tells the step."""
@@ -219,8 +222,51 @@ class Recorder:
         run did not overwrite may yet be overwritten by another.
         """
         self._learn(was_whole)
-        found: dict[str, list[Entry]] = {}
-        begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
+        self._list()
+        self._awaited.clear()
+        self._nodes.clear()
+        self._cache._freeze(self._found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+
+    def list_so_far(self) -> None:
+        """Put what was recorded until now into the cache, in memory of its own.
+
+        Whoever reads it may keep it, or change it, and the model goes on with what it had. For a
+        recorder without gradients, between two calls of modules. What was overwritten is left out,
+        and raises OverwrittenError once.
+        """
+        self._take_out_overwritten()
+        self._records = [self._with_own(record) for record in self._records]
+        self._list()
+        self._records.clear()
+        self._sharing.clear()
+        self._indexed = 0
+        self._cache._show(self._found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+
+    def _take_out_overwritten(self) -> None:
+        error = None
+        for record in self._records[:]:
+            try:
+                self._check(record)
+            except OverwrittenError as caught:
+                self._records = [other for other in self._records if other is not record]
+                error = error or caught
+        if error is not None:
+            self._sharing.clear()
+            self._indexed = 0
+            try:
+                raise error
+            finally:
+                del error  # this frame is in its traceback
+
+    def _with_own(self, record: Record) -> Record:
+        habit = self._habits[record.slot].get(self._paths[record.module])
+        if self._keep.clone or (self._keep.detach and habit is not False):
+            return record  # it was copied when it was recorded
+        return record._replace(value=map_leaves(_cloned, record.value))
+
+    def _list(self) -> None:
+        """Make entries of the records."""
+        found, begun = self._found, self._begun
         for index, (module, slot, step, value, _) in enumerate(self._records):
             path = self._paths[module]
             awaited = self._awaited.get(index, ABSENT)
@@ -236,9 +282,6 @@ class Recorder:
             else:
                 entries.append(Entry(path, step, call, value, ABSENT))
                 begun.setdefault(path, []).append(entries[-1])
-        self._awaited.clear()
-        self._nodes.clear()
-        self._cache._freeze(found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""
@@ -265,3 +308,7 @@ class Recorder:
             elif was_whole:
                 self._habits[slot].setdefault(path, False)
         self._originals.clear()
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
