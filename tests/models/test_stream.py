@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStre
 from tests.tiny_models import SPECS, generate, make
 from tests.tracing.plain import changing, is_same, plain_hooks, state_of
 from tracekit import LanguageModel, Model
+from tracekit.core.nest import first_tensor, tensors
 from tracekit.errors import (
     CacheError,
     InputError,
@@ -61,8 +62,12 @@ def ways() -> dict[str, dict[str, Any]]:
         "several of each": {"do_sample": True, "num_return_sequences": 3},
         "chunked prefill": {"do_sample": False, "prefill_chunk_size": 4},
         "guidance": {"do_sample": False, "guidance_scale": 1.5},
-        "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 2},
-        "assisted": {"do_sample": False, "assistant_model": make("gpt2", seed=1)[0]},
+        "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 2, "eos_token_id": 126},
+        "assisted": {
+            "do_sample": False,
+            "assistant_model": make("gpt2", seed=1)[0],
+            "eos_token_id": 126,
+        },
         "static kv_cache": {"do_sample": False, "cache_implementation": "static"},
     }
 
@@ -94,7 +99,7 @@ def test_the_tokens_of_a_stream_are_those_of_generate(way: str, net: Any, model:
 
 def test_prompt_lookup_brings_several_tokens_in_one_step(model: Model) -> None:
     ids = REPEATING.repeat(1, 3)
-    items = list(greedily(model, ids, 12, prompt_lookup_num_tokens=3))
+    items = list(greedily(model, ids, 12, prompt_lookup_num_tokens=3, eos_token_id=126))
     assert {item.shape[0] for item in items} == {1}
     assert sum(item.shape[1] for item in items) == 12 > len(items)
 
@@ -316,7 +321,7 @@ def test_a_cache_that_nobody_reads_is_complete_at_the_end(net: Any, model: Model
     with plain_hooks(net) as seen:
         stream = greedily(model, capture="transformer.h.*")
         list(stream)
-    assert all(map(torch.equal, stream.cache[H0].outputs, seen[H0]))
+    assert all(map(is_same, stream.cache[H0].outputs, seen[H0]))
 
 
 def test_after_a_stop_the_cache_has_what_was_recorded(net: Any, model: Model) -> None:
@@ -326,7 +331,7 @@ def test_after_a_stop_the_cache_has_what_was_recorded(net: Any, model: Model) ->
             if step == 2:
                 break
     assert len(stream.cache[H0]) == 3
-    assert all(map(torch.equal, stream.cache[H0].outputs, seen[H0]))
+    assert all(map(is_same, stream.cache[H0].outputs, seen[H0]))
 
 
 def test_changing_what_was_read_changes_nothing_else(net: Any, model: Model) -> None:
@@ -335,10 +340,10 @@ def test_changing_what_was_read_changes_nothing_else(net: Any, model: Model) -> 
     stream = greedily(model, capture=None)
     for _ in stream:
         for entries in stream.cache.values():
-            for leaf in [entries[-1].output] * isinstance(entries[-1].output, Tensor):
-                leaf.fill_(1e9)
+            for leaf in tensors(entries[-1].output):
+                leaf.fill_(7)
     assert torch.equal(stream.result, expected)
-    assert bool((stream.cache[H0][0].output == 1e9).all())
+    assert bool((stream.cache[H0][0].hidden == 7).all())
 
 
 def test_options_of_the_cache_are_those_of_tracer_cache(model: Model) -> None:
@@ -413,14 +418,18 @@ def test_a_left_stream_tells_of_what_was_overwritten_when_it_is_closed() -> None
 # -- interventions --------------------------------------------------------------------------------
 
 
-def _louder(output: Tensor) -> Tensor:
-    return output.flip(-1) * 1.7
+def _louder(hidden: Any) -> Tensor:
+    return hidden.flip(-1) * 1.7
+
+
+def _louder_output(output: Any) -> Any:
+    return _louder(output) if isinstance(output, Tensor) else (_louder(output[0]), *output[1:])
 
 
 @pytest.fixture
 def loud(net: Any) -> Tensor:
     """The tokens of a model that plain hooks edit."""
-    with changing(net.transformer.h[0], _louder):
+    with changing(net.transformer.h[0], _louder_output):
         tokens = net.generate(input_ids=REPEATING, max_new_tokens=5, do_sample=False)
     plain = net.generate(input_ids=REPEATING, max_new_tokens=5, do_sample=False)
     assert not torch.equal(tokens, plain)
@@ -433,20 +442,20 @@ def test_declared_edits_are_made_in_each_step(net: Any, model: Model, loud: Tens
     assert torch.equal(joined(items), loud[:, REPEATING.shape[1] :])
     with plain_hooks(net) as seen:
         net.generate(input_ids=REPEATING, max_new_tokens=1)
-    assert torch.equal(stream.cache[H0][0].output, _louder(seen[H0][0]))
+    assert torch.equal(stream.cache[H0][0].hidden, _louder(first_tensor(seen[H0][0])))
 
 
 def test_lasting_edits_are_made_and_those_of_the_stream_after_them(
     net: Any, model: Model, loud: Tensor
 ) -> None:
     with model.edit() as steered:
-        steered.transformer.h[0].output = _louder(steered.transformer.h[0].output)
+        steered.transformer.h[0].hidden = _louder(steered.transformer.h[0].hidden)
     assert torch.equal(joined(list(greedily(steered))), loud[:, REPEATING.shape[1] :])
     stream = greedily(steered, edits=[(model.transformer.h[0], lambda h: h + 1)], capture=H0)
     with plain_hooks(net) as seen:
         net.generate(input_ids=REPEATING, max_new_tokens=1)
     next(iter(stream))
-    assert torch.equal(stream.cache[H0][0].output, _louder(seen[H0][0]) + 1)
+    assert torch.equal(stream.cache[H0][0].hidden, _louder(first_tensor(seen[H0][0])) + 1)
 
 
 def test_a_function_runs_beside_all_steps(model: Model, loud: Tensor) -> None:
@@ -454,7 +463,7 @@ def test_a_function_runs_beside_all_steps(model: Model, loud: Tensor) -> None:
 
     def follow(tracer: Any) -> str:
         for step in tracer.iter[:]:
-            model.transformer.h[0].output = _louder(model.transformer.h[0].output)
+            model.transformer.h[0].hidden = _louder(model.transformer.h[0].hidden)
             told.append(step)
         return "done"
 
@@ -481,7 +490,7 @@ def test_a_function_may_make_caches_and_take_the_result(model: Model) -> None:
 def test_a_function_that_stops_the_run_ends_the_stream(model: Model) -> None:
     def stop(tracer: Any) -> None:
         tracer.next(2)
-        model.transformer.h[0].output.sum()
+        model.transformer.h[0].hidden.sum()
         tracer.stop()
 
     stream = greedily(model, run=stop, capture=H0)
@@ -566,7 +575,7 @@ def test_no_other_thread_reads_the_cache_while_the_model_runs(model: Model) -> N
 
     def read(tracer: Any) -> None:
         for _ in tracer.iter[1:3]:
-            model.transformer.h[1].output.sum()
+            model.transformer.h[1].hidden.sum()
             try:
                 streams[0].cache[H0]
             except CacheError as error:

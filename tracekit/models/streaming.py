@@ -95,12 +95,11 @@ class _Items(Iterator[Any]):
 
     @showing_own_lines
     def __next__(self) -> Any:
-        items = self._relay.advance()
         try:
+            items = self._relay.advance()
             return self._shown(items[0]) if items else self._rest()
-        except StopIteration:
-            raise
-        except BaseException:
+        except BaseException:  # the end, too
+            self._texts = None
             self._relay.close()
             raise
 
@@ -109,7 +108,7 @@ class _Items(Iterator[Any]):
 
     def _rest(self) -> Any:
         texts, self._texts = self._texts, None
-        rest = texts.end() if texts is not None else None
+        rest = texts.end() if texts is not None and not self._relay.was_left else None
         if rest is None:
             raise StopIteration
         return rest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, final
+from weakref import ReferenceType
 
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
 from tracekit.tracing.entries import Entries, Entry
@@ -27,7 +28,7 @@ class Cache(Mapping[str, Entries]):
     stream can be read between two items, too: it has the entries so far.
     """
 
-    _filling: Filling | None = None  # until it is complete
+    _filling: ReferenceType[Filling] | None = None  # until it is complete
     _is_standing: Callable[[], bool] | None = None  # the model, so that it can be read
 
     def __init__(self) -> None:
@@ -96,8 +97,9 @@ class Cache(Mapping[str, Entries]):
                 f"the cache is complete when the trace has ended: read {what} after the block, "
                 f"or ask for a module's .output in it."
             )
-        if self._filling is not None:
-            self._filling.list_so_far()
+        filling = self._filling() if self._filling is not None else None
+        if filling is not None:
+            filling.list_so_far()
 
     @property
     def _is_hidden(self) -> bool:

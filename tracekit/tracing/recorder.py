@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol, final
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ class Recorder:
         kind: object,
         rows: Rows | None = None,
     ) -> None:
-        cache._filling = self  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        cache._filling = ref(self)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
         self._rows = rows  # of the block that records; None: all
         self._cache = cache
         self._tree = tree

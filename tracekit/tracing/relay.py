@@ -47,6 +47,11 @@ class Relay:
         """Whether the run has begun, and waits to be asked for more."""
         return self._thread is not None and not self._is_busy and not self.is_over
 
+    @property
+    def was_left(self) -> bool:
+        """Whether it was closed before its end."""
+        return self._is_closing
+
     def advance(self) -> list[Any]:
         """The next item, in a list, or an empty list if the run is over; raises its error."""
         if self.is_over:
@@ -65,7 +70,10 @@ class Relay:
 
     def close(self) -> None:
         """Let the run end where it stands; raises what it ended with, other than that."""
-        if self.is_over or os.getpid() != self._process:  # its thread is in the parent alone
+        if self.is_over:
+            self._drop_error()  # that of a run that ended just when Ctrl-C came
+            return
+        if os.getpid() != self._process:  # its thread is in the parent alone
             return
         self._check_turn()
         self._is_closing = True
@@ -79,6 +87,7 @@ class Relay:
             except KeyboardInterrupt:  # first things first
                 was_interrupted = True
         if was_interrupted:
+            self._drop_error()
             raise KeyboardInterrupt
         self._raise_error()
 
@@ -126,6 +135,10 @@ class Relay:
                 raise error
             finally:
                 del error  # its frames refer to this one
+
+    def _drop_error(self) -> None:
+        if self._thread is not None:
+            self._thread.error = None
 
     # -- the run's side -------------------------------------------------------------------------
 
