@@ -97,6 +97,12 @@ def test_the_tokens_of_a_stream_are_those_of_generate(way: str, net: Any, model:
     assert state_of(net) == before
 
 
+def test_ids_may_be_given_by_position(net: Any, model: Model) -> None:
+    stream = model.generate_stream(REPEATING, max_new_tokens=5, do_sample=False)
+    expected = net.generate(input_ids=REPEATING, max_new_tokens=5, do_sample=False)
+    assert torch.equal(joined(list(stream)), expected[:, REPEATING.shape[1] :])
+
+
 def test_prompt_lookup_brings_several_tokens_in_one_step(model: Model) -> None:
     ids = REPEATING.repeat(1, 3)
     items = list(greedily(model, ids, 12, prompt_lookup_num_tokens=3, eos_token_id=126))
@@ -344,6 +350,38 @@ def test_changing_what_was_read_changes_nothing_else(net: Any, model: Model) -> 
                 leaf.fill_(7)
     assert torch.equal(stream.result, expected)
     assert bool((stream.cache[H0][0].hidden == 7).all())
+
+
+class Constant(nn.Module):
+    """Returns its own memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.zeros(32))
+
+    def forward(self) -> Any:
+        return self.value
+
+
+class Shifts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = Constant()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by()
+
+
+def test_what_was_read_is_not_the_memory_of_the_model() -> None:
+    net: Any = make("gpt2")[0]
+    net.lm_head = nn.Sequential(Shifts(), net.lm_head)
+    model = Model(net)
+    list(greedily(model, capture="lm_head.0.by"))  # it is known to be left alone
+    stream = greedily(model, capture="lm_head.0.by")
+    for _ in stream:
+        stream.cache["lm_head.0.by"][-1].output.fill_(7)
+    assert not net.lm_head[0].by.value.any()
+    assert all(bool((each == 7).all()) for each in stream.cache["lm_head.0.by"].outputs)
 
 
 def test_options_of_the_cache_are_those_of_tracer_cache(model: Model) -> None:
