@@ -20,7 +20,7 @@ from tests.models.test_stream import H0, REPEATING, greedily, joined
 from tests.tiny_models import make
 from tests.tracing.plain import state_of
 from tests.tracing.test_memory import found_by_collecting, living
-from tracekit import LanguageModel, Model
+from tracekit import LanguageModel, Model, settings
 from tracekit.errors import StreamError
 
 NEW = 4
@@ -176,6 +176,11 @@ def left_with_a_function_waiting(model: Model) -> None:
     assert left
 
 
+def left_with_a_progress_bar(model: Model) -> None:
+    for _ in stream_of(model, progress=True):
+        break
+
+
 def stopped_by_the_function(model: Model) -> None:
     def stop(tracer: Any) -> None:
         tracer.next()
@@ -252,6 +257,7 @@ ENDS: list[Callable[[Model], None]] = [
     an_error_in_an_edit,
     an_error_in_the_function,
     left_with_a_function_waiting,
+    left_with_a_progress_bar,
     stopped_by_the_function,
     with_all_kinds_of_edits,
     control_c_in_the_loop,
@@ -385,13 +391,36 @@ def test_a_trace_while_an_abandoned_stream_stands_still(model: Model, plain: Ten
     assert len(list(items)) == NEW - 1
 
 
-def test_a_stream_in_the_block_of_a_trace(model: Model, plain: Tensor) -> None:
-    with torch.no_grad(), model.trace(REPEATING):
+@pytest.mark.parametrize("is_lifted", [True, False])
+def test_a_stream_in_the_block_of_a_trace(is_lifted: bool, model: Model, plain: Tensor) -> None:
+    def follow(tracer: Any) -> None:
+        for _ in tracer.iter[:]:
+            model.transformer.h[0].hidden += 0
+
+    with torch.no_grad(), settings.changed(lift_blocks=is_lifted), model.trace(REPEATING):
         hidden = model.transformer.h[0].hidden
-        items = list(stream_of(model))
+        items = list(stream_of(model, run=follow))
         later = model.transformer.h[1].hidden
     assert has_ended_with(items, plain)
     assert hidden.shape == later.shape
+
+
+def test_a_forgotten_stream_is_closed_wherever_the_collector_runs(
+    net: Any, model: Model, plain: Tensor
+) -> None:
+    before = state_of(net)
+    circle: list[Any] = [iter(stream_of(model, capture=None))]
+    next(circle[0])
+    circle.append(circle)
+    del circle
+    assert state_of(net) != before
+
+    def collect(_: Tensor) -> None:
+        gc.collect()
+
+    items = list(stream_of(model, edits=[(H0, collect)]))
+    assert has_ended_with(items, plain)
+    assert state_of(net) == before
 
 
 def test_streams_in_threads(model: Model, plain: Tensor) -> None:

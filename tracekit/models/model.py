@@ -127,11 +127,11 @@ class Model(Envoy):
         `stream.result` is what `generate` returned.
         """
         self._check_generates()
-        check_streams(self._tree.root, options)
         texts = self._texts(args, return_type, skip_special_tokens)
 
         def plan(streamer: Streamer) -> Plan:
             call = self._generation(args, {**options, "streamer": streamer})
+            check_streams(self._tree.root, options)  # which has its weights by now
             lasting = self._interventions()
             more = dict(cache_options or {})
             return Plan(self._tree, call, lasting, capture, more, edits, run)
