@@ -110,18 +110,29 @@ def test_prompt_lookup_brings_several_tokens_in_one_step(model: Model) -> None:
     assert sum(item.shape[1] for item in items) == 12 > len(items)
 
 
-@pytest.mark.parametrize("name", ["t5", "bart", "mamba", "jamba", "rwkv", "qwen2_5_vl", "whisper"])
-def test_other_families_stream_too(name: str) -> None:
-    if name not in SPECS:
-        pytest.skip(f"no {name} under this transformers")
-    spec = SPECS[name]
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.generate])
+def test_every_architecture_streams_what_it_generates(name: str) -> None:
     net, inputs = make(name)
-    expected = generate(name, net, inputs)
-    options = {**spec.gen_inputs(inputs), **spec.generation}
-    stream = Model(net).generate_stream(**options, max_new_tokens=3, do_sample=False)
-    items = list(stream)
-    assert torch.equal(joined(items), expected[:, -3:])
+    expected, before = generate(name, net, inputs), state_of(net)
+    options = options_of(name, inputs)
+    with plain_hooks(net) as seen:
+        stream = Model(net).generate_stream(**options, capture=None)
+        items = []
+        for item in stream:
+            items.append(item)
+            for path, values in seen.items():
+                assert is_same(stream.cache[path][-1].output, values[-1])
     assert torch.equal(stream.result, expected)
+    assert torch.equal(joined(items), expected[:, -joined(items).shape[1] :])
+    for _ in Model(net).generate_stream(**options, capture=None):
+        break
+    assert state_of(net) == before
+
+
+def options_of(name: str, inputs: Any) -> dict[str, Any]:
+    spec = SPECS[name]
+    defaults = {"max_new_tokens": 3, "do_sample": False}
+    return {**defaults, **spec.gen_inputs(inputs), **spec.generation}
 
 
 def test_ids_are_copies(model: Model) -> None:
