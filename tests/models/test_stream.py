@@ -363,6 +363,21 @@ def test_changing_what_was_read_changes_nothing_else(net: Any, model: Model) -> 
     assert bool((stream.cache[H0][0].hidden == 7).all())
 
 
+def test_a_function_may_edit_in_place_what_the_loop_reads_and_changes(model: Model) -> None:
+    def follow(tracer: Any) -> None:
+        for _ in tracer.iter[:]:
+            hidden = model.transformer.h[0].mlp.hidden
+            hidden.mul_(1.5)
+
+    expected = joined(list(greedily(model, run=follow)))
+    stream, items = greedily(model, run=follow, capture=None), []
+    for item in stream:
+        items.append(item)
+        for leaf in tensors([entries[-1].output for entries in stream.cache.values()]):
+            leaf.fill_(7)
+    assert torch.equal(joined(items), expected)
+
+
 class Constant(nn.Module):
     """Returns its own memory."""
 

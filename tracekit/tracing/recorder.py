@@ -82,6 +82,9 @@ class Recorder:
         self._nodes: list[Any] = []  # what those wait at, until the model goes on
         self._found: dict[str, list[Entry]] = {}
         self._begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
+        self._listed = 0  # records of which there are entries
+        self._read = 0  # of those, the ones that were read meanwhile: in memory of their own
+        self._refused: set[int] = set()  # records of which there will be none
 
     def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool, grads: bool) -> None:
         """Put the hooks on; `run` tells the step."""
@@ -184,7 +187,7 @@ class Recorder:
         """
         if not self._keep.detach:
             return  # a copy would have no gradient; should it be overwritten, that is refused
-        for index in range(self._indexed, len(self._records)):
+        for index in range(max(self._indexed, self._read), len(self._records)):
             for tensor in tensors(self._records[index].value):
                 key = storage_key(tensor)
                 if key is not None:
@@ -195,6 +198,8 @@ class Recorder:
             if key is not None:
                 self._handed_out.add(key)
                 for index in self._sharing.pop(key, ()):
+                    if index < self._read or index in self._refused:
+                        continue
                     self._check(self._records[index])
                     self._records[index] = self._with_own_memory(self._records[index])
 
@@ -235,29 +240,28 @@ class Recorder:
         recorder without gradients, between two calls of modules. What was overwritten is left out,
         and raises OverwrittenError once.
         """
-        self._take_out_overwritten()
-        self._records = [self._with_own(record) for record in self._records]
+        self._refuse_overwritten()
+        for index in range(self._read, len(self._records)):
+            self._records[index] = self._with_own(self._records[index])
         self._list()
-        self._records.clear()
-        self._sharing.clear()
-        self._indexed = 0
+        self._read = self._listed
         self._cache._show(self._found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
-    def _take_out_overwritten(self) -> None:
-        error = None
-        for record in self._records[:]:
+    def _refuse_overwritten(self) -> None:
+        errors: list[OverwrittenError] = []
+        for index in range(self._read, len(self._records)):
+            if index in self._refused:
+                continue
             try:
-                self._check(record)
-            except OverwrittenError as caught:
-                self._records = [other for other in self._records if other is not record]
-                error = error or caught
-        if error is not None:
-            self._sharing.clear()
-            self._indexed = 0
-            try:
-                raise error
-            finally:
-                del error  # this frame is in its traceback
+                self._check(self._records[index])
+            except OverwrittenError as error:
+                self._refused.add(index)
+                errors.append(error)
+        try:
+            if errors:
+                raise errors[0]
+        finally:
+            errors.clear()  # this frame is in its traceback
 
     def _with_own(self, record: Record) -> Record:
         habit = self._habits[record.slot].get(self._paths[record.module])
@@ -268,7 +272,10 @@ class Recorder:
     def _list(self) -> None:
         """Make entries of the records."""
         found, begun = self._found, self._begun
-        for index, (module, slot, step, value, _) in enumerate(self._records):
+        for index in range(self._listed, len(self._records)):
+            if index in self._refused:
+                continue
+            module, slot, step, value, _ = self._records[index]
             path = self._paths[module]
             awaited = self._awaited.get(index, ABSENT)
             if slot is Slot.OUTPUT and begun.get(path):
@@ -283,12 +290,16 @@ class Recorder:
             else:
                 entries.append(Entry(path, step, call, value, ABSENT))
                 begun.setdefault(path, []).append(entries[-1])
+        self._listed = len(self._records)
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""
-        for record in self._records:
+        for index in range(self._read, len(self._records)):
+            record = self._records[index]
             then = record.versions
-            if not (isinstance(then, int) and then >= 0 and record.value._version == then):
+            if isinstance(then, int) and then >= 0 and record.value._version == then:
+                continue
+            if index not in self._refused:
                 self._check(record)
         if not was_whole or len(self._cache) == len(self._modules):
             return
