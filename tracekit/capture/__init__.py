@@ -3,6 +3,7 @@
 Knows nothing of models and imports no torch.
 """
 
+from tracekit.capture.attributes import takes_next
 from tracekit.capture.block import Block, Body, capture
 from tracekit.capture.family import Family, Member
 from tracekit.capture.forecast import Plan
@@ -47,6 +48,7 @@ __all__ = [
     "showing_own_lines",
     "skip_body",
     "suspendable",
+    "takes_next",
     "text_of",
     "user_traceback",
     "users_frame",

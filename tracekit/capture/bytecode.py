@@ -66,7 +66,8 @@ class _Step(NamedTuple):
         return self.last if sys.version_info >= (3, 11) else self.first
 
 
-def _steps(code: CodeType) -> list[_Step]:
+def steps_of(code: CodeType) -> list[_Step]:
+    """The instructions of `code` that do something, in order."""
     steps: list[_Step] = []
     first: int | None = None
     for item in dis.get_instructions(code):
@@ -82,7 +83,7 @@ def _steps(code: CodeType) -> list[_Step]:
 
 
 def _find_sites(code: CodeType) -> WithSites:
-    steps = _steps(code)
+    steps = steps_of(code)
     calls: set[int] = set()
     entries: list[int] = []
     for index, step in enumerate(steps):
@@ -103,7 +104,7 @@ def body_start(code: CodeType, entry: int) -> BodyStart:
     target is bound will do, unless it lies in a `try` that opens the body (whose handlers and
     `finally` would see the exception) or behind a body that has no code.
     """
-    steps = _steps(code)
+    steps = steps_of(code)
     index = next(index for index, step in enumerate(steps) if step.reported == entry) + 1
     target, body = index, _after_target(steps, index)
     handlers = _Handlers(code)

@@ -52,6 +52,10 @@ class Run(Protocol):
         """The operations of what runs at `path`, sites from now on, or raise if it runs already."""
         ...
 
+    def edit_at_positions(self, mediator: Mediator, edit: object, line: str) -> None:
+        """Make an edit of tokens, in all forwards to come."""
+        ...
+
     def hand_out(self, visit: Visit, value: object, whole: object, is_own: bool) -> None:
         """A block may change `value`, a part of `whole`, or written by itself if `is_own`."""
         ...
@@ -127,4 +131,8 @@ class Rows(Protocol):
 
     def narrow(self, visit: Visit, whole: object) -> Part:
         """The part of `whole`; RowsError if it can't be told."""
+        ...
+
+    def span(self, rows: int) -> tuple[int, int]:
+        """Where the part begins and ends, of so many rows."""
         ...

@@ -1,6 +1,7 @@
 """Put PyTorch hooks on modules for one run, in tiers, and take every one of them off again."""
 
 # Guarantees:
+#   - edits of positions come before interventions, in the order in which they were made;
 #   - interventions come before the user's own hooks, observers after them: so transformers' own
 #     capture (output_hidden_states) sees an edit, and a cache sees what the model goes on with;
 #   - a hook acts only on the thread whose forward pass this run is: traces in other threads,
@@ -59,6 +60,7 @@ class Hooks:
         self._skippables: dict[str, Callable[[], None]] = {}  # what takes each of them back
         self._rewritten: list[Callable[[], None]] = []
         self._observers: list[tuple[list[nn.Module], Slot, ForwardHook]] = []
+        self._edits: list[tuple[Any, int]] = []  # the dictionary that each is in, and its key
         self.subscriber: Any = None  # a Subscriber from the start of the run to its end
 
     # -- INTERVENTION ---------------------------------------------------------------------------
@@ -100,6 +102,25 @@ class Hooks:
         key = self._put(module._forward_pre_hooks, begin, is_first=True)
         self._put(module._forward_hooks, hook, is_first=True, key=key)
 
+    # -- EDIT -----------------------------------------------------------------------------------
+
+    def edit(self, path: str, slot: Slot, change: Callable[[Any], Any]) -> None:
+        """Let the model go on with `change(value)`, which the interventions see then."""
+        module = self._module(path)
+        if slot is Slot.OUTPUT:
+            hook: Any = partial(_edited_output, self.thread, change)
+            where, key = module._forward_hooks, self._put(module._forward_hooks, hook, True)
+        else:
+            hook = partial(_edited_inputs, self.thread, change)
+            where, key = module._forward_pre_hooks, self._put_before(module, hook, True)
+        self._edits.append((where, key))
+        self._put_edits_first(where)
+
+    def _put_edits_first(self, where: Any) -> None:
+        for other, key in reversed(self._edits):
+            if other is where:
+                where.move_to_end(key, last=False)
+
     # -- OBSERVER -------------------------------------------------------------------------------
 
     def observe(self, modules: list[nn.Module], slot: Slot, hook: ForwardHook) -> None:
@@ -130,14 +151,14 @@ class Hooks:
         for undo in (*self._skippables.values(), *self._rewritten):
             undo()
         self._skippables.clear()
-        for held in (self._placed, self._watches, self._rewritten, self._observers):
+        for held in (self._placed, self._watches, self._rewritten, self._observers, self._edits):
             held.clear()
         self.subscriber = None
 
-    def _put_before(self, module: nn.Module, hook: Any, is_first: bool = False) -> None:
+    def _put_before(self, module: nn.Module, hook: Any, is_first: bool = False) -> int:
         # The mark before the hook, and off after it: another thread may call the module meanwhile.
         key = self._put(module._forward_pre_hooks_with_kwargs, True)
-        self._put(module._forward_pre_hooks, hook, is_first, key)
+        return self._put(module._forward_pre_hooks, hook, is_first, key)
 
     def _put(self, where: Any, what: Any, is_first: bool = False, key: int | None = None) -> int:
         key = next(_keys) if key is None else key
@@ -145,6 +166,8 @@ class Hooks:
         where[key] = what
         if is_first and len(where) > 1:
             where.move_to_end(key, last=False)
+            if self._edits:
+                self._put_edits_first(where)
         return key
 
 
@@ -172,6 +195,18 @@ def _after(
         return None
     changed = subscriber.after(watch, output)
     return None if changed is output else changed
+
+
+def _edited_output(
+    thread: int, change: Callable[[Any], Any], _: nn.Module, args: Any, output: Any
+) -> Any:
+    return None if is_elsewhere(thread) else change(output)
+
+
+def _edited_inputs(
+    thread: int, change: Callable[[Any], Any], _: nn.Module, args: Any, kwargs: Any = None
+) -> Any:
+    return None if is_elsewhere(thread) else change((args, kwargs))
 
 
 def _here(thread: int, body: Body, forward: Callable[..., Any]) -> Callable[..., Any] | None:

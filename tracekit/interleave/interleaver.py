@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, final
 
 from tracekit.core.site import Site, Slot, Visit
@@ -62,6 +62,24 @@ class Witness(Protocol):
 
     def take_back(self, visit: Visit, value: object, is_other: bool) -> object:
         """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
+        ...
+
+    def look(self, visit: Visit, value: object) -> Sequence[Look]:
+        """Blocks are about to see `value`; who wants to know what becomes of it."""
+        ...
+
+    def edit_at_positions(self, mediator: Mediator, edit: object, line: str) -> None:
+        """Make an edit of tokens, in all forwards to come."""
+        ...
+
+
+class Look(Protocol):
+    """Wants to know what blocks made of a value."""
+
+    is_skipped: bool  # it stands in for a module that did not run
+
+    def note(self, value: object) -> None:
+        """The model goes on with `value`."""
         ...
 
 
@@ -203,6 +221,10 @@ class Interleaver:
         """What the model goes on with from `visit`: `value`, which a block wrote if `is_other`."""
         return self._witness.take_back(visit, value, is_other)
 
+    def edit_at_positions(self, mediator: Mediator, edit: object, line: str) -> None:
+        """Make an edit of tokens, in all forwards to come."""
+        self._witness.edit_at_positions(mediator, edit, line)
+
     def start(self) -> None:
         """Run every block to its first request."""
         if any(mediator.rounds is not None for mediator in self.mediators):
@@ -289,6 +311,15 @@ class Interleaver:
                 self._after_turn(mediator)
 
     def _serve(self, visit: Visit, value: object) -> object:
+        looks: list[Look] = []
+        try:
+            value = self._serve_all(visit, value, looks)
+        finally:  # the block may stop the run here, with its edit made
+            for look in looks:
+                look.note(_settled(value))
+        return value
+
+    def _serve_all(self, visit: Visit, value: object, looks: list[Look]) -> object:
         is_served = True
         while is_served:  # who was woken meanwhile may ask for this visit, too
             is_served = False
@@ -296,6 +327,10 @@ class Interleaver:
                 if mediator.awaits(visit):
                     if mediator.rows is None:
                         value = _settled(value)
+                    if not looks:
+                        looks += self._witness.look(visit, value)
+                    for look in looks:
+                        look.is_skipped = look.is_skipped or isinstance(mediator.request, Skip)
                     is_served = True
                     self._serving = visit
                     value = mediator.offer(visit, value)

@@ -118,6 +118,10 @@ class Mediator:
         self.has_skipped = True
         self._ask(Skip(visit, value))
 
+    def edit_at_positions(self, edit: object) -> None:
+        """Make an edit of tokens, in all forwards to come; SiteOrderError if its module ran."""
+        self._run.edit_at_positions(self, edit, self._line())
+
     def open_source(self, site: Site, call: int | None = None) -> object:
         """The operations of what runs at `site` (an INPUT), sites from now on.
 

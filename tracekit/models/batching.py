@@ -94,7 +94,7 @@ class Batch:
         inputs, self._joined = self._inputs, None
         tree, make = self._tree, self._call
         count = partial(count_steps, tree.root, *inputs) if self._kind == "generate" else one_step
-        return TracedCall(lambda end_step: make(tree, end_step, *inputs), count)
+        return TracedCall(lambda follower: make(tree, follower, *inputs), count)
 
     def call_with(self, rows: int) -> Callable[[Tree], object]:
         """Runs a forward pass of the model of a Tree on the row with most padding, repeated."""

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tracekit.capture import warn_user
 from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
+from tracekit.models.eager import eager
 from tracekit.models.lengths import count_steps
+from tracekit.models.passes import Passes, asked
+from tracekit.models.rerun import Rerun
 from tracekit.models.signatures import accepts, by_name, is_transformers
-from tracekit.tracing.call import TracedCall
+from tracekit.tracing.call import Follower, TracedCall
 
 
 def generation(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
     """The call of the root's `generate(*args, **kwargs)`."""
     count = partial(count_steps, tree.root, args, kwargs)
-    return TracedCall(lambda end_step: generate(tree, end_step, args, kwargs), count)
+    return TracedCall(lambda follower: generate(tree, follower, args, kwargs), count)
 
 
 def generate(
-    tree: Tree, end_step: Callable[[], None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tree: Tree, follower: Follower | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """What the root's `generate(*args, **kwargs)` returns; `end_step` is called in each iteration.
+    """What the root's `generate(*args, **kwargs)` returns; `follower` is told of each iteration.
 
     Steps are not found by counting forward passes: a prompt in chunks takes several, guidance
     doubles them, assisted decoding runs fewer. A stopping criterion is asked exactly once in
@@ -37,26 +39,46 @@ def generate(
         from tqdm.auto import tqdm
 
         bar: Any = tqdm(total=kwargs.get("max_new_tokens"), desc="generate", unit="step")
-        kwargs["stopping_criteria"] = _with_end_of_step(kwargs.get("stopping_criteria"), bar.update)
+        given = kwargs.get("stopping_criteria")
+        kwargs["stopping_criteria"] = _with_end_of_step(given, lambda _: bar.update())
         with bar:
-            return _generate(tree, end_step, args, kwargs)
-    return _generate(tree, end_step, args, kwargs)
+            return _generate(tree, follower, args, kwargs)
+    return _generate(tree, follower, args, kwargs)
 
 
 def _generate(
-    tree: Tree, end_step: Callable[[], None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tree: Tree, follower: Follower | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     module: Any = tree.root
-    if end_step is None:
+    if follower is None:
         return module.generate(*args, **kwargs)
     if not is_transformers(module):
         with eager(tree):
             return module.generate(*args, **kwargs)
-    kwargs = by_name(module, args, kwargs)
-    kwargs["stopping_criteria"] = _with_end_of_step(kwargs.get("stopping_criteria"), end_step)
-    kwargs.setdefault("disable_compile", True)
-    with eager(tree):
-        return module.generate(**kwargs)
+    given = by_name(module, args, kwargs)
+    passes = Passes(tree, follower.timeline, given)
+    follower.timeline.rerun = Rerun(tree, given)
+
+    def end_step(ids: Tensor) -> None:
+        passes.end_step(ids)
+        follower.end_step()
+
+    options = {"disable_compile": True, **given}
+    options["stopping_criteria"] = _with_end_of_step(given.get("stopping_criteria"), end_step)
+    is_dict_added = _needs_lineage(module, given)
+    if is_dict_added:
+        options["return_dict_in_generate"] = True
+    with eager(tree), passes:
+        result = module.generate(**options)
+        passes.finish(result)
+    return getattr(result, "sequences", result) if is_dict_added else result
+
+
+def _needs_lineage(module: Any, given: dict[str, Any]) -> bool:
+    """Whether it is to be told which beam each token came from, though nobody asked for that."""
+    if (asked(module, given, "num_beams") or 1) < 2:
+        return False
+    return not asked(module, given, "return_dict_in_generate")
 
 
 def run(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -80,24 +102,7 @@ def of_a_forward(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return taken
 
 
-def eager(tree: Tree) -> AbstractContextManager[Any]:
-    """Run compiled parts as Python: hooks placed after a compilation do not fire in it.
-
-    Says so once for each model.
-    """
-    if not tree.is_compiled():
-        return nullcontext()
-    own = tree.original or tree  # nobody knows of twins
-    if not own.was_told_eager:
-        own.was_told_eager = True
-        warn_user(
-            f"{type(tree.root).__name__} was compiled by torch; under a trace it runs as Python, "
-            f"and slower: what is compiled can't be seen or changed. Outside it stays compiled."
-        )
-    return torch.compiler.set_stance("force_eager")
-
-
-def _with_end_of_step(given: Any, end_step: Callable[[], None]) -> Any:
+def _with_end_of_step(given: Any, end_step: Callable[[Tensor], None]) -> Any:
     from transformers import StoppingCriteriaList
 
     return StoppingCriteriaList([*(given or []), _end_of_step_class()(end_step)])
@@ -111,11 +116,11 @@ def _end_of_step_class() -> Any:
     class EndOfStep(StoppingCriteria):
         """Never stops; says that an iteration has ended."""
 
-        def __init__(self, end_step: Callable[[], None]) -> None:
+        def __init__(self, end_step: Callable[[Tensor], None]) -> None:
             self._end_step = end_step
 
         def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-            self._end_step()
+            self._end_step(input_ids)
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     return EndOfStep

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, final
+from typing import Any, Literal, Protocol, final
 from weakref import ReferenceType
 
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
+from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import Entries, Entry
 from tracekit.tracing.envoy import Envoy
+from tracekit.tracing.sequence import TokenSequence, calls_in_forwards, stitch
+from tracekit.tracing.timeline import Timeline
+from tracekit.tracing.verify import Verification, verify
 
 
 class Filling(Protocol):
@@ -35,13 +39,19 @@ class Cache(Mapping[str, Entries]):
         self._entries: dict[str, list[Entry]] = {}
         self._aliases: dict[str, str] = {}
         self._asked: list[str] = []
+        self._changes = Changes(Timeline())
         self._root = ""
         self._is_complete = False
 
     def _freeze(
-        self, entries: dict[str, list[Entry]], aliases: dict[str, str], asked: list[str]
+        self,
+        entries: dict[str, list[Entry]],
+        aliases: dict[str, str],
+        asked: list[str],
+        changes: Changes,
     ) -> None:
         """Take what was recorded; a Recorder calls this once, at the end of its run."""
+        self._changes = changes
         self._show(entries, aliases, asked)
         self._is_complete = True
         self._filling = self._is_standing = None
@@ -106,6 +116,52 @@ class Cache(Mapping[str, Entries]):
         """Whether it can't be read now."""
         return not self._is_complete and (self._is_standing is None or not self._is_standing())
 
+    # -- by token -------------------------------------------------------------------------------
+
+    def sequence(
+        self,
+        path: str | Envoy,
+        of: Literal["output", "input"] = "output",
+        *,
+        call: int | None = None,
+        partial: bool = False,
+        flat: bool = False,
+    ) -> TokenSequence:
+        """What a module gave for each token of the sequences: `[batch, positions, ...]`.
+
+        Of a generation, the steps put together: prompt and all new tokens but the last, which the
+        model never went over. A tensor, with `.tokens`, `.positions` and `.valid`, each
+        `[batch, positions]`. Each position is from the forward that came to it first; what was
+        drafted and rejected is left out; a row follows its beam. Of a tuple it is the first tensor,
+        as `.hidden`; `of="input"` takes the first input. `call` names one of several calls of the
+        module in each forward; `flat=True` says of values with rows and positions in one axis (a
+        router's) that they are in it row by row.
+
+        CacheError for what has no value for each token; and for what lacks some, unless
+        `partial=True`: `.positions` tells which there are.
+        """
+        entries = self[path]
+        if of not in ("output", "input"):
+            raise CacheError(f"of= is 'output' or 'input', not {of!r}.")
+        chosen = entries if call is None else calls_in_forwards(entries, call)
+        values = [entry.output if of == "output" else entry.input for entry in chosen]
+        timeline = self._changes.timeline
+        return stitch(chosen, values, timeline, is_partial=partial, is_flat=flat)
+
+    def verify(self, tolerance: float | None = None) -> Verification:
+        """Whether what was recorded while the model generated is what one forward computes.
+
+        The model runs once over the final tokens, with the run's edits made again at the absolute
+        positions where they were made, and each site is compared with what was recorded. True if
+        all agree; shows as a table: site, largest deviation, where, verdict. `tolerance` is of the
+        largest value of a site; by default it is that of the dtype (float32 1e-5, bfloat16 2e-2).
+
+        CacheError if the run can't be made again: the model is gone, or an edit was of a kind that
+        belongs to no position.
+        """
+        self._check_readable("what verifies it")
+        return verify(self._entries, self._changes, tolerance)
+
     # -- by attribute ---------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -148,7 +204,7 @@ class Cache(Mapping[str, Entries]):
 def empty_cache() -> Cache:
     """The complete cache of a run that recorded nothing."""
     cache = Cache()
-    cache._freeze({}, {}, [])  # pyright: ignore[reportPrivateUsage] - same file
+    cache._freeze({}, {}, [], Changes(Timeline()))  # pyright: ignore[reportPrivateUsage] - same file
     return cache
 
 

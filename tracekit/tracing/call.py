@@ -1,12 +1,25 @@
-"""The call that a trace runs, and how many steps it will have."""
+"""The call that a trace runs, how many steps it will have, and who follows it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, final
+from typing import Any, Protocol, final
 
-EndStep: TypeAlias = Callable[[], None]
+from tracekit.tracing.timeline import Timeline
+
+
+class Follower(Protocol):
+    """What wants to know how a call goes (an Execution)."""
+
+    @property
+    def timeline(self) -> Timeline:
+        """Where the call writes down the tokens of its forwards."""
+        ...
+
+    def end_step(self) -> None:
+        """A decoding iteration has ended."""
+        ...
 
 
 def one_step() -> int:
@@ -17,10 +30,10 @@ def one_step() -> int:
 @final
 @dataclass(frozen=True)
 class TracedCall:
-    """`make` makes the call, given what to call at the end of each decoding iteration.
+    """`make` makes the call, given who follows it.
 
     `count_steps` tells before the call how many it will have; StepError where that is not certain.
     """
 
-    make: Callable[[EndStep | None], Any]
+    make: Callable[[Follower | None], Any]
     count_steps: Callable[[], int] = one_step

@@ -15,7 +15,7 @@ from tracekit.core.nest import describe
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError, NeverRanError
 from tracekit.tracing.cache import Cache, empty_cache
-from tracekit.tracing.call import EndStep, TracedCall
+from tracekit.tracing.call import Follower, TracedCall
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.rounds import in_each_step
@@ -103,8 +103,8 @@ def run_declared(
     made = [DeclaredEdit(tree, edit) for edit in edits]
     results: list[Any] = []
 
-    def kept(end_step: EndStep | None) -> Any:
-        results.append(call.make(end_step))
+    def kept(follower: Follower | None) -> Any:
+        results.append(call.make(follower))
         return results[0]
 
     interventions = [each for edit in made for each in edit.interventions()]

@@ -13,7 +13,7 @@ from tracekit.capture import Block, Skip, caller_frame, capture, keep, skip_body
 from tracekit.core.tree import Tree
 from tracekit.errors import CaptureError
 from tracekit.tracing import edit_files
-from tracekit.tracing.call import EndStep, TracedCall
+from tracekit.tracing.call import Follower, TracedCall
 from tracekit.tracing.edit import Edit, EditTracer, of_function
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.unentered import warn_if_dropped
@@ -173,8 +173,8 @@ def run_edited(
     """What `call` returns, with the model edited while it runs."""
     results: list[Any] = []
 
-    def kept(end_step: EndStep | None) -> Any:
-        results.append(call.make(end_step))
+    def kept(follower: Follower | None) -> Any:
+        results.append(call.make(follower))
         return results[0]
 
     failure = Execution(tree, replace(call, make=kept), grad, edits).run(())

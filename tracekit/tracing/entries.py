@@ -11,6 +11,7 @@ import torch
 from tracekit.core.nest import Nest, describe, first_input, first_tensor, map_leaves
 from tracekit.errors import CacheError
 from tracekit.tracing.arrivals import Arrival
+from tracekit.tracing.timeline import Pass
 
 
 class Absent(Enum):
@@ -24,13 +25,25 @@ ABSENT = Absent.ABSENT
 
 @final
 class Entry:
-    """One visit: at which `step`, which `call` of the module in that step, inputs and output."""
+    """One visit: at which `step`, which `call` of the module in that step, inputs and output.
 
-    __slots__ = ("_grad", "_inputs", "_output", "call", "path", "step")
+    `during` is the forward of the decoder that it was part of, with its positions; None for what
+    runs outside of them, as an encoder does in a generation.
+    """
+
+    __slots__ = ("_grad", "_inputs", "_output", "call", "during", "path", "step")
 
     def __init__(
-        self, path: str, step: int, call: int, inputs: Any, output: Any, grad: Any = ABSENT
+        self,
+        path: str,
+        step: int,
+        call: int,
+        inputs: Any,
+        output: Any,
+        grad: Any = ABSENT,
+        during: Pass | None = None,
     ) -> None:
+        self.during = during
         self.path = path
         self.step = step
         self.call = call
@@ -99,6 +112,15 @@ class Entry:
                 f"the block or after it, of a loss that was computed from it."
             )
         return map_leaves(_gradient, self._grad)
+
+    @property
+    def positions(self) -> range | None:
+        """The positions of the sequence that the forward went over; None if it was none of them.
+
+        Columns of the batch, padding included. Several forwards make the first step of a prompt
+        in chunks; what was drafted and rejected is in it, too.
+        """
+        return None if self.during is None else range(self.during.start, self.during.stop)
 
     def _why_absent(self, option: str, otherwise: str) -> str:
         recorded = self._inputs if option == "include_output" else self._output

@@ -18,10 +18,12 @@ from tracekit.errors import (
     NeverRanError,
     OutsideTraceError,
     UnknownModuleError,
+    UnsupportedError,
     did_you_mean,
 )
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
+from tracekit.tracing.at import Spot
 from tracekit.tracing.slots import Calls, Slots, mediator_of, path_in
 from tracekit.tracing.source import Source, source_of
 
@@ -67,6 +69,14 @@ class Envoy(Slots):
     def source(self) -> Source:
         """The operations inside the module's forward: print it to see them beside their lines."""
         return source_of(self._tree, self._path, self._call)
+
+    def _spot(self, slot: Slot) -> Spot:
+        if self._call:
+            raise UnsupportedError(
+                f"{self._path}.calls[{self._call}]: positions are chosen of a module's every call; "
+                f"leave calls[...] out."
+            )
+        return Spot(partial(self._at, slot, f"{slot.value}.at()"), Site(self._path, slot))
 
     def _at(self, slot: Slot, name: str) -> tuple[Mediator, Site]:
         """Whom to ask for a value of this module, and for what."""

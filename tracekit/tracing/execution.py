@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -23,23 +23,27 @@ from tracekit.core.quirks import is_checkpointing
 from tracekit.core.site import Line, Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import Versions
-from tracekit.errors import CacheError, OverwrittenError, TracekitError, UnsupportedError
+from tracekit.errors import CacheError, TracekitError, UnsupportedError
 from tracekit.interleave.ahead import Ahead, Foretold
 from tracekit.interleave.duties import Channel, Rows, Scope
 from tracekit.interleave.hooks import Hooks
-from tracekit.interleave.interleaver import Interleaver
+from tracekit.interleave.interleaver import Interleaver, Look
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.passage import Passage
 from tracekit.interleave.places import Places
 from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.worker import current_mediator, later_beside, run_beside, run_here
+from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
-from tracekit.tracing.call import EndStep, TracedCall
+from tracekit.tracing.call import Follower, TracedCall
+from tracekit.tracing.changes import Changes
+from tracekit.tracing.fixtures import Fixtures
 from tracekit.tracing.glance import Asked, Glance
 from tracekit.tracing.graph import Log
-from tracekit.tracing.recorder import Recorder
+from tracekit.tracing.overwritten import check_versions
 from tracekit.tracing.rows import AllRows, Copies
 from tracekit.tracing.select import Selector, select
+from tracekit.tracing.timeline import Timeline
 
 
 @final
@@ -84,10 +88,14 @@ class Execution:
         self._passage = Passage(self._places, self._places.watch_ends, self._places.watch_begins)
         self._versions = Versions()
         self.log = Log()
+        self.timeline = Timeline()
         self.mediators: list[Mediator] = []
         self._deferred: list[tuple[Mediator, Callable[[], None]]] = []
-        self._recorders: list[Recorder] = []
         self._interleaver = Interleaver(self._passage, self._places, self, call.count_steps)
+        self._fixtures = Fixtures(
+            tree, self._hooks, self._passage, self._interleaver, Changes(self.timeline), self._kind
+        )
+        self._ticker: Interleaver | Glance = self._interleaver
         self._hooks.subscriber = self._interleaver
 
     def run(self, interventions: Sequence[Intervention]) -> BaseException | None:
@@ -99,7 +107,7 @@ class Execution:
             try:
                 return self._run_all(interventions)
             finally:
-                if self._recorders:  # Ctrl-C came when the run was over
+                if self._fixtures.is_recording:  # Ctrl-C came when the run was over
                     self._checked(is_whole=False)
 
     def _run_all(self, interventions: Sequence[Intervention]) -> BaseException | None:
@@ -119,7 +127,7 @@ class Execution:
 
     def _glance_of(self, interventions: Sequence[Intervention]) -> Glance | None:
         """What the blocks will ask, if that is all known and nothing else has a part in the run."""
-        if not interventions or self._edits or self._recorders:
+        if not interventions or self._edits or self._fixtures:
             return None
         blocks = [(each.asked, each.rows) for each in interventions if each.asked is not None]
         if len(blocks) < len(interventions):
@@ -203,7 +211,8 @@ class Execution:
     ) -> BaseException | None:
         try:
             self._interleaver.start()
-            result = self._call.make((steps or self._interleaver).end_step)
+            self._ticker = steps or self._interleaver
+            result = self._call.make(self)
             if results is not None:
                 results.append(result)
             self._interleaver.finish(result)
@@ -231,21 +240,11 @@ class Execution:
         """
         if self.is_over:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
-        if grads and not self._has_grad:
-            raise CacheError(
-                "include_grads=True records nothing where the model computes without grad: leave "
-                "torch.no_grad() out (generate() always computes so; trace() what it generated)."
-            )
-        found, named = select(self._tree, modules)
-        self._check_not_passed(found, inputs)
-        cache = Cache()
         own = current_mediator()
-        rows = own.rows if own is not None and own in self.mediators else None
-        rows = None if rows is None or rows.is_all else rows
-        recorder = Recorder(cache, self._tree, found, named, keep, self._kind, rows)
-        recorder.place(self._hooks, self._interleaver, inputs, outputs, grads)
-        self._recorders.append(recorder)
-        note = None if own is None or own not in self.mediators else own.note
+        own = own if own in self.mediators else None
+        found, named = select(self._tree, modules)
+        cache = self._fixtures.record(own, found, named, keep, (inputs, outputs, grads))
+        note = None if own is None else own.note
         note = note or partial(self.log.note, invoke)
         note("cache", f"{len(found)} module{'s' * (len(found) != 1)}", None, _line())
         return cache
@@ -289,8 +288,13 @@ class Execution:
         self._interleaver.mediators.insert(place, mediator)
         return mediator
 
+    def end_step(self) -> None:
+        """A decoding iteration has ended."""
+        self._ticker.end_step()
+
     def _close(self) -> None:
         self._call, self._edits = _OVER, ()
+        self.timeline.close()
         was_interrupted = False
         for clean in (self._interleaver.close, self._hooks.remove):
             is_clean = False
@@ -300,7 +304,8 @@ class Execution:
                     is_clean = True
                 except KeyboardInterrupt:  # first things first
                     was_interrupted = True
-        del self._interleaver, self._passage
+        self._fixtures.let_go()
+        del self._interleaver, self._passage, self._ticker
         if was_interrupted:
             raise KeyboardInterrupt
 
@@ -308,51 +313,28 @@ class Execution:
         """Complete the caches, whatever the checks say: nothing is lost to an error."""
         if any(mediator.has_stopped or mediator.has_skipped for mediator in self.mediators):
             is_whole = False
-        for recorder in self._recorders:
-            recorder.freeze(is_whole)
+        self._fixtures.freeze(is_whole)
         try:
-            self._check_versions()
-            for recorder in self._recorders:
-                recorder.check(is_whole)
+            check_versions(self._versions, self._has_grad)
+            self._fixtures.check(is_whole)
         except TracekitError as error:
             return error
         finally:
-            self._recorders.clear()
+            self._fixtures.clear()
         return None
 
-    def _check_versions(self) -> None:
-        for label in self._versions.overwritten():
-            # Who holds the memory can't be told: a module that works in place returns the very
-            # tensor that it was given, and keeps it for the backward pass.
-            others = [f"as {other}" for other in self._versions.sharing(label)]
-            holders = [*others, *(["for a backward pass"] if self._has_grad else [])]
-            cures = ["take .clone() of that, too"] if others else []
-            cures += ["trace under torch.no_grad()"] if self._has_grad else []
-            more = " If you did: the memory is still in use {}; {}.".format(
-                " and ".join(holders), ", and ".join(cures)
-            )
-            raise OverwrittenError(
-                f"{label} was overwritten in place after the block had read it, by the model or "
-                f"by a later edit of a value that shares its memory: take {label.site}.clone() "  # pyright: ignore[reportAttributeAccessIssue] - labels are visits
-                f"where you read it.{more if holders else ''}"
-            )
+    def edit_at_positions(self, mediator: Mediator, edit: object, line: str) -> None:
+        """Make an edit of tokens, in all forwards to come; SiteOrderError if its module ran."""
+        assert isinstance(edit, PositionEdit)
+        self._fixtures.edit(mediator, edit, line)
 
-    def _check_not_passed(self, paths: Iterable[str], inputs: bool) -> None:
-        if not self._interleaver.has_begun:
-            return
-        step = self._interleaver.step
-        passed = self._passage.has_begun if inputs else self._passage.has_ended
-        for path in paths:
-            if step > 0 or passed(path, step):
-                raise CacheError(
-                    f"tracer.cache() was called when the model had passed {path} (step {step}); "
-                    f"make the cache first in the block, or name modules that come later."
-                )
+    def look(self, visit: Visit, value: object) -> Sequence[Look]:
+        """Who wants to know what blocks make of a value that they are about to see."""
+        return self._fixtures.changes.look(visit, value)
 
     def hand_out(self, visit: Visit, value: object, whole: object, is_own: bool) -> None:
         """A block may change `value`, a part of `whole`, or written by itself if `is_own`."""
-        for recorder in self._recorders:
-            recorder.copy_what_shares((value, whole))
+        self._fixtures.copy_what_shares((value, whole))
         if not is_own:
             self._versions.note(visit, value)
         note_visit(visit, value, self._has_grad)
@@ -383,7 +365,7 @@ class Execution:
         return any(is_checkpointing(self._tree.module(ancestor)) for ancestor in above)
 
 
-def _run_again(_: EndStep | None) -> Any:
+def _run_again(_: Follower | None) -> Any:
     raise AssertionError("an Execution runs once")
 
 

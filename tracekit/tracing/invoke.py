@@ -12,7 +12,7 @@ from tracekit.core.tree import Tree
 from tracekit.errors import CaptureError, InputError, OutsideTraceError
 from tracekit.interleave.duties import Rows
 from tracekit.interleave.worker import current_mediator
-from tracekit.tracing.call import EndStep, TracedCall
+from tracekit.tracing.call import Follower, TracedCall
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.layouts import layouts_of
 from tracekit.tracing.rows import AllRows, Copies, InvokeRows
@@ -110,8 +110,8 @@ class Gathered(Way):
         finally:
             self._family.hand_back()
 
-    def _run(self, end_step: EndStep | None) -> Any:
-        return self._batch.call().make(end_step)
+    def _run(self, follower: Follower | None) -> Any:
+        return self._batch.call().make(follower)
 
     def _count_steps(self) -> int:
         return self._batch.call().count_steps()

@@ -31,6 +31,7 @@ from tracekit.interleave.duties import Rows
 from tracekit.interleave.hooks import Hooks, is_elsewhere
 from tracekit.tracing.arrivals import await_gradients
 from tracekit.tracing.cache import Cache
+from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import ABSENT, Entry
 
 
@@ -62,9 +63,13 @@ class Recorder:
         named: set[str],
         keep: Keep,
         kind: object,
+        changes: Changes,
         rows: Rows | None = None,
     ) -> None:
         cache._filling = ref(self)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        self._changes = changes
+        self._timeline = changes.timeline
+        self._marks: list[int] = []  # how many records there were when each forward began
         self._rows = rows  # of the block that records; None: all
         self._cache = cache
         self._tree = tree
@@ -89,6 +94,7 @@ class Recorder:
     def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool, grads: bool) -> None:
         """Put the hooks on; `run` tells the step."""
         self._thread, self._run = hooks.thread, run
+        self._timeline.subscribe(self._mark)
         if outputs:
             plain, copied = self._by_habit(Slot.OUTPUT)
             hooks.observe(plain, Slot.OUTPUT, self._see_output)
@@ -109,6 +115,9 @@ class Recorder:
         if len(plain) == len(self._modules):
             return plain, []
         return plain, [m for path, m in self._modules.items() if habits.get(path) is not False]
+
+    def _mark(self) -> None:
+        self._marks.append(len(self._records))
 
     # -- the hooks ------------------------------------------------------------------------------
 
@@ -231,7 +240,8 @@ class Recorder:
         self._list()
         self._awaited.clear()
         self._nodes.clear()
-        self._cache._freeze(self._found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
+        self._cache._freeze(self._found, self._tree.aliases, list(self._modules), changes)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def list_so_far(self) -> None:
         """Put what was recorded until now into the cache, in memory of its own.
@@ -272,10 +282,14 @@ class Recorder:
     def _list(self) -> None:
         """Make entries of the records."""
         found, begun = self._found, self._begun
+        passes = iter([*zip(self._marks, self._timeline.passes, strict=True), (-1, None)])
+        following, during = next(passes), None
         for index in range(self._listed, len(self._records)):
             if index in self._refused:
                 continue
             module, slot, step, value, _ = self._records[index]
+            while index >= following[0] >= 0:
+                during, following = following[1], next(passes)
             path = self._paths[module]
             awaited = self._awaited.get(index, ABSENT)
             if slot is Slot.OUTPUT and begun.get(path):
@@ -286,9 +300,9 @@ class Recorder:
             is_again = bool(entries) and entries[-1].step == step
             call = entries[-1].call + 1 if is_again else 0
             if slot is Slot.OUTPUT:
-                entries.append(Entry(path, step, call, ABSENT, value, awaited))
+                entries.append(Entry(path, step, call, ABSENT, value, awaited, during))
             else:
-                entries.append(Entry(path, step, call, value, ABSENT))
+                entries.append(Entry(path, step, call, value, ABSENT, ABSENT, during))
                 begun.setdefault(path, []).append(entries[-1])
         self._listed = len(self._records)
 

@@ -65,6 +65,10 @@ class AllRows:
         value = _with_tensors(whole, [leaf.part for leaf in leaves])
         return _Whole(visit, _Patched(whole, self._copies), value, leaves)
 
+    def span(self, rows: int) -> tuple[int, int]:
+        """All of them."""
+        return 0, rows
+
 
 @final
 class InvokeRows:
@@ -107,6 +111,10 @@ class InvokeRows:
             leaves[0].part if is_tensor else _with_tensors(whole, [each.part for each in leaves])
         )
         return _Part((self.start, self.stop), visit, patched, value, leaves)
+
+    def span(self, rows: int) -> tuple[int, int]:
+        """Where they are if each row of the batch became several, as with beams."""
+        return self.start * rows // self._size, self.stop * rows // self._size
 
     def _axes(self, visit: Visit, whole: Nest) -> list[int | None]:
         if visit.site.slot is Slot.RESULT and self._is_generation:  # no forward pass returns it

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, final
 
-from tracekit.capture import showing_own_lines
+from tracekit.capture import showing_own_lines, takes_next
 from tracekit.core.nest import describe, first_input, first_tensor, replace_first_tensor
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.errors import MisfitError, OutsideTraceError
+from tracekit.errors import MisfitError, OutsideTraceError, UnsupportedError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
+from tracekit.tracing.at import Spot
 
 T_co = TypeVar("T_co", bound="Slots", covariant=True)
 
@@ -29,6 +31,13 @@ class Slots(ABC):
     def _at(self, slot: Slot, name: str) -> tuple[Mediator, Site]:
         """Whom to ask for a value of this place, and for what; `name` is what the user wrote."""
 
+    def _spot(self, slot: Slot) -> Spot:
+        """What `.at(positions)` is asked of, in the place of a value; nothing is read for it."""
+        raise UnsupportedError(
+            f"{self._path} is an operation inside a module: positions can be chosen of what "
+            f"modules give, as in model.transformer.h[0].output.at('prompt')."
+        )
+
     @property
     @showing_own_lines
     def output(self) -> Any:
@@ -37,7 +46,13 @@ class Slots(ABC):
         Reading blocks until the model gets there. SiteOrderError where it has passed, NeverRanError
         where it did not come, OutsideTraceError where no model runs. An assigned value has to have
         the structure, shapes, dtypes and devices of the old one, else MisfitError.
+
+        In a generation it is the value of one step. `output.at("generated")[:] += v` edits tokens
+        instead, in whatever forward they come: `.at("prompt")`, `.at("all")`, `.at(3)`,
+        `.at(slice(2, 5))`, `.at([0, -1])`.
         """
+        if takes_next(sys._getframe(2), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
+            return self._spot(Slot.OUTPUT)
         mediator, site = self._at(Slot.OUTPUT, "output")
         return mediator.read(site, self._call)
 
@@ -64,6 +79,8 @@ class Slots(ABC):
     @showing_own_lines
     def input(self) -> Any:
         """The first positional argument, or the first keyword argument if there is none."""
+        if takes_next(sys._getframe(2), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
+            return self._spot(Slot.INPUT)
         return first_input(self.inputs)
 
     @input.setter
@@ -85,6 +102,8 @@ class Slots(ABC):
         Shape is the family's own, usually `(batch, positions, model)`. Assigning puts the new
         tensor into the same structure.
         """
+        if takes_next(sys._getframe(2), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
+            return self._spot(Slot.OUTPUT)
         output = self.output
         found = first_tensor(output)
         if found is None:

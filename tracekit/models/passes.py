@@ -1,0 +1,253 @@
+"""Notice each forward of a generation: over which tokens it goes, and what they are in the end."""
+
+# Guarantees:
+#   - a forward counts if the decoding loop made it, for the sequences themselves: drafts (of an
+#     early exit), the other branch of guidance, and models inside the model are told apart;
+#   - nothing of the model's keys and values is kept, nor changed.
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tracekit.core.tree import Tree
+from tracekit.interleave.hooks import is_elsewhere
+from tracekit.interleave.worker import this_thread
+from tracekit.models.recompute import valid_tokens
+from tracekit.models.signatures import by_name_of_forward, is_transformers
+from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
+
+_KV_CACHES: Final = ("past_key_values", "cache_params")
+# Who calls the model from these files does it for other tokens (transformers 4.57 to 5.23).
+_SIDE_BRANCHES: Final = ("logits_process.py", "candidate_generator.py")
+
+
+@final
+class Passes:
+    """Writes a generation of the model of `tree` into `timeline`, as long as it is entered."""
+
+    def __init__(self, tree: Tree, timeline: Timeline, given: dict[str, Any]) -> None:
+        self._root: Any = tree.root
+        self._timeline = timeline
+        self._given = given
+        self._thread = this_thread()
+        self._step = 0
+        self._depth = 0
+        self._rows = 0  # of the first forward
+        self._ids: Tensor | None = None  # at the end of the last step
+        self._generating: Any = None  # what the decoding loop calls
+        self._modules = [each for each in tree.modules.values() if is_transformers(each)]
+        self._handles: list[RemovableHandle] = []
+        timeline.is_generation = True
+        timeline.prompt, timeline.prompt_mask = self._known_prompt()
+
+    def __enter__(self) -> Passes:
+        for module in self._modules:
+            begin: Any = self._begin
+            before = module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
+            self._handles += [before, module.register_forward_hook(self._end, always_call=True)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._timeline.transcript is None and not self._has_beams and self._ids is not None:
+            self._timeline.transcript = self._transcript(self._with_prompt(self._ids))
+        self._given, self._root, self._generating = {}, None, None
+
+    def end_step(self, ids: Tensor) -> None:
+        """A step has ended, with these sequences: `[rows, length]`, without what was embedded."""
+        self._step += 1
+        self._ids = ids
+        self._timeline.end_step(self._embedded(ids) + ids.shape[1])
+
+    def finish(self, result: Any) -> None:
+        """Generate has returned `result`, a dictionary where there are beams."""
+        if self._has_beams and getattr(result, "beam_indices", None) is not None:
+            tokens = self._with_prompt(result.sequences)
+            self._timeline.transcript = self._transcript(tokens, result.beam_indices)
+
+    @property
+    def _has_beams(self) -> bool:
+        return (asked(self._root, self._given, "num_beams") or 1) > 1
+
+    # -- the hooks ------------------------------------------------------------------------------
+
+    def _begin(self, module: Any, args: Any, kwargs: Any = None) -> None:
+        if is_elsewhere(self._thread):
+            return
+        self._depth += 1
+        if self._depth > 1:
+            return
+        given = by_name_of_forward(module, args, kwargs or {})
+        size = _size(module, given)
+        if size is None:
+            return
+        rows, length = size
+        if self._generating is None:
+            self._generating, self._rows = module, rows
+        kept = given.get("logits_to_keep")
+        is_main = not _is_side_branch() and module is self._generating
+        start = self._start(given, length)
+        kept = kept if isinstance(kept, int) else 0
+        self._timeline.begin(self._step, rows, start, length, kept, is_main)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not is_elsewhere(self._thread):
+            self._depth -= 1
+
+    def _start(self, given: dict[str, Any], length: int) -> int:
+        for name in _KV_CACHES:
+            measured = _measured(given.get(name))
+            if measured is not None:
+                return measured
+        if self._step == 0:  # nothing kept, or what has no length: one chunk after the other
+            before = [each.stop for each in self._timeline.passes if each.is_main]
+            return before[-1] if before else 0
+        known = self._timeline.lengths[self._step - 1]
+        return 0 if length >= known else known - length
+
+    # -- the tokens -----------------------------------------------------------------------------
+
+    def _known_prompt(self) -> tuple[int | None, Tensor | None]:
+        """How many columns the prompt has, and which of them are tokens, where that is plain."""
+        given = self._given
+        if not is_own_generate(self._root) or self._root.config.is_encoder_decoder:
+            return None, given.get("decoder_attention_mask")
+        ids = self._given_ids()
+        if ids is not None:
+            none = ids.new_zeros(ids.shape[0])
+            mask = valid_tokens(self._root, given, ids, new_tokens=none)
+            return ids.shape[1], None if bool(mask.all()) else mask
+        embeds: Any = given.get("inputs_embeds")
+        mask = given.get("attention_mask")
+        has_padding = mask is not None and not bool(mask.all())
+        return None if embeds is None else embeds.shape[1], mask if has_padding else None
+
+    def _given_ids(self) -> Tensor | None:
+        ids: Any = self._given.get("input_ids")
+        ids = self._given.get("inputs") if ids is None else ids
+        is_plain = isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point()
+        return ids if is_plain and ids.shape[1] else None
+
+    def _prompt(self) -> int:
+        """How many columns came before the first new token."""
+        passes = self._timeline.passes
+        stops = [each.stop for each in passes if each.is_main and each.step == 0]
+        known = self._timeline.prompt
+        return max(stops, default=0) if known is None else known
+
+    def _embedded(self, ids: Tensor) -> int:
+        """How many columns of the prompt `ids` has not, as they were given embedded."""
+        prompt = self._prompt()
+        return 0 if ids.shape[1] > prompt else prompt
+
+    def _with_prompt(self, ids: Tensor) -> Tensor:
+        embedded = self._embedded(ids) if self._step < 2 else self._timeline.lengths[0] - 1
+        embedded = embedded if self._timeline.lengths[-1] > ids.shape[1] else 0
+        if not embedded:
+            return ids
+        known = self._given_ids()
+        if known is None or known.shape[1] != embedded:
+            known = ids.new_full((ids.shape[0], embedded), NO_TOKEN)
+        return torch.cat([known.repeat_interleave(ids.shape[0] // known.shape[0], 0), ids], 1)
+
+    def _transcript(self, tokens: Tensor, beams: Tensor | None = None) -> Transcript:
+        tokens = tokens.to("cpu", copy=True)
+        prompt = self._prompt()
+        is_real = torch.ones_like(tokens, dtype=torch.bool)
+        mask = self._timeline.prompt_mask
+        if mask is not None:
+            wide = mask[:, : tokens.shape[1]].bool().cpu()
+            is_real[:, : wide.shape[1]] = wide.repeat_interleave(len(tokens) // len(wide), 0)
+        new = tokens[:, prompt:]
+        is_real[:, prompt:] = ~self._is_behind_end(new)
+        if beams is None:
+            return Transcript(tokens, is_real, prompt)
+        lineage = _lineage(beams.cpu(), prompt, tokens.shape[1])
+        assert self._ids is not None
+        return Transcript(tokens, is_real, prompt, lineage, self._rows)
+
+    def _is_behind_end(self, new: Tensor) -> Tensor:
+        """Where a row has ended: behind its end-of-sequence token, or in padding up to the end."""
+        module = self._generating if self._generating is not None else self._root
+        ends = asked(module, self._given, "eos_token_id")
+        if ends is None:
+            return torch.zeros_like(new, dtype=torch.bool)
+        ends = torch.as_tensor(ends).flatten().to(new.device)
+        is_end = torch.isin(new, ends)
+        behind = is_end.long().cumsum(-1) - is_end.long() > 0
+        pad = asked(module, self._given, "pad_token_id")
+        if pad is None or bool((ends == pad).any()):
+            return behind
+        is_pad = (new == pad).long().flip(-1).cumprod(-1).flip(-1).bool()
+        return behind | is_pad
+
+
+def asked(module: Any, given: dict[str, Any], name: str) -> Any:
+    """What a generation goes by: what is given, over a given configuration, over the module's."""
+    if given.get(name) is not None:
+        return given[name]
+    for config in (given.get("generation_config"), getattr(module, "generation_config", None)):
+        found = getattr(config, name, None)
+        if found is not None:
+            return found
+    return None
+
+
+def is_own_generate(module: Any) -> bool:
+    """Whether its `generate` is the one that all models of transformers have."""
+    kinds = (kind for kind in type(module).__mro__ if "generate" in vars(kind))
+    return next(kinds).__name__ == "GenerationMixin"
+
+
+def _size(module: Any, given: dict[str, Any]) -> tuple[int, int] | None:
+    """How many rows and positions a forward has."""
+    names = ["input_ids", "inputs_embeds"]
+    if module.config.is_encoder_decoder:
+        names = ["decoder_input_ids", "decoder_inputs_embeds"]
+    for name in names:
+        tensor = given.get(name)
+        if isinstance(tensor, Tensor) and tensor.dim() > 1:
+            return tensor.shape[0], tensor.shape[1]
+    return None
+
+
+def _measured(kv_cache: Any) -> int | None:
+    """How many positions keys and values are kept of; None for states that have no length."""
+    length = getattr(kv_cache, "get_seq_length", None)
+    if length is None:
+        return None
+    try:
+        return int(length())
+    except (ValueError, TypeError, AttributeError, IndexError):  # linear attention alone
+        return None
+
+
+def _is_side_branch() -> bool:
+    frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage] - for the speed
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.endswith(_SIDE_BRANCHES):
+            return True
+        if name == __file__.replace("passes.py", "generation.py"):
+            return False
+        frame = frame.f_back
+    return False
+
+
+def _lineage(beams: Tensor, prompt: int, length: int) -> Tensor:
+    """`[rows, length]`: the row of the batch in which each position of a sequence was computed.
+
+    NO_TOKEN where a sequence had ended. `beams`: `[rows, steps]`, as transformers returns it.
+    """
+    found = torch.full((beams.shape[0], length), NO_TOKEN)
+    found[:, : prompt - 1] = beams[:, :1]
+    steps = min(beams.shape[1], length - prompt + 1)
+    found[:, prompt - 1 : prompt - 1 + steps] = beams[:, :steps]
+    return found

@@ -1,0 +1,74 @@
+"""One forward pass over the tokens that a run ended with, of a model that nothing here keeps."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Final, final
+
+import torch
+from torch import nn
+
+from tracekit.core.tree import Tree
+from tracekit.errors import CacheError
+from tracekit.models.eager import eager
+from tracekit.models.recompute import forward_inputs
+from tracekit.tracing.timeline import NO_TOKEN, Transcript
+
+# What says how to generate, and may hold other models, or all keys and values.
+_NOT_KEPT: Final = frozenset(
+    {
+        "assistant_model",
+        "assistant_tokenizer",
+        "custom_generate",
+        "logits_processor",
+        "past_key_values",
+        "prefix_allowed_tokens_fn",
+        "stopping_criteria",
+        "streamer",
+        "tokenizer",
+    }
+)
+
+
+@final
+class Rerun:
+    """Runs the model of `tree` again, on what was given and the tokens that it ended with."""
+
+    def __init__(self, tree: Tree, given: dict[str, Any]) -> None:
+        self._tree = weakref.ref(tree)
+        self._given = {name: value for name, value in given.items() if name not in _NOT_KEPT}
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The model's modules by path; CacheError if it is gone."""
+        return self._model().modules
+
+    def __call__(self, transcript: Transcript, include_last: bool) -> None:
+        """One forward pass, without keys and values, over all tokens, or all but the last."""
+        tree = self._model()
+        tokens = transcript.tokens
+        if bool((tokens[:, : transcript.prompt] == NO_TOKEN).any()):
+            tokens = tokens[:, transcript.prompt :]  # the prompt was given embedded
+        module: Any = tree.root
+        inputs = forward_inputs(
+            module,
+            self._given,
+            tokens.to(_device_of(module)),
+            new_tokens=transcript.is_real[:, transcript.prompt :].sum(1),
+            include_last=include_last,
+        )
+        with torch.no_grad(), eager(tree):
+            module(**inputs)
+
+    def _model(self) -> Tree:
+        tree = self._tree()
+        if tree is None:
+            raise CacheError(
+                "the model that this cache was recorded from is gone, and it would have to run "
+                "again: keep it, and ask before you delete it."
+            )
+        return tree
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

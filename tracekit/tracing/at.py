@@ -1,0 +1,254 @@
+"""Edit what a module gives at chosen positions of the sequence, in whatever forward they come."""
+
+# The unit of such an edit is the token, not the step: each is edited once where keys and values are
+# kept, and in every forward that goes over it where they are not, so that the numbers are the same.
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast, final
+
+import torch
+from torch import Tensor
+
+from tracekit.capture import showing_own_lines
+from tracekit.core.nest import describe, first_input, first_tensor, map_leaves
+from tracekit.core.site import Site, Slot
+from tracekit.errors import InputError, MisfitError, NeverRanError, UnsupportedError
+from tracekit.tracing.positions import Chosen, Positions
+from tracekit.tracing.timeline import PADDING, Pass, Timeline, axis_of
+
+if TYPE_CHECKING:
+    from tracekit.interleave.mediator import Mediator
+
+# Takes the value of all positions of a forward, and which places of the chosen ones they are.
+Change = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
+
+
+@final
+class Spot:
+    """A value of a module of which positions are to be chosen: `module.output.at(...)`."""
+
+    def __init__(self, find: Callable[[], tuple[Mediator, Site]], site: Site) -> None:
+        self._find = find
+        self._site = site
+
+    def at(self, positions: Positions) -> At:
+        """The value at `positions` of the sequence: `"prompt"`, `"generated"`, `"all"`, a number,
+        a slice or a list of numbers, which count each row's own tokens from 0; negative ones count
+        back from the end of the prompt."""
+        return At(self._find, self._site, Chosen(positions))
+
+
+@final
+class At:
+    """What a module gives at chosen positions, to be edited: `[:] += v`, `[:] = v`, `.edit(f)`.
+
+    The edit holds for the whole run, from where it is written on: make it before the model gets to
+    the module. A value that is written is a number, or a tensor that fits `[rows, positions, ...]`,
+    with one position or as many as are chosen.
+    """
+
+    def __init__(
+        self, find: Callable[[], tuple[Mediator, Site]], site: Site, chosen: Chosen
+    ) -> None:
+        self._find = find
+        self._site = site
+        self._chosen = chosen
+
+    @showing_own_lines
+    def edit(self, function: Callable[[Tensor], Tensor | None]) -> None:
+        """Let the model go on with `function(value)` at the chosen positions.
+
+        `value` is that of all positions of a forward, `[rows, positions, ...]`, of which what is
+        not chosen stays as it is: the function has to take each token for itself. It returns the
+        new value, or None if it changed it in place.
+        """
+        if not callable(function):
+            raise InputError(f".edit() takes a function of the value, not {describe(function)}.")
+        self._make(lambda value, _: function(value))
+
+    def __getitem__(self, index: Any) -> Part:
+        return Part(self, _features(index))
+
+    @showing_own_lines
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(value, Part):  # `at[:] += v` ends so, with its edit made
+            return
+        self._operate(_features(index), lambda _, new: new, value)
+
+    def change(self, change: Callable[[Any], Any] | Tensor | float) -> PositionEdit:
+        """The edit that a function, a tensor or a number makes, to be placed in some run."""
+        if callable(change) and not isinstance(change, Tensor):
+            return PositionEdit(self._site, self._chosen, lambda value, _: change(value))
+        return self._operation((), lambda _, new: new, change)
+
+    def _operate(self, features: tuple[Any, ...], operation: Any, operand: Any) -> None:
+        self._place(self._operation(features, operation, operand))
+
+    def _operation(self, features: Any, operation: Any, operand: Any) -> PositionEdit:
+        if not isinstance(operand, (Tensor, int, float)):
+            raise InputError(
+                f"what is written at positions is a tensor or a number, not {describe(operand)}."
+            )
+        return PositionEdit(
+            self._site, self._chosen, partial(_operated, features, operation, operand)
+        )
+
+    def _make(self, change: Change) -> None:
+        self._place(PositionEdit(self._site, self._chosen, change))
+
+    def _place(self, edit: PositionEdit) -> None:
+        mediator, site = self._find()
+        edit.site = site
+        mediator.edit_at_positions(edit)
+
+    def __repr__(self) -> str:
+        return f"{self._site}.at({self._chosen!r})"
+
+
+@final
+class Part:
+    """Some features of what stands at chosen positions; operations in place are edits of it."""
+
+    def __init__(self, at: At, features: tuple[Any, ...]) -> None:
+        self._at = at
+        self._features = features
+
+    @showing_own_lines
+    def __iadd__(self, other: Any) -> Part:
+        return self._operate(operator.add, other)
+
+    @showing_own_lines
+    def __isub__(self, other: Any) -> Part:
+        return self._operate(operator.sub, other)
+
+    @showing_own_lines
+    def __imul__(self, other: Any) -> Part:
+        return self._operate(operator.mul, other)
+
+    @showing_own_lines
+    def __itruediv__(self, other: Any) -> Part:
+        return self._operate(operator.truediv, other)
+
+    def _operate(self, operation: Any, other: Any) -> Part:
+        self._at._operate(self._features, operation, other)  # pyright: ignore[reportPrivateUsage] - same file
+        return self
+
+
+@final
+class PositionEdit:
+    """An edit of `site` at the `chosen` positions; what a run places, and a replay places again."""
+
+    def __init__(self, site: Site, chosen: Chosen, change: Change) -> None:
+        self.site = site
+        self.chosen = chosen
+        self.rows: Callable[[int], tuple[int, int]] | None = None  # those of one block
+        self.line = ""
+        self.has_fired = False
+        self._change = change
+
+    def apply_now(self, timeline: Timeline, value: Any) -> Any:
+        """`value`, of a forward that runs now, with the edit made."""
+        one = timeline.current
+        if one is None:
+            raise UnsupportedError(
+                f"{self.site}.at(...): it ran outside of the decoder's forwards (an encoder, for "
+                f"one), or what calls the model is none of transformers' ways; edit its .output."
+            )
+        return self.apply(value, one, timeline) if one.is_main else value
+
+    def apply(self, value: Any, one: Pass, timeline: Timeline) -> Any:
+        """`value`, that a module gave or was given in the forward `one`, with the edit made."""
+        tensor = first_tensor(first_input(value) if self.site.slot is Slot.INPUT else value)
+        if tensor is None:
+            raise MisfitError(f"{self.site} is {describe(value)}, with no tensor.")
+        axis, count = axis_of(self.site, tensor, one)
+        places = self._places(one, count, timeline)
+        mask = places != PADDING
+        if not bool(mask.any()):
+            return value
+        self.has_fired = True
+        laid = tensor.unflatten(0, (one.rows, count)) if axis == 0 else tensor.movedim(axis, 1)
+        new = self._changed(laid, places)
+        mask = mask.to(laid.device).reshape(*mask.shape, *[1] * (laid.dim() - 2))
+        new = torch.where(mask, new, laid)
+        new = new.flatten(0, 1) if axis == 0 else new.movedim(1, axis)
+        return map_leaves(lambda leaf: new if leaf is tensor else leaf, value)
+
+    def _places(self, one: Pass, count: int, timeline: Timeline) -> Tensor:
+        """`[rows, count]`: of what positions of a forward, the last so many, are chosen."""
+        prompt = timeline.first_generated(one)
+        own = timeline.own_positions(one)[:, one.length - count :]
+        own_prompt = timeline.own_prompt(prompt, one.rows)
+        places = self.chosen.places(own, one.stop - count, prompt, own_prompt)
+        if self.rows is not None:
+            first, stop = self.rows(one.rows)
+            places = places.clone()
+            places[:first], places[stop:] = PADDING, PADDING
+        return places
+
+    def _changed(self, value: Tensor, places: Tensor) -> Tensor:
+        own = value.clone()
+        new = self._change(own, partial(_spread, own, places, self.chosen.count))
+        new = own if new is None else new
+        if not isinstance(new, Tensor) or new.shape != value.shape or new.dtype != value.dtype:
+            raise MisfitError(
+                f"{self.site} at {self.chosen!r} was {describe(value)}, and the edit made "
+                f"{describe(new)} of it: it has to keep shape and dtype."
+            )
+        return new
+
+    def check(self) -> None:
+        """NeverRanError if no forward went over what was chosen."""
+        if not self.has_fired:
+            raise NeverRanError(
+                f"the edit of {self.site} at {self.chosen!r} ({self.line}) was never made: no "
+                f"forward of the module went over these positions. The last new token is never run."
+            )
+
+
+def _operated(
+    features: Any,
+    operation: Any,
+    operand: Any,
+    value: Tensor,
+    spread: Callable[[Tensor], Tensor],
+) -> Tensor:
+    if isinstance(operand, Tensor):
+        operand = spread(operand.to(value.device))
+    index = (..., *features)
+    value[index] = operation(value[index], operand)
+    return value
+
+
+def _spread(value: Tensor, places: Tensor, count: int | None, written: Tensor) -> Tensor:
+    """`written`, whose axis 1 may be the chosen positions, for all positions of a forward."""
+    if written.dim() < value.dim() or written.shape[1] == 1:
+        return written
+    given = written.shape[1]
+    if given != count and (count is not None or bool((places >= given).any())):
+        wanted = f"{count} positions" if count is not None else "more positions than that"
+        raise MisfitError(
+            f"{describe(written)} was written at {wanted}: axis 1 has to be as many, or 1."
+        )
+    place = places.clamp(min=0).to(written.device)
+    rows = torch.arange(value.shape[0], device=written.device)[:, None]
+    return written.expand(value.shape[0], *written.shape[1:])[rows, place]
+
+
+def _features(index: object) -> tuple[Any, ...]:
+    """What of each token's value is meant by `at[:, :, 3]` or `at[..., 3]`."""
+    parts: tuple[Any, ...] = cast("Any", index) if isinstance(index, tuple) else (index,)
+    if len(parts) == 0 or parts == (slice(None),) or parts == (...,):
+        return ()
+    if parts[0] is ...:
+        return tuple(parts[1:])
+    if len(parts) > 2 and parts[:2] == (slice(None), slice(None)):
+        return tuple(parts[2:])
+    raise InputError(
+        f"positions are chosen by .at(), so all rows and positions of it are edited: write "
+        f".at(...)[:], or [..., {parts[-1]!r}] for some features."
+    )

@@ -1,0 +1,110 @@
+"""What was changed in a run, and at which positions: enough to make the same changes again."""
+
+# A block's edit is kept as what it added to each value, so that a replay that meets other values
+# (a fault) ends with other values, too; what stands in for a skipped module is kept as it is.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, NamedTuple, final
+
+from torch import Tensor
+
+from tracekit.core.nest import tensors
+from tracekit.core.site import Site, Visit
+from tracekit.core.versions import changes
+from tracekit.tracing.at import PositionEdit
+from tracekit.tracing.timeline import Pass, Timeline
+
+
+class How(Enum):
+    """In which way a value was changed."""
+
+    IN_PLACE = "in place"
+    REPLACED = "replaced"
+    SKIPPED = "skipped"
+
+
+class Change(NamedTuple):
+    """What a block did to one tensor of one value."""
+
+    site: Site
+    during: Pass | None
+    step: int
+    call: int  # in that step
+    leaf: int  # the how-manieth tensor of the value
+    how: How
+    value: Tensor | None  # what was added to it, or stands in its place; None: of another shape
+
+
+@final
+class Changes:
+    """The changes of one run, in order, beside its timeline."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self.timeline = timeline
+        self.made: list[Change] = []
+        self.at_positions: list[PositionEdit] = []
+        self.span: Callable[[int], tuple[int, int]] | None = None  # the rows of one block
+        self._of: Changes | None = None  # those of all rows, if these are not
+
+    @property
+    def whole(self) -> Changes:
+        """Those of all rows."""
+        return self if self._of is None else self._of
+
+    def has(self, edit: PositionEdit) -> bool:
+        """Whether the same line has made this edit before."""
+        known = ((each.site, each.line, repr(each.chosen)) for each in self.at_positions)
+        return (edit.site, edit.line, repr(edit.chosen)) in known
+
+    def look(self, visit: Visit, value: object) -> list[_Look]:
+        """What becomes of `value`, if anybody will ask."""
+        return [_Look(self, visit, value)] if self.timeline.is_generation else []
+
+    def narrowed(self, span: Callable[[int], tuple[int, int]]) -> Changes:
+        """Those of the rows of one block."""
+        other = Changes(self.timeline.narrowed(span))
+        other._of, other.span = self, span
+        return other
+
+
+@final
+class _Look:
+    """The tensors of a value before blocks saw it."""
+
+    def __init__(self, owner: Changes, visit: Visit, value: Any) -> None:
+        self._owner = owner
+        self._visit = visit
+        self.is_skipped = False  # a block lets it stand in for a module
+        self._before = [(each, changes(each), each.detach().clone()) for each in tensors(value)]
+
+    def note(self, value: Any) -> None:
+        """The model goes on with `value`."""
+        one = self._owner.timeline.current
+        if one is not None and not one.is_main:
+            return
+        for leaf, (after, before) in enumerate(zip(tensors(value), self._before, strict=False)):
+            changed = _change(after, *before, self.is_skipped)
+            if changed is not None:
+                how, added = changed
+                visit = self._visit
+                self._owner.made.append(
+                    Change(visit.site, one, visit.step, visit.call, leaf, how, added)
+                )
+
+
+def _change(
+    after: Tensor, was: Tensor, version: int, before: Tensor, is_skipped: bool
+) -> tuple[How, Tensor | None] | None:
+    if is_skipped:
+        return How.SKIPPED, after.detach().clone()
+    is_same = after is was
+    if is_same and changes(after) == version and version >= 0:
+        return None
+    how = How.IN_PLACE if is_same else How.REPLACED
+    if after.shape != before.shape or not before.is_floating_point():
+        return how, None
+    added = after.detach() - before
+    return None if is_same and not bool(added.any()) else (how, added)

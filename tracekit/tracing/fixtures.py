@@ -1,0 +1,140 @@
+"""What stands on a model for a whole run: what records it, and edits of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, final
+
+from torch import nn
+
+from tracekit.core.keep import Keep
+from tracekit.core.site import Slot
+from tracekit.core.tree import Tree
+from tracekit.errors import CacheError, SiteOrderError
+from tracekit.interleave.hooks import Hooks
+from tracekit.interleave.interleaver import Interleaver
+from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.passage import Passage
+from tracekit.tracing.at import PositionEdit
+from tracekit.tracing.cache import Cache
+from tracekit.tracing.changes import Changes
+from tracekit.tracing.recorder import Recorder
+
+
+@final
+class Fixtures:
+    """The recorders and the edits of tokens of one run; placed before the model gets there."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        hooks: Hooks,
+        passage: Passage,
+        run: Interleaver,
+        changes: Changes,
+        kind: tuple[object, ...],
+    ) -> None:
+        self.changes = changes
+        self._tree = tree
+        self._hooks = hooks
+        self._passage: Any = passage
+        self._run: Any = run
+        self._kind = kind
+        self._recorders: list[Recorder] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._recorders or self.changes.at_positions)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether there are recorders that were not let go of."""
+        return bool(self._recorders)
+
+    def record(
+        self,
+        mediator: Mediator | None,
+        modules: dict[str, nn.Module],
+        named: set[str],
+        keep: Keep,
+        what: tuple[bool, bool, bool],
+    ) -> Cache:
+        """Begin to record `what` of the modules (inputs, outputs, gradients).
+
+        Of the rows of the mediator's block alone. CacheError if the model has passed one.
+        """
+        inputs, outputs, grads = what
+        has_grad = self._kind[1] and self._kind[0] is not False
+        if grads and not has_grad:
+            raise CacheError(
+                "include_grads=True records nothing where the model computes without grad: leave "
+                "torch.no_grad() out (generate() always computes so; trace() what it generated)."
+            )
+        passed = self._passed(modules, inputs)
+        if passed is not None:
+            raise CacheError(
+                f"tracer.cache() was called when the model had passed {passed} (step "
+                f"{self._run.step}); make the cache first in the block, or name modules that come "
+                f"later."
+            )
+        cache = Cache()
+        rows = mediator.rows if mediator is not None else None
+        rows = None if rows is None or rows.is_all else rows
+        recorder = Recorder(cache, self._tree, modules, named, keep, self._kind, self.changes, rows)
+        recorder.place(self._hooks, self._run, inputs, outputs, grads)
+        self._recorders.append(recorder)
+        return cache
+
+    def edit(self, mediator: Mediator, edit: PositionEdit, line: str) -> None:
+        """Make an edit of tokens in all forwards to come; SiteOrderError if its module ran."""
+        edit.line = line
+        if mediator.rounds is not None and self.changes.has(edit):
+            return  # a lasting edit runs anew in each step
+        passed = self._passed([edit.site.path], edit.site.slot is Slot.INPUT)
+        if passed is not None:
+            raise SiteOrderError(
+                f"{edit.site}.at(...) came when the model had passed {passed} (step "
+                f"{self._run.step}), so tokens would be missed: write it first in the block, "
+                f"outside of any loop over steps."
+            )
+        rows = mediator.rows
+        edit.rows = None if rows is None or rows.is_all else rows.span
+        self.changes.at_positions.append(edit)
+        self._hooks.edit(*edit.site, partial(edit.apply_now, self.changes.timeline))
+        if mediator.note is not None:
+            mediator.note("edit", f"{edit.site}.at({edit.chosen!r})", None, line)
+
+    def copy_what_shares(self, value: object) -> None:
+        """Give every record that shares memory with `value` its own copy, while it is right."""
+        for recorder in self._recorders:
+            recorder.copy_what_shares(value)
+
+    def freeze(self, is_whole: bool) -> None:
+        """Complete the caches, whatever the checks will say."""
+        for recorder in self._recorders:
+            recorder.freeze(is_whole)
+
+    def check(self, is_whole: bool) -> None:
+        """Raise if a record is not what was seen, or if something that was asked for never came."""
+        for recorder in self._recorders:
+            recorder.check(is_whole)
+        for edit in self.changes.at_positions if is_whole else ():
+            edit.check()
+
+    def let_go(self) -> None:
+        """The model is done: what knows the run is not needed any more."""
+        self._run = self._passage = None
+
+    def clear(self) -> None:
+        """Let go of the recorders."""
+        self._recorders.clear()
+
+    def _passed(self, paths: Iterable[str], inputs: bool) -> str | None:
+        """The first of these modules that the model has passed in the run."""
+        if not self._run.has_begun:
+            return None
+        step = self._run.step
+        passed: Callable[[str, int], bool] = (
+            self._passage.has_begun if inputs else self._passage.has_ended
+        )
+        return next((path for path in paths if step > 0 or passed(path, step)), None)

@@ -1,0 +1,255 @@
+"""Put what a module gave in many forwards together: one value for each token of the sequences."""
+
+# Guarantees:
+#   - each position comes from the forward that came to it first; what was rejected is left out;
+#   - a row follows its own beam back to the prompt;
+#   - what does not run over the tokens, or not over all of them, is refused, not guessed.
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from tracekit.core.nest import describe, first_tensor
+from tracekit.errors import CacheError
+from tracekit.tracing.entries import Entry
+from tracekit.tracing.timeline import PADDING, Pass, Timeline, Transcript, fits
+
+
+@final
+class TokenSequence(Tensor):
+    """`[batch, positions, ...]`: what a module gave for each token; a tensor in all else.
+
+    `.tokens`: `[batch, positions]`, the token that each value belongs to (-1: it was given as an
+    embedding). `.positions`: the same shape, the token's place in its own row, from 0 (-1: it is
+    padding). `.valid`: the same shape, False for padding and behind the end of a row: what is
+    there belongs to no token. `.columns`: which columns of the batch it has. What is computed
+    from it is a plain tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore - as torch.nn.Parameter has it
+
+    tokens: Tensor
+    positions: Tensor
+    valid: Tensor
+    columns: list[int]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        plain = self.as_subclass(Tensor)
+        return f"TokenSequence({int(self.valid.sum())} valid tokens, {describe(plain)})\n{plain}"
+
+
+class Piece(NamedTuple):
+    """What one forward gave: for the positions from `start` to `stop` of the sequences."""
+
+    value: Tensor  # of all positions of the forward
+    one: Pass
+    start: int
+    stop: int
+
+
+def calls_in_forwards(entries: Sequence[Entry], call: int) -> list[Entry]:
+    """Of each forward, the `call`-th entry of a module that runs several times in it."""
+    found: list[Entry] = []
+    count, last = 0, None
+    for entry in entries:
+        count = count + 1 if entry.during is last else 0
+        last = entry.during
+        if count == call:
+            found.append(entry)
+    if not found:
+        raise CacheError(f"{entries[0].path} has no call={call} in any forward; count from 0.")
+    return found
+
+
+def stitch(
+    entries: Sequence[Entry],
+    values: list[Any],
+    timeline: Timeline,
+    *,
+    is_partial: bool = False,
+    is_flat: bool = False,
+) -> TokenSequence:
+    """The sequence that `values`, of the `entries` of one module, make.
+
+    CacheError for what is no sequence, for a part of one unless `is_partial`, and for values with
+    rows and positions in one axis unless `is_flat` says that they are in it row by row.
+    """
+    path = entries[0].path
+    transcript = timeline.transcript
+    if transcript is None:
+        raise CacheError(
+            f"{path}: the tokens of this run are not known, so there is no sequence of them: it "
+            f"was stopped before its first step was over, or is no generation of transformers."
+        )
+    laid = lay_out(path, _tensors(entries, values), timeline, transcript, is_flat)
+    if not is_partial:
+        _check_whole(path, laid.columns, timeline.total)
+    return _labelled(laid.value, transcript, laid.columns)
+
+
+class Laid(NamedTuple):
+    """Values of a site by position: `[rows, columns, ...]`, of these columns."""
+
+    value: Tensor
+    columns: list[int]
+    axis: int  # where the positions are in the site's own values; 0: in one with the rows
+
+
+def lay_out(
+    path: str,
+    tensors: Iterable[tuple[Pass, Tensor]],
+    timeline: Timeline,
+    transcript: Transcript,
+    is_flat: bool = False,
+) -> Laid:
+    """What a site gave in these forwards, by position; CacheError for what is no such thing."""
+    pieces = _pieces(path, tensors, timeline)
+    columns = [column for piece in pieces for column in range(piece.start, piece.stop)]
+    axis = _axis(path, pieces, _rows(transcript), is_flat)
+    sizes = {piece.value.movedim(axis, 0).shape[2:] for piece in pieces}
+    if len(sizes) > 1:
+        raise CacheError(
+            f"{path} gave values of other sizes in each forward, {describe(pieces[0].value)} and "
+            f"{describe(pieces[-1].value)}; read its entries."
+        )
+    return Laid(_joined(pieces, axis, transcript), columns, axis)
+
+
+def _tensors(entries: Sequence[Entry], values: list[Any]) -> Iterator[tuple[Pass, Tensor]]:
+    for entry, value in zip(entries, values, strict=True):
+        if entry.during is None:
+            continue
+        tensor = value if isinstance(value, Tensor) else first_tensor(value)
+        if tensor is None:
+            raise CacheError(f"{entry.path} gave {describe(value)}, with no tensor.")
+        yield entry.during, tensor
+
+
+def _pieces(path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timeline) -> list[Piece]:
+    """Of each forward, the positions that no earlier one has, in order."""
+    spans = timeline.spans()
+    pieces: list[Piece] = []
+    for one, tensor in tensors:
+        start, stop = spans[one.place]
+        if one.kept and _is_kept(tensor, one):
+            start = max(start, one.stop - one.kept)
+        if start >= stop:
+            continue
+        if pieces and pieces[-1].one is one:
+            raise CacheError(
+                f"{path} ran several times in one forward (step {one.step}), so it has several "
+                f"sequences: name one, as in cache.sequence(path, call=0)."
+            )
+        pieces.append(Piece(tensor, one, start, stop))
+    if not pieces:
+        raise CacheError(
+            f"{path} ran outside the decoder's forwards (an encoder, for one), so it has no value "
+            f"for each token; read its entries."
+        )
+    return pieces
+
+
+def _is_kept(tensor: Tensor, one: Pass) -> bool:
+    return tensor.dim() > 1 and one.kept < one.length and tensor.shape[1] == one.kept
+
+
+def _check_whole(path: str, columns: list[int], total: int) -> None:
+    if len(columns) == total:
+        return
+    missing = sorted(set(range(total)) - set(columns))
+    told = f"{missing[0]} to {missing[-1]}" if len(missing) > 1 else f"{missing[0]}"
+    raise CacheError(
+        f"{path} has no value for {len(missing)} of {total} positions ({told}): it did not run for "
+        f"them, as a head does not for a prompt but its last token. Write "
+        f"cache.sequence(path, partial=True) for those it has; .positions tells which."
+    )
+
+
+# -- axes -----------------------------------------------------------------------------------------
+
+
+def _joined(pieces: list[Piece], axis: int, transcript: Transcript) -> Tensor:
+    """`[rows, positions, ...]` of all pieces."""
+    rows = _rows(transcript)
+    parts = [_part(piece, axis, rows) for piece in pieces]
+    if any(part.shape[0] != rows for part in parts):
+        parts = [part.expand(rows, *part.shape[1:]) for part in parts]
+    if transcript.lineage is not None:
+        lineage = transcript.lineage.clamp(min=0).to(parts[0].device)
+        parts = [
+            part.index_select(0, lineage[:, piece.start])
+            for part, piece in zip(parts, pieces, strict=True)
+        ]
+    return torch.cat(parts, 1)
+
+
+def _rows(transcript: Transcript) -> int:
+    """How many rows the forwards had: not those of the result, where beams were left behind."""
+    return transcript.tokens.shape[0] if transcript.lineage is None else transcript.batch
+
+
+def _axis(path: str, pieces: list[Piece], rows: int, is_flat: bool) -> int:
+    """Where the positions are in every piece: axis 1 or 2, or 0 with rows and positions in one."""
+    found = [
+        axis
+        for axis in (1, 2, 0)
+        if all(fits(piece.value, axis, _count(piece), rows) for piece in pieces)
+    ]
+    if (
+        found[:2] == [1, 2]
+        and pieces[0].value.dim() > 3
+        and any(_count(each) > 1 for each in pieces)
+    ):
+        raise CacheError(
+            f"{path} gave {describe(pieces[0].value)}, and two of its axes may be the positions; "
+            f"run it on another number of tokens, or read its entries."
+        )
+    if found == [0] and not is_flat:
+        raise CacheError(
+            f"{path} gave {describe(pieces[0].value)}, with rows and positions in one axis, in an "
+            f"order that is not known: experts sort tokens, routers do not. If it is row by row, "
+            f"write cache.sequence(path, flat=True)."
+        )
+    if not found:
+        piece = pieces[0]
+        raise CacheError(
+            f"{path} gave {describe(piece.value)} in step {piece.one.step}, with no axis of "
+            f"{_count(piece)} positions for {rows} rows; read its entries."
+        )
+    return found[0]
+
+
+def _count(piece: Piece) -> int:
+    """How many positions the value has."""
+    one = piece.one
+    return one.kept if one.kept and _is_kept(piece.value, one) else one.length
+
+
+def _part(piece: Piece, axis: int, rows: int) -> Tensor:
+    """`[rows or 1, positions, ...]`: what of a piece is in the result."""
+    value, count = piece.value, _count(piece)
+    if axis == 0:
+        value = value.unflatten(0, (rows, count))
+    elif axis == 2:
+        value = value.movedim(2, 1)
+    first = piece.start - (piece.one.stop - count)
+    length = piece.stop - piece.start
+    return value if length == count else value.narrow(1, first, length)
+
+
+def _labelled(joined: Tensor, transcript: Transcript, columns: list[int]) -> TokenSequence:
+    is_all = columns == list(range(len(columns)))
+    chosen: Any = slice(0, len(columns)) if is_all else columns
+    made = joined.as_subclass(TokenSequence)
+    made.tokens = transcript.tokens[:, chosen]
+    made.positions = transcript.own_positions()[:, chosen]
+    valid = transcript.is_real
+    if transcript.lineage is not None:
+        valid = valid & (transcript.lineage != PADDING)
+    made.valid = valid[:, chosen]
+    made.columns = columns
+    return made

@@ -1,0 +1,214 @@
+"""Which tokens each forward of a run went over, and which of them are in what it ended with."""
+
+# A position is a column of the batch of final sequences, padding included; a row's own positions
+# count its tokens alone. Forwards are not steps: a prompt in chunks takes several, guidance adds a
+# branch, drafts are made of tokens that are then rejected.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, final
+
+import torch
+from torch import Tensor, nn
+
+from tracekit.core.nest import describe
+from tracekit.core.site import Site
+from tracekit.errors import UnsupportedError
+
+PADDING = -1  # the own position of what is no token of its row
+NO_TOKEN = -1  # in the place of a token where only an embedding was given
+
+
+class Pass(NamedTuple):
+    """One forward of the decoder: over the positions from `start` to `start + length`."""
+
+    place: int  # among all of the run
+    step: int
+    rows: int
+    start: int
+    length: int
+    kept: int = 0  # the last so many of them alone have logits; 0: all
+    is_main: bool = True  # neither a draft nor the other branch of guidance
+
+    @property
+    def stop(self) -> int:
+        """The first position behind it."""
+        return self.start + self.length
+
+
+@final
+@dataclass(frozen=True)
+class Transcript:
+    """The tokens that a run ended with.
+
+    `tokens`: `[rows, length]`; `is_real`: the same shape, False for padding and behind the end of
+    a row; `prompt`: how many columns were given; `lineage`: `[rows, length]`, where beams changed
+    places: which of the `batch` rows computed each position (PADDING: none did).
+    """
+
+    tokens: Tensor
+    is_real: Tensor
+    prompt: int
+    lineage: Tensor | None = None
+    batch: int = 0
+
+    def narrowed(self, span: Callable[[int], tuple[int, int]]) -> Transcript:
+        """The rows of one block; `span` tells which they are, of so many."""
+        start, stop = span(self.tokens.shape[0])
+        tokens, is_real = self.tokens[start:stop], self.is_real[start:stop]
+        if self.lineage is None:
+            return Transcript(tokens, is_real, self.prompt)
+        offset, end = span(self.batch)
+        lineage = self.lineage[start:stop]
+        lineage = torch.where(lineage == PADDING, lineage, lineage - offset)
+        return Transcript(tokens, is_real, self.prompt, lineage, end - offset)
+
+    def own_positions(self) -> Tensor:
+        """`[rows, length]`: each token's place in its own row, PADDING for what is none."""
+        return own_positions(self.is_real)
+
+
+class Rerunning(Protocol):
+    """Runs the model again over the tokens of a transcript, in one forward."""
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The model's modules by path; CacheError if it is gone."""
+        ...
+
+    def __call__(self, transcript: Transcript, include_last: bool) -> None:
+        """One forward over all tokens, or all but the last."""
+        ...
+
+
+@final
+class Timeline:
+    """The forwards of one run, as they come, and its Transcript when it is over."""
+
+    def __init__(self) -> None:
+        self.passes: list[Pass] = []
+        self.lengths: list[int] = []  # of the sequences, at the end of each step
+        self.prompt: int | None = None  # columns, where they are known before the first forward
+        self.prompt_mask: Tensor | None = None  # [rows, prompt], where there is padding
+        self.transcript: Transcript | None = None
+        self.is_generation = False
+        self.rerun: Rerunning | None = None
+        self._subscribers: list[Callable[[], None]] = []
+
+    @property
+    def current(self) -> Pass | None:
+        """The forward that runs, or ran last; None before the first."""
+        return self.passes[-1] if self.passes else None
+
+    def subscribe(self, begins: Callable[[], None]) -> None:
+        """Call `begins` at the beginning of every forward to come."""
+        self._subscribers.append(begins)
+
+    def begin(
+        self, step: int, rows: int, start: int, length: int, kept: int = 0, is_main: bool = True
+    ) -> None:
+        """A forward begins, over so many positions from `start` on."""
+        for begins in self._subscribers:
+            begins()
+        self.passes.append(Pass(len(self.passes), step, rows, start, length, kept, is_main))
+
+    def end_step(self, length: int) -> None:
+        """A step has ended, with sequences of so many tokens."""
+        self.lengths.append(length)
+
+    def narrowed(self, span: Callable[[int], tuple[int, int]]) -> Timeline:
+        """That of the rows of one block."""
+        other = Timeline()
+        other.passes, other.lengths, other.prompt = self.passes, self.lengths, self.prompt
+        other.rerun = self.rerun
+        if self.transcript is not None:
+            other.transcript = self.transcript.narrowed(span)
+        return other
+
+    def close(self) -> None:
+        """The run is over."""
+        self._subscribers.clear()
+
+    def first_generated(self, one: Pass) -> int:
+        """The first position behind the prompt, as far as a forward needs to know."""
+        if self.prompt is not None:
+            return self.prompt
+        ends = [each.stop for each in self.passes if each.step == 0 and each.is_main]
+        return max(ends) if one.step else max(one.stop, *ends)
+
+    def own_positions(self, one: Pass) -> Tensor:
+        """`[rows, length]`: the own positions of what a forward goes over."""
+        mask = self.prompt_mask
+        if mask is None:
+            return torch.arange(one.start, one.stop).expand(one.rows, -1)
+        behind = max(0, one.stop - mask.shape[1])
+        longer = torch.cat([mask, mask.new_ones(mask.shape[0], behind)], 1)
+        own = own_positions(longer)[:, one.start : one.stop]
+        return own.repeat_interleave(one.rows // mask.shape[0], 0)
+
+    def own_prompt(self, prompt: int, rows: int) -> Tensor:
+        """`[rows]`: how many tokens of each row come before the column `prompt`."""
+        mask = self.prompt_mask
+        if mask is None:
+            return torch.full((rows,), prompt)
+        counted = mask[:, :prompt].long().sum(-1) + max(0, prompt - mask.shape[1])
+        return counted.repeat_interleave(rows // mask.shape[0], 0)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """For each forward, the positions of it that are in the result, each in one forward alone.
+
+        That which came to it first: with keys and values kept, there is no other.
+        """
+        found: list[tuple[int, int]] = []
+        covered = 0
+        for one in self.passes:
+            stop = min(one.stop, self._accepted(one.step)) if one.is_main else 0
+            start = max(one.start, covered)
+            found.append((start, max(start, stop)))
+            covered = max(covered, stop)
+        return found
+
+    def _accepted(self, step: int) -> int:
+        """How many positions are certain when `step` is over: its last token is the next's."""
+        total = self.total
+        return min(self.lengths[step] - 1, total) if step < len(self.lengths) else total
+
+    @property
+    def total(self) -> int:
+        """How many positions ran: all but the last token, which nobody needs to go over."""
+        stops = max((one.stop for one in self.passes if one.is_main), default=0)
+        if self.transcript is None:
+            return stops
+        length = self.transcript.tokens.shape[1]
+        return min(stops, length - 1 if self.lengths else length)
+
+
+def axis_of(site: Site, value: Tensor, one: Pass) -> tuple[int, int]:
+    """Where the positions of a forward are in `value`, and how many.
+
+    Axis 1 or 2, or 0 with rows and positions in one; UnsupportedError if nowhere.
+    """
+    kept = one.kept if 0 < one.kept < one.length else one.length
+    for axis in (1, 2, 0):
+        for count in (one.length, kept):
+            if fits(value, axis, count, one.rows):
+                return axis, count
+    raise UnsupportedError(
+        f"{site} is {describe(value)} in a forward over {one.length} positions of {one.rows} "
+        f"rows: it has no value for each position."
+    )
+
+
+def fits(value: Tensor, axis: int, count: int, rows: int) -> bool:
+    """Whether the positions may be in this axis of `value`; in 0 they are one with the rows."""
+    if axis == 0:
+        return value.dim() > 1 and value.shape[0] == rows * count
+    return value.dim() > axis and value.shape[axis] == count and value.shape[0] in (1, rows)
+
+
+def own_positions(is_real: Tensor) -> Tensor:
+    """Each token's place among the real ones of its row, from 0; PADDING for the others."""
+    counted = is_real.long().cumsum(-1) - 1
+    return counted.masked_fill(~is_real.bool(), PADDING)

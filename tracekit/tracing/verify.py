@@ -1,0 +1,313 @@
+"""Hold what was recorded while a model generated against one forward over the same tokens."""
+
+# The forward is made with plain hooks, apart from all that recorded the run: the changes of the run
+# are made again at their absolute positions, and each value is compared as soon as it is there.
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from tracekit.core.nest import first_input, first_tensor
+from tracekit.core.site import Site, Slot
+from tracekit.errors import CacheError, TracekitError
+from tracekit.interleave.hooks import is_elsewhere
+from tracekit.interleave.worker import this_thread
+from tracekit.tracing.changes import Changes
+from tracekit.tracing.entries import ABSENT, Entry
+from tracekit.tracing.replay import Replay
+from tracekit.tracing.sequence import TokenSequence, calls_in_forwards, stitch
+from tracekit.tracing.timeline import Pass, axis_of
+
+# Largest deviation, over the largest value of the site, that steps under kept keys and values and
+# one forward may differ by: float32 was measured at 4e-7, bfloat16 at 5e-3.
+TOLERANCES: Final = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}
+
+
+@final
+@dataclass(frozen=True)
+class Check:
+    """How far one site is from the recompute: `deviation` is over the site's largest value.
+
+    `row` and `position` (the column of the batch) say where; `deviation` is None where nothing
+    could be compared, for the reason that `verdict` gives.
+    """
+
+    site: str
+    deviation: float | None
+    row: int | None
+    position: int | None
+    verdict: str
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether it agrees; None if nothing was compared."""
+        return None if self.deviation is None else self.verdict == "right"
+
+
+@final
+class Verification(Sequence[Check]):
+    """What `cache.verify()` found, site by site; true if every site that was compared agrees."""
+
+    def __init__(self, checks: Sequence[Check], tolerance: float) -> None:
+        self._checks = tuple(checks)
+        self.tolerance = tolerance
+
+    def __bool__(self) -> bool:
+        return not self.wrong and any(check.is_right for check in self._checks)
+
+    @property
+    def wrong(self) -> list[Check]:
+        """The sites that do not agree, worst first."""
+        found = [check for check in self._checks if check.is_right is False]
+        return sorted(found, key=lambda check: -(check.deviation or 0.0))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._checks[index]
+
+    def __len__(self) -> int:
+        return len(self._checks)
+
+    def __repr__(self) -> str:
+        compared = [check for check in self._checks if check.deviation is not None]
+        head = (
+            f"{'VERIFIED' if self else 'NOT VERIFIED'}: {len(compared) - len(self.wrong)} of "
+            f"{len(compared)} sites agree within {self.tolerance:.0e} of their largest value; "
+            f"{len(self) - len(compared)} were not compared."
+        )
+        width = max((len(check.site) for check in self._checks), default=4)
+        lines = [f"  {'site':{width}}  deviation  row  position  verdict"]
+        for check in self._checks:
+            deviation = "" if check.deviation is None else f"{check.deviation:.1e}"
+            row = "" if check.row is None else check.row
+            position = "" if check.position is None else check.position
+            lines.append(
+                f"  {check.site:{width}}  {deviation:>9}  {row:>3}  {position:>8}  {check.verdict}"
+            )
+        return "\n".join([head, *lines])
+
+
+def verify(
+    entries: dict[str, list[Entry]], changes: Changes, tolerance: float | None = None
+) -> Verification:
+    """Recompute what `entries` hold, with the `changes` of their run, and compare.
+
+    CacheError where the run can't be made again.
+    """
+    timeline = changes.timeline
+    whole = changes.whole.timeline
+    if whole.rerun is None or whole.transcript is None or timeline.transcript is None:
+        raise CacheError(
+            "there is nothing to verify this cache with: it was not recorded in a generation of "
+            "transformers, or that was stopped before its first step was over."
+        )
+    replay = Replay(changes.whole, whole.transcript, whole.total)
+    modules = whole.rerun.modules
+    found: dict[tuple[str, str, int], Check] = {}
+    comparison = _Comparison(entries, changes, replay.one, tolerance, found)
+    with ExitStack() as placed:
+        _place(placed, modules, replay, comparison, set(entries))
+        whole.rerun(whole.transcript, whole.total == whole.transcript.tokens.shape[1])
+    checks = list(found.values())
+    reached = {path for path, _, _ in found}
+    for path in entries:
+        if path not in reached:
+            checks.append(Check(path, float("inf"), None, None, "it did not run in one forward"))
+    return Verification(checks, comparison.tolerance or TOLERANCES[torch.float32])
+
+
+@final
+class _Comparison:
+    """Compares what the recompute gives with what was recorded."""
+
+    def __init__(
+        self,
+        entries: dict[str, list[Entry]],
+        changes: Changes,
+        one: Pass,
+        tolerance: float | None,
+        found: dict[tuple[str, str, int], Check],
+    ) -> None:
+        self._entries = entries
+        self._changes = changes
+        self._one = one
+        self._given = tolerance
+        self._found = found
+        self.tolerance = tolerance or 0.0
+
+    def see(self, path: str, slot: Slot, call: int, value: Any) -> None:
+        """The recompute has come to the `call`-th visit of a site."""
+        entries = self._entries[path]
+        name = "input" if slot is Slot.INPUT else "output"
+        recorded = [
+            entry
+            for entry in entries
+            if (entry._inputs if slot is Slot.INPUT else entry._output) is not ABSENT  # pyright: ignore[reportPrivateUsage] - the same house
+        ]
+        if not recorded:
+            return
+        label = f"{path}.{name}" + (f" (call {call})" if call else "")
+        values: Callable[[Entry], Any] = (
+            (lambda entry: entry.input) if slot is Slot.INPUT else (lambda entry: entry.output)
+        )
+        tensor = first_tensor(first_input(value) if slot is Slot.INPUT else value)
+        try:
+            check = self._compared(label, recorded, values, call, tensor)
+        except TracekitError as error:
+            check = Check(label, None, None, None, _reason(error))
+        self._found[path, name, call] = check
+
+    def _compared(
+        self,
+        label: str,
+        entries: list[Entry],
+        values: Callable[[Entry], Any],
+        call: int,
+        tensor: Tensor | None,
+    ) -> Check:
+        if tensor is None:
+            raise CacheError("it has no tensor")
+        if all(entry.during is None for entry in entries):
+            return self._compared_as_it_is(label, entries[call : call + 1], values, tensor)
+        chosen = calls_in_forwards(entries, call)
+        try:
+            return self._compared_by_position(label, chosen, values, tensor)
+        except TracekitError:
+            if len(chosen) > 1:
+                raise
+            return self._compared_as_it_is(label, chosen, values, tensor)
+
+    def _compared_by_position(
+        self, label: str, chosen: list[Entry], values: Callable[[Entry], Any], tensor: Tensor
+    ) -> Check:
+        recorded = stitch(
+            chosen,
+            [values(each) for each in chosen],
+            self._changes.timeline,
+            is_partial=True,
+            is_flat=True,
+        )
+        axis, laid = self._by_position(label, tensor)
+        again = self._rows(laid)[:, recorded.columns].to(recorded.device)
+        check = self._judged(label, recorded.as_subclass(Tensor), again, recorded)
+        if axis == 0 and not check.is_right:
+            raise CacheError("rows and positions are in one axis, in an order of its own")
+        return check
+
+    def _by_position(self, label: str, tensor: Tensor) -> tuple[int, Tensor]:
+        """Where the positions are in a value of the recompute, and `[rows, positions, ...]`."""
+        one = self._one
+        axis, _ = axis_of(Site(label, Slot.OUTPUT), tensor, one)
+        if axis == 0:
+            return 0, tensor.unflatten(0, (one.rows, one.length))
+        laid = tensor.movedim(axis, 1)
+        is_whole = laid.shape[0] == one.rows
+        return axis, laid if is_whole else laid.expand(one.rows, *laid.shape[1:])
+
+    def _rows(self, laid: Tensor) -> Tensor:
+        span = self._changes.span
+        return laid if span is None else laid[slice(*span(laid.shape[0]))]
+
+    def _compared_as_it_is(
+        self, label: str, entries: list[Entry], values: Callable[[Entry], Any], tensor: Tensor
+    ) -> Check:
+        """What runs once, outside the decoder's forwards: an encoder, for one."""
+        recorded = first_tensor(values(entries[0])) if entries else None
+        if recorded is None:
+            raise CacheError("it ran more often in one forward")
+        again = self._rows(tensor).to(recorded.device)
+        if again.shape != recorded.shape and recorded.shape[:1] and again.shape[:1]:
+            repeats = max(1, again.shape[0] // max(1, recorded.shape[0]))
+            recorded = recorded.repeat_interleave(repeats, 0)
+        if again.shape != recorded.shape:
+            raise CacheError("it runs over other rows or positions in one forward")
+        return self._judged(label, recorded, again, None)
+
+    def _judged(
+        self, label: str, recorded: Tensor, again: Tensor, sequence: TokenSequence | None
+    ) -> Check:
+        if recorded.shape != again.shape:
+            raise CacheError(f"it has another shape in one forward, {tuple(again.shape)}")
+        limit = self._given or max(_tolerance(recorded.dtype), _tolerance(again.dtype))
+        self.tolerance = max(self.tolerance, limit)
+        own, other = recorded.detach().double(), again.detach().to(recorded.dtype).double()
+        distance = torch.where(own == other, 0.0, (own - other).abs())
+        distance = torch.where(own.isnan() & other.isnan(), 0.0, distance)
+        distance = distance.nan_to_num(float("inf"), float("inf"))
+        largest = other.abs()
+        if sequence is not None:
+            mask = sequence.valid.to(distance.device)
+            mask = mask.reshape(*mask.shape, *[1] * (distance.dim() - 2))
+            distance, largest = distance * mask, torch.where(mask, largest, 0.0)
+            distance = torch.where(mask, distance, 0.0)
+        largest = largest[largest.isfinite()]
+        scale = float(largest.max()) if largest.numel() else 1.0
+        if not distance.numel():
+            raise CacheError("it has no values")
+        place = int(distance.argmax())
+        deviation = float(distance.flatten()[place]) / (scale or 1.0)
+        where = torch.unravel_index(torch.tensor(place), distance.shape)
+        row = int(where[0]) if len(where) else None
+        position = sequence.columns[int(where[1])] if sequence is not None else None
+        verdict = "right" if deviation <= limit else "WRONG"
+        return Check(label, deviation, row, position, verdict)
+
+
+def _reason(error: TracekitError) -> str:
+    return f"not compared: {error.args[0]:.90}"
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return TOLERANCES.get(dtype, 0.0)
+
+
+def _place(
+    placed: ExitStack,
+    modules: dict[str, nn.Module],
+    replay: Replay,
+    comparison: _Comparison,
+    recorded: set[str],
+) -> None:
+    """Put the hooks of the recompute on the model, until `placed` is left."""
+    thread = this_thread()
+    calls: Counter[str] = Counter()
+
+    def before(path: str, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        if is_elsewhere(thread):
+            return None
+        site = Site(path, Slot.INPUT)
+        value = replay.change(site, calls[path], (args, kwargs or {}))
+        if path in recorded:
+            comparison.see(path, Slot.INPUT, calls[path], value)
+        return value
+
+    def after(path: str, module: nn.Module, args: Any, output: Any) -> Any:
+        if is_elsewhere(thread):
+            return None
+        call, calls[path] = calls[path], calls[path] + 1
+        value = replay.change(Site(path, Slot.OUTPUT), call, output)
+        if path in recorded:
+            comparison.see(path, Slot.OUTPUT, call, value)
+        return value
+
+    for path in _paths(recorded, replay):
+        module = modules[path]
+        begins: Any = partial(before, path)
+        placed.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
+        placed.callback(module.register_forward_hook(partial(after, path)).remove)
+
+
+def _paths(recorded: set[str], replay: Replay) -> Iterator[str]:
+    yield from {*recorded, *(site.path for site in replay.sites)}
