@@ -22,6 +22,7 @@ from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.signatures import accepts
+from tracekit.models.texts import Texts, is_list_of_texts
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
 
@@ -133,6 +134,20 @@ class LanguageModel(Model):
         prepared = self._prepared(args, kwargs, for_generate=True)
         inputs = self._completed(prepared, for_generate=True)
         return generation(self._tree, (), inputs)
+
+    def _texts(
+        self, args: tuple[Any, ...], return_type: str | None, skip_special_tokens: bool
+    ) -> Texts | None:
+        if self.tokenizer is None:
+            return super()._texts(args, return_type, skip_special_tokens)
+        if return_type not in (None, "str", "tokens"):
+            raise InputError(
+                f"return_type= of a stream is 'str' (the default) or 'tokens', not {return_type!r}."
+            )
+        if return_type == "tokens":
+            return None
+        is_listed = bool(args) and is_list_of_texts(args[0])
+        return Texts(self.tokenizer, is_listed=is_listed, skip_special_tokens=skip_special_tokens)
 
     @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
