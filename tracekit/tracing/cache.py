@@ -53,15 +53,19 @@ class Cache(Mapping[str, Entries]):
         changes: Changes,
     ) -> None:
         """Take what was recorded; a Recorder calls this once, at the end of its run."""
-        self._changes = changes
-        self._show(entries, aliases, asked)
+        self._show(entries, aliases, asked, changes)
         self._is_complete = True
         self._filling = self._is_standing = None
 
     def _show(
-        self, entries: dict[str, list[Entry]], aliases: dict[str, str], asked: list[str]
+        self,
+        entries: dict[str, list[Entry]],
+        aliases: dict[str, str],
+        asked: list[str],
+        changes: Changes,
     ) -> None:
         """Take what was recorded so far."""
+        self._changes = changes
         self._entries = entries
         self._aliases = aliases
         self._asked = asked
@@ -113,6 +117,10 @@ class Cache(Mapping[str, Entries]):
         if filling is not None:
             filling.list_so_far()
 
+    def _check_complete(self, what: str) -> None:
+        if not self._is_complete:
+            raise CacheError(f"{what} runs the model again: ask for it when the run has ended.")
+
     @property
     def _is_hidden(self) -> bool:
         """Whether it can't be read now."""
@@ -153,6 +161,7 @@ class Cache(Mapping[str, Entries]):
         found = stitch(chosen, values, timeline, is_partial=partial, is_flat=flat)
         if not include_last:
             return found
+        self._check_complete("include_last=True")
         site = Site(chosen[0].path, Slot.OUTPUT if of == "output" else Slot.INPUT)
         return with_last(found, site, call or 0, self._changes)
 
@@ -167,7 +176,7 @@ class Cache(Mapping[str, Entries]):
         CacheError if the run can't be made again: the model is gone, or an edit was of a kind that
         belongs to no position.
         """
-        self._check_readable("what verifies it")
+        self._check_complete("verify()")
         return verify(self._entries, self._changes, tolerance)
 
     # -- by attribute ---------------------------------------------------------------------------

@@ -240,8 +240,7 @@ class Recorder:
         self._list()
         self._awaited.clear()
         self._nodes.clear()
-        changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
-        self._cache._freeze(self._found, self._tree.aliases, list(self._modules), changes)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        self._cache._freeze(*self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def list_so_far(self) -> None:
         """Put what was recorded until now into the cache, in memory of its own.
@@ -255,7 +254,14 @@ class Recorder:
             self._records[index] = self._with_own(self._records[index])
         self._list()
         self._read = self._listed
-        self._cache._show(self._found, self._tree.aliases, list(self._modules))  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        self._cache._show(*self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+
+    def _told(
+        self,
+    ) -> tuple[dict[str, list[Entry]], dict[str, str], list[str], Changes]:
+        """What a cache takes."""
+        changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
+        return self._found, self._tree.aliases, list(self._modules), changes
 
     def _refuse_overwritten(self) -> None:
         errors: list[OverwrittenError] = []
