@@ -65,3 +65,30 @@ def is_config(value: object) -> bool:
     """Whether this is a configuration of transformers, whose attributes are computed by name."""
     names = ("PretrainedConfig", "PreTrainedConfig")  # transformers 4, 5
     return any(kind.__name__ in names for kind in type(value).__mro__)
+
+
+def infers_the_mask_of_an_encoder() -> bool:
+    """Whether `generate` makes a mask of the padding in ids, if none is given, for encoders too
+    (transformers 4.57; in 5 for decoders alone)."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) < 5
+
+
+def type_of_new_tokens(module: Any, name: str) -> int | None:
+    """Which type generated tokens have, in `token_type_ids` and the like; None: that of the last.
+
+    PaliGemma (4.57 to 5) reads types as 0 for the prefix, in which all see all, and 1 for what is
+    generated. What marks images is 0 for text.
+    """
+    if name == "mm_token_type_ids":
+        return 0
+    return {"paligemma": 1, "gemma3": 0}.get(module.config.model_type)
+
+
+def part_that_generates(module: Any) -> Any:
+    """The module whose `generate` makes the tokens: BLIP-2 and its heirs (4.57 to 5) hand theirs
+    over to the language model in them."""
+    inner = getattr(module, "language_model", None)
+    is_handed_over = "generate" in vars(type(module)) and callable(getattr(inner, "generate", None))
+    return inner if is_handed_over else module

@@ -39,7 +39,15 @@ def fit_padding(inputs: dict[str, Any], module: Any, for_generate: bool) -> dict
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return inputs
     _refuse_what_is_wrong(module, mask, for_generate)
-    if for_generate or "position_ids" in inputs or not accepts(module, "position_ids"):
+    return inputs if for_generate else with_positions(inputs, module)
+
+
+def with_positions(inputs: dict[str, Any], module: Any) -> dict[str, Any]:
+    """`inputs`, with positions by row if their mask has padding, and the model takes them."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return inputs
+    if "position_ids" in inputs or not accepts(module, "position_ids"):
         return inputs
     if hasattr(getattr(module, "model", module), "get_rope_index"):
         return inputs  # its positions have three axes, and it derives them from the mask

@@ -35,3 +35,16 @@ def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     """All arguments of `module.generate(*args, **kwargs)`, by name."""
     names = list(inspect.signature(type(module).generate).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def takes_more(module: nn.Module) -> bool:
+    """Whether the module's forward takes keywords that it does not name."""
+    found = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in found)
+
+
+def generates_with(module: Any) -> frozenset[str]:
+    """The names of the arguments of transformers' own `generate`, and of its configuration."""
+    mixins = [kind for kind in type(module).__mro__ if kind.__name__ == "GenerationMixin"]
+    taken = parameters(mixins[0].generate) if mixins else frozenset[str]()
+    return taken | frozenset(vars(getattr(module, "generation_config", object)))
