@@ -14,6 +14,7 @@ from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
 from tracekit.models.lengths import count_steps
 from tracekit.models.signatures import accepts, by_name, is_transformers
+from tracekit.models.stops import as_list
 from tracekit.tracing.call import TracedCall
 
 
@@ -48,7 +49,7 @@ def _generate(
 ) -> Any:
     module: Any = tree.root
     if end_step is None:
-        return module.generate(*args, **kwargs)
+        return module.generate(*args, **_with_list_of_criteria(module, kwargs))
     if not is_transformers(module):
         with eager(tree):
             return module.generate(*args, **kwargs)
@@ -97,10 +98,17 @@ def eager(tree: Tree) -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
+def _with_list_of_criteria(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    given = kwargs.get("stopping_criteria")
+    if given is None or not is_transformers(module):
+        return kwargs
+    return {**kwargs, "stopping_criteria": as_list(given)}
+
+
 def _with_end_of_step(given: Any, end_step: Callable[[], None]) -> Any:
     from transformers import StoppingCriteriaList
 
-    return StoppingCriteriaList([*(given or []), _end_of_step_class()(end_step)])
+    return StoppingCriteriaList([*as_list(given), _end_of_step_class()(end_step)])
 
 
 @cache

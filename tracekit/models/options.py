@@ -17,6 +17,7 @@ from tracekit.models.signatures import accepts, arguments
 _OF_GENERATE: Final = frozenset(
     {
         "do_sample",
+        "freq_penalty",
         "generation_config",
         "logits_processor",
         "max_length",
@@ -25,14 +26,21 @@ _OF_GENERATE: Final = frozenset(
         "min_new_tokens",
         "num_beams",
         "num_return_sequences",
+        "output_logits",
         "progress",
         "repetition_penalty",
+        "return_cache",
+        "return_input_tokens",
+        "return_type",
+        "stop_at_eos",
         "stop_strings",
         "stopping_criteria",
         "streamer",
         "temperature",
         "top_k",
         "top_p",
+        "use_past_kv_cache",
+        "verbose",
     }
 )
 # What forwards take by `**kwargs` (transformers 4.57 to 5.23).

@@ -101,12 +101,34 @@ def valid_tokens(
     start = prompt_length(module, given, sequences)
     count = sequences.shape[1] - start
     if new_tokens is None:
-        new_tokens = _up_to_end(sequences[:, start:], _ends(module, given))
+        new_tokens = count_new_tokens(module, given, sequences)
     columns = torch.arange(count, device=sequences.device)
     own = columns < new_tokens.to(sequences.device)[:, None]
     repeats = len(sequences) // len(prompt)
     prompt = prompt.to(sequences.device).repeat_interleave(repeats, 0)
     return torch.cat([prompt != 0, own], 1)
+
+
+def count_new_tokens(module: Any, given: dict[str, Any], sequences: Tensor) -> Tensor:
+    """How many new tokens each row has, as far as the tokens tell, `[rows]`.
+
+    Up to its first end-of-sequence token, with it. Beams that a stopping criterion has ended are
+    filled up with padding; other rows that one has ended are not told from those that go on.
+    """
+    new = sequences[:, prompt_length(module, given, sequences) :]
+    count = _up_to_end(new, end_tokens(module, given))
+    has_criteria = bool(given.get("stopping_criteria") or given.get("stop_strings"))
+    if not has_criteria or not is_beam_search(module, given):
+        return count
+    pad = generation_settings(module, given).pad_token_id
+    is_own = (new >= 0) & (new != (-1 if pad is None else pad))
+    columns = torch.arange(1, new.shape[1] + 1, device=new.device)
+    return torch.minimum(count, (is_own * columns).amax(1))
+
+
+def is_beam_search(module: Any, given: dict[str, Any]) -> bool:
+    """Whether sequences are made of beams, which come and go while it runs."""
+    return (generation_settings(module, given).num_beams or 1) > 1
 
 
 def prompt_length(module: Any, given: dict[str, Any], sequences: Tensor) -> int:
@@ -241,21 +263,22 @@ def _mask_of_prompt(module: Any, given: dict[str, Any], sequences: Tensor) -> Te
 
 def _inferred_mask(module: Any, given: dict[str, Any], ids: Tensor) -> Tensor | None:
     """The mask that generate makes of ids alone: none, unless padding is plain in them."""
-    pad = _config(module, given).pad_token_id
-    if pad is None or pad in _ends(module, given) or not bool((ids == pad).any()):
+    pad = generation_settings(module, given).pad_token_id
+    if pad is None or pad in end_tokens(module, given) or not bool((ids == pad).any()):
         return None
     return (ids != pad).long()
 
 
-def _ends(module: Any, given: dict[str, Any]) -> list[int]:
+def end_tokens(module: Any, given: dict[str, Any]) -> list[int]:
     """The end-of-sequence tokens."""
-    ends = _config(module, given).eos_token_id
+    ends = generation_settings(module, given).eos_token_id
     if isinstance(ends, Tensor):
         ends = ends.tolist()
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _config(module: Any, given: dict[str, Any]) -> Any:
+def generation_settings(module: Any, given: dict[str, Any]) -> Any:
+    """The configuration that a generation goes by."""
     settings = {name: value for name, value in given.items() if not accepts(module, name)}
     return generation_config_of(part_that_generates(module), settings)
 
