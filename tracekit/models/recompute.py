@@ -113,15 +113,17 @@ def count_new_tokens(module: Any, given: dict[str, Any], sequences: Tensor) -> T
     """How many new tokens each row has, as far as the tokens tell, `[rows]`.
 
     Up to its first end-of-sequence token, with it. Beams that a stopping criterion has ended are
-    filled up with padding; other rows that one has ended are not told from those that go on.
+    filled up, which tells their end (the first token for it passes for one of theirs if it is an
+    end-of-sequence token); other rows that one has ended are not told from those that go on.
     """
     new = sequences[:, prompt_length(module, given, sequences) :]
-    count = _up_to_end(new, end_tokens(module, given))
+    ends = end_tokens(module, given)
+    count = _up_to_end(new, ends)
     has_criteria = bool(given.get("stopping_criteria") or given.get("stop_strings"))
     if not has_criteria or not is_beam_search(module, given):
         return count
     pad = generation_settings(module, given).pad_token_id
-    is_own = (new >= 0) & (new != (-1 if pad is None else pad))
+    is_own = (new >= 0) & (new != (-1 if pad is None or pad in ends else pad))
     columns = torch.arange(1, new.shape[1] + 1, device=new.device)
     return torch.minimum(count, (is_own * columns).amax(1))
 

@@ -127,11 +127,18 @@ class Returning:
         module, given = self._module, self._given
         sequences = output if isinstance(output, Tensor) else output["sequences"]
         if takes_off_the_start(module):
-            sequences = self._stops.only_run()
+            is_whole = not isinstance(output, Tensor) and type(output) is not dict
+            sequences = sequences if is_whole else self._with_start(sequences)
         count = count_new_tokens(module, given, sequences)
         if end_tokens(module, given) and not is_beam_search(module, given):
             count = self._stops.new_tokens(prompt_length(module, given, sequences), count)
         return forward_inputs(module, given, sequences, new_tokens=count)
+
+    def _with_start(self, sequences: Tensor) -> Tensor:
+        assert self._stops is not None
+        if is_beam_search(self._module, self._given):
+            return self._stops.behind_start(sequences)
+        return self._stops.only_run()
 
     def record(self, tracer: Any) -> Any:
         """The block of that pass."""

@@ -30,6 +30,7 @@ class Stops:
         self._criteria = criteria
         self._watched = watched
         self._lengths: Tensor | None = None
+        self._start: Tensor | None = None  # what there was before the first step
         self._tokens: Tensor | None = None  # all, with the prompt, at the end of the last step
         self._runs = 0
 
@@ -52,9 +53,17 @@ class Stops:
             )
         return self._tokens
 
+    def behind_start(self, sequences: Tensor) -> Tensor:
+        """New tokens behind what their generation, in one run, began with."""
+        self.only_run()
+        assert self._start is not None
+        starts = self._start[:: len(self._start) // len(sequences)]
+        return torch.cat([starts[: len(sequences)].to(sequences), sequences], 1)
+
     def _ask(self, tokens: Tensor, scores: Any, **more: Any) -> Tensor:
         if self._tokens is None or tokens.shape[1] <= self._tokens.shape[1]:
             self._runs += 1
+            self._start = tokens[:, :-1]
             self._lengths = torch.full((len(tokens),), torch.iinfo(torch.long).max)
         self._tokens = tokens
         stopped = self._any_of(self._criteria, tokens, scores, more)
