@@ -544,7 +544,7 @@ def test_the_tokens_of_the_prompt_are_handed_back(tiny: LanguageModel) -> None:
     [
         ({"return_type": "str"}, r"read tracer\.result, and decode it"),
         ({"return_cache": True}, r"cache = tracer\.cache\(\)"),
-        ({"return_input_tokens": True}, r"first columns of tracer\.result"),
+        ({"return_input_tokens": True}, r"read `model\.inputs` in the block"),
         ({"names_filter": "lm_head"}, r"tracer\.cache\(modules\)"),
         ({"device": "cpu"}, r"tracer\.cache\(device="),
     ],
@@ -588,9 +588,18 @@ def test_any_other_unknown_option_is_transformers_to_refuse(tiny: LanguageModel)
     assert not isinstance(found.value, TracekitError)
 
 
-@pytest.mark.parametrize("option", ["freq_penalty", "stop_at_eos", "return_cache", "verbose"])
-def test_a_trace_has_no_options_of_generate(option: str, tiny: LanguageModel) -> None:
-    with pytest.raises(InputError, match=f"{option}= is an option of generate"):
+@pytest.mark.parametrize(
+    ("option", "cure"),
+    [
+        ("freq_penalty", r"`with model\.generate\(input, freq_penalty=\.\.\.\) as tracer:`"),
+        ("stop_at_eos", r"`with model\.generate"),
+        ("verbose", r"`with model\.generate"),
+        ("return_cache", r"`cache = tracer\.cache\(\)`"),
+        ("device", r"tracer\.cache\(device="),
+    ],
+)
+def test_a_trace_has_no_options_of_generate(option: str, cure: str, tiny: LanguageModel) -> None:
+    with pytest.raises(InputError, match=f"{option}= is an option of generate.*{cure}"):
         with tiny.trace(TEXT, **{option: True}):
             pass
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, MaxLengthCriteria, StoppingCriteria
 
 from tests.models.test_generation import of_characters
 from tests.tiny_models import IS_TRANSFORMERS_5, NAMES, SPECS, make
@@ -73,7 +73,7 @@ def test_the_cache_is_that_of_a_pass_over_the_output(tiny: LanguageModel) -> Non
         ("transformer.h.*.mlp", {"transformer.h.0.mlp", "transformer.h.1.mlp"}),
         (["lm_head", "transformer.h.0"], {"lm_head", "transformer.h.0"}),
         (lambda name: name.endswith("h.1.attn"), {"transformer.h.1.attn"}),
-        (lambda name, module: "wp" in name and isinstance(module, nn.Embedding), {"transformer.wpe"}),
+        (lambda path, part: "wp" in path and isinstance(part, nn.Embedding), {"transformer.wpe"}),
         ([lambda name: "ln_f" in name, "lm_head"], {"transformer.ln_f", "lm_head"}),
     ],
 )  # fmt: skip
@@ -123,6 +123,36 @@ def test_lasting_edits_are_made_in_the_pass_as_in_any_run(tiny: LanguageModel) -
         assert all(map(torch.equal, tensors(cache[path][0].output), tensors(own[path][0].output)))
     _, clean = tiny.generate(TEXT, return_cache=True, **GREEDY)
     assert not torch.equal(cache["lm_head"].output, clean["lm_head"].output)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "top_k": 5},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+        {"guidance_scale": 1.5},
+        {"prompt_lookup_num_tokens": 2, "eos_token_id": 127},
+        {"num_beams": 3},
+        {"freq_penalty": 0.5},
+        {"stop_at_eos": False},
+        {"stopping_criteria": MaxLengthCriteria(12)},
+    ],
+    ids=str,
+)
+def test_however_it_is_generated_the_cache_is_of_the_output(options: dict[str, Any]) -> None:
+    module, _ = make("gpt2")
+    model = LanguageModel(module)
+    options = {**GREEDY, **options}
+    ids = [11, 12, 13, 14, 11, 12, 13, 14, 11, 12]
+    torch.manual_seed(1)
+    tokens, cache = model.generate(ids, return_cache=True, **options)
+    torch.manual_seed(1)
+    assert torch.equal(tokens, model.generate(ids, **options))
+    with plain_hooks(module) as seen:
+        module(tokens, use_cache=False)
+    assert_same(cache, seen)
 
 
 def test_no_gradients_are_prepared(tiny: LanguageModel) -> None:

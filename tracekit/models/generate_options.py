@@ -35,7 +35,7 @@ OF_RESULT: Final = {
     "return_cache": "write `cache = tracer.cache()` in the block",
     "names_filter": "write `cache = tracer.cache(modules)` in the block",
     "device": "write `cache = tracer.cache(device=...)` in the block",
-    "return_input_tokens": "they are the first columns of tracer.result",
+    "return_input_tokens": "read `model.inputs` in the block",
 }
 # Taken by transformers' generate, and named nowhere.
 _UNNAMED: Final = frozenset({"assistant_tokenizer", "tokenizer"})
@@ -165,9 +165,8 @@ def _frequency_class() -> Any:
             self._mask = mask  # of the prompt
 
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            weights = torch.full(input_ids.shape, -self._penalty, dtype=scores.dtype)
-            weights = weights.to(scores.device)
-            mask = self._mask
+            mask, penalty = self._mask, torch.tensor(-self._penalty).to(scores)
+            weights = penalty.repeat(input_ids.shape)
             if mask is not None and mask.shape[1] <= input_ids.shape[1]:
                 rows = mask.repeat_interleave(len(input_ids) // len(mask), 0)
                 weights[:, : mask.shape[1]] *= rows.to(weights)

@@ -12,6 +12,7 @@ from torch import nn
 
 from tracekit.capture import warn_user
 from tracekit.errors import InputError
+from tracekit.models.generate_options import OF_RESULT
 from tracekit.models.signatures import accepts, arguments
 
 _OF_GENERATE: Final = frozenset(
@@ -29,9 +30,6 @@ _OF_GENERATE: Final = frozenset(
         "output_logits",
         "progress",
         "repetition_penalty",
-        "return_cache",
-        "return_input_tokens",
-        "return_type",
         "stop_at_eos",
         "stop_strings",
         "stopping_criteria",
@@ -62,10 +60,10 @@ def check_options(module: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if accepts(module, name) or name in _OF_FORWARDS:
             continue
-        if name in _OF_GENERATE:
+        if name in _OF_GENERATE or name in OF_RESULT:
+            cure = OF_RESULT.get(name, f"write `with model.generate(input, {name}=...) as tracer:`")
             raise InputError(
-                f"{name}= is an option of generate(), and a trace is one forward pass: write "
-                f"`with model.generate(input, {name}=...) as tracer:`."
+                f"{name}= is an option of generate(), and a trace is one forward pass: {cure}."
             )
         known = [*arguments(module), *_OF_FORWARDS]
         near = get_close_matches(name, known, n=1, cutoff=0.85)
