@@ -91,8 +91,7 @@ class Model(Envoy):
         if is_with_item(caller_frame()):
             return self.generation(*args, **kwargs)
         self._check_generates()
-        call = self._generation(args, kwargs)
-        return self._edited(call, grad=False) if self._edits else call.make(None)
+        return self._made(self._generation(args, kwargs))
 
     @showing_own_lines
     def generation(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -162,6 +161,10 @@ class Model(Envoy):
         `Tracer.run` says what `capture` and `edits` take.
         """
         return self.trace(*args, **kwargs).run(capture=capture, edits=edits)
+
+    def _made(self, call: TracedCall) -> Any:
+        """What a generation returns, with the lasting edits."""
+        return self._edited(call, grad=False) if self._edits else call.make(None)
 
     def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         return generation(self._tree, args, kwargs)
