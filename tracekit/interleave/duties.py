@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tracekit.core.site import Visit
 
@@ -121,6 +121,18 @@ class Unsettled(ABC):
         """What the model goes on with."""
 
 
+class Span(NamedTuple):
+    """The rows `start` to `stop` of a batch of `size`."""
+
+    start: int
+    stop: int
+    size: int
+
+    def of(self, rows: int) -> slice:
+        """Where they are if each row of the batch became several, as with beams."""
+        return slice(self.start * rows // self.size, self.stop * rows // self.size)
+
+
 class Rows(Protocol):
     """Which part of each value belongs to a block."""
 
@@ -133,6 +145,7 @@ class Rows(Protocol):
         """The part of `whole`; RowsError if it can't be told."""
         ...
 
-    def span(self, rows: int) -> tuple[int, int]:
-        """Where the part begins and ends, of so many rows."""
+    @property
+    def span(self) -> Span:
+        """Where the part lies."""
         ...

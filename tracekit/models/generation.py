@@ -13,9 +13,9 @@ from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
 from tracekit.models.eager import eager
 from tracekit.models.lengths import count_steps
-from tracekit.models.passes import Passes, asked
+from tracekit.models.passes import Passes, asked, tell_forward
 from tracekit.models.rerun import Rerun
-from tracekit.models.signatures import accepts, by_name, is_transformers
+from tracekit.models.signatures import accepts, by_name, by_name_of_forward, is_transformers
 from tracekit.tracing.call import Follower, TracedCall
 
 
@@ -79,6 +79,16 @@ def _needs_lineage(module: Any, given: dict[str, Any]) -> bool:
     if (asked(module, given, "num_beams") or 1) < 2:
         return False
     return not asked(module, given, "return_dict_in_generate")
+
+
+def forward(
+    tree: Tree, follower: Follower | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """One forward pass, run as Python; `follower` is told which tokens it goes over."""
+    if follower is not None and follower.timeline.is_wanted:
+        given = by_name_of_forward(tree.root, args, kwargs)
+        tell_forward(tree.root, follower.timeline, given)
+    return run(tree, args, kwargs)
 
 
 def run(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

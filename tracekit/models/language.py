@@ -16,8 +16,8 @@ from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
 from tracekit.models.batching import Batch, Inputs, join_inputs
-from tracekit.models.generation import generation, run
-from tracekit.models.model import Model, is_without_input, run_forward
+from tracekit.models.generation import forward, generation
+from tracekit.models.model import Model, is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
 from tracekit.models.scanning import fake_twin, run_dry
@@ -99,9 +99,9 @@ class LanguageModel(Model):
         not be what it is alone.
         """
         if is_without_input(args, kwargs):
-            return self._tracer(self._batch(kwargs, run_forward, "trace"))
+            return self._tracer(self._batch(kwargs, forward, "trace"))
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
-        return self._tracer(TracedCall(lambda _: run(self._tree, (), inputs)))
+        return self._tracer(TracedCall(lambda follower: forward(self._tree, follower, (), inputs)))
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -141,7 +141,9 @@ class LanguageModel(Model):
         if args and not isinstance(args[0], torch.Tensor):
             args, kwargs = (), self._prepared(args, kwargs)
         if self._edits:
-            return self._edited(TracedCall(lambda _: run(self._tree, args, kwargs)))
+            return self._edited(
+                TracedCall(lambda follower: forward(self._tree, follower, args, kwargs))
+            )
         return self.module(*args, **kwargs)
 
     def _prepared(

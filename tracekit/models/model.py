@@ -15,7 +15,7 @@ from tracekit.core.renames import Rename, Renames
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
-from tracekit.models.generation import generate, generation, run
+from tracekit.models.generation import forward, generate, generation
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
@@ -61,8 +61,10 @@ class Model(Envoy):
         the block has rows of its own in one pass; inputs are joined along their first axis.
         """
         if is_without_input(args, kwargs) and _takes_input(self._tree.root):
-            return self._tracer(self._batch(kwargs, run_forward, "trace"))
-        return self._tracer(TracedCall(lambda _: run(self._tree, args, kwargs)))
+            return self._tracer(self._batch(kwargs, forward, "trace"))
+        return self._tracer(
+            TracedCall(lambda follower: forward(self._tree, follower, args, kwargs))
+        )
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -132,7 +134,9 @@ class Model(Envoy):
         """Run the model on values, with its lasting edits; no trace around sees this call."""
         if not self._edits:
             return super().__call__(*args, **kwargs)
-        return self._edited(TracedCall(lambda _: run(self._tree, args, kwargs)))
+        return self._edited(
+            TracedCall(lambda follower: forward(self._tree, follower, args, kwargs))
+        )
 
     def session(self) -> Session:
         """`with model.session() as session:` holds several traces that share their values.
@@ -198,11 +202,6 @@ class Model(Envoy):
 def _without_edits(value: object) -> object:
     """A model without its edits, as an edit that held them would keep itself alive."""
     return value._with([]) if isinstance(value, Model) else value  # pyright: ignore[reportPrivateUsage] - same file
-
-
-def run_forward(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One forward pass, as a call that steps mean nothing to."""
-    return run(tree, args, kwargs)
 
 
 @final

@@ -118,16 +118,18 @@ class Passes:
         """How many columns the prompt has, and which of them are tokens, where that is plain."""
         given = self._given
         if not is_own_generate(self._root) or self._root.config.is_encoder_decoder:
-            return None, given.get("decoder_attention_mask")
+            mask = given.get("decoder_attention_mask")
+            return None, None if mask is None else mask.cpu()
         ids = self._given_ids()
         if ids is not None:
             none = ids.new_zeros(ids.shape[0])
             mask = valid_tokens(self._root, given, ids, new_tokens=none)
-            return ids.shape[1], None if bool(mask.all()) else mask
+            return ids.shape[1], None if bool(mask.all()) else mask.cpu()
         embeds: Any = given.get("inputs_embeds")
         mask = given.get("attention_mask")
         has_padding = mask is not None and not bool(mask.all())
-        return None if embeds is None else embeds.shape[1], mask if has_padding else None
+        length = None if embeds is None else embeds.shape[1]
+        return length, mask.cpu() if has_padding and mask is not None else None
 
     def _given_ids(self) -> Tensor | None:
         ids: Any = self._given.get("input_ids")
@@ -163,7 +165,7 @@ class Passes:
         is_real = torch.ones_like(tokens, dtype=torch.bool)
         mask = self._timeline.prompt_mask
         if mask is not None:
-            wide = mask[:, : tokens.shape[1]].bool().cpu()
+            wide = mask[:, : tokens.shape[1]].bool()
             is_real[:, : wide.shape[1]] = wide.repeat_interleave(len(tokens) // len(wide), 0)
         new = tokens[:, prompt:]
         is_real[:, prompt:] = ~self._is_behind_end(new)
@@ -187,6 +189,34 @@ class Passes:
             return behind
         is_pad = (new == pad).long().flip(-1).cumprod(-1).flip(-1).bool()
         return behind | is_pad
+
+
+def tell_forward(module: Any, timeline: Timeline, given: dict[str, Any]) -> None:
+    """Write one forward of a decoder or an encoder into `timeline`: all of it is prompt.
+
+    An encoder-decoder has positions of two kinds in one forward: of it nothing is told.
+    """
+    config = getattr(module, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", True):
+        return
+    size = _size(module, given)
+    if size is None:
+        return
+    measured = (_measured(given.get(name)) for name in _KV_CACHES)
+    before = next((length for length in measured if length), 0)
+    rows, length = size
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    is_plain = isinstance(mask, Tensor) and mask.shape == (rows, before + length)
+    timeline.prompt = before + length
+    timeline.prompt_mask = mask.bool().cpu() if is_plain and mask is not None else None
+    tokens = torch.full((rows, before + length), NO_TOKEN)
+    if isinstance(ids, Tensor):
+        tokens[:, before:] = ids
+    is_real = timeline.prompt_mask
+    is_real = torch.ones_like(tokens, dtype=torch.bool) if is_real is None else is_real
+    timeline.transcript = Transcript(tokens, is_real, timeline.prompt)
+    kept = given.get("logits_to_keep")
+    timeline.begin(0, rows, before, length, kept if isinstance(kept, int) else 0)
 
 
 def asked(module: Any, given: dict[str, Any], name: str) -> Any:

@@ -17,6 +17,7 @@ from tracekit.capture import showing_own_lines
 from tracekit.core.nest import describe, first_input, first_tensor, map_leaves
 from tracekit.core.site import Site, Slot
 from tracekit.errors import InputError, MisfitError, NeverRanError, UnsupportedError
+from tracekit.interleave.duties import Span
 from tracekit.tracing.positions import Chosen, Positions
 from tracekit.tracing.timeline import PADDING, Pass, Timeline, axis_of
 
@@ -79,11 +80,12 @@ class At:
             return
         self._operate(_features(index), lambda _, new: new, value)
 
-    def change(self, change: Callable[[Any], Any] | Tensor | float) -> PositionEdit:
-        """The edit that a function, a tensor or a number makes, to be placed in some run."""
+    def change(self, change: Callable[[Any], Any] | Tensor | float) -> None:
+        """Make the edit that a function, a tensor or a number says."""
         if callable(change) and not isinstance(change, Tensor):
-            return PositionEdit(self._site, self._chosen, lambda value, _: change(value))
-        return self._operation((), lambda _, new: new, change)
+            self.edit(change)
+        else:
+            self[:] = change
 
     def _operate(self, features: tuple[Any, ...], operation: Any, operand: Any) -> None:
         self._place(self._operation(features, operation, operand))
@@ -145,7 +147,7 @@ class PositionEdit:
     def __init__(self, site: Site, chosen: Chosen, change: Change) -> None:
         self.site = site
         self.chosen = chosen
-        self.rows: Callable[[int], tuple[int, int]] | None = None  # those of one block
+        self.span: Span | None = None  # of the rows of one block
         self.line = ""
         self.has_fired = False
         self._change = change
@@ -184,11 +186,12 @@ class PositionEdit:
         own = timeline.own_positions(one)[:, one.length - count :]
         own_prompt = timeline.own_prompt(prompt, one.rows)
         places = self.chosen.places(own, one.stop - count, prompt, own_prompt)
-        if self.rows is not None:
-            first, stop = self.rows(one.rows)
-            places = places.clone()
-            places[:first], places[stop:] = PADDING, PADDING
-        return places
+        places[:, : max(0, timeline.untouched - (one.stop - count))] = PADDING
+        if self.span is None:
+            return places
+        own, found = self.span.of(one.rows), torch.full_like(places, PADDING)
+        found[own] = places[own]
+        return found
 
     def _changed(self, value: Tensor, places: Tensor) -> Tensor:
         own = value.clone()

@@ -6,7 +6,9 @@ import html
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, final
 
+from tracekit.core.site import Site, Slot
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
+from tracekit.tracing.again import with_last
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import Entries, Entry
 from tracekit.tracing.envoy import Envoy
@@ -92,6 +94,7 @@ class Cache(Mapping[str, Entries]):
         of: Literal["output", "input"] = "output",
         *,
         call: int | None = None,
+        include_last: bool = False,
         partial: bool = False,
         flat: bool = False,
     ) -> TokenSequence:
@@ -101,7 +104,8 @@ class Cache(Mapping[str, Entries]):
         model never went over. A tensor, with `.tokens`, `.positions` and `.valid`, each
         `[batch, positions]`. Each position is from the forward that came to it first; what was
         drafted and rejected is left out; a row follows its beam. Of a tuple it is the first tensor,
-        as `.hidden`; `of="input"` takes the first input. `call` names one of several calls of the
+        as `.hidden`; `of="input"` takes the first input. `include_last=True` runs the model once
+        more, for the last token. `call` names one of several calls of the
         module in each forward; `flat=True` says of values with rows and positions in one axis (a
         router's) that they are in it row by row.
 
@@ -114,7 +118,11 @@ class Cache(Mapping[str, Entries]):
         chosen = entries if call is None else calls_in_forwards(entries, call)
         values = [entry.output if of == "output" else entry.input for entry in chosen]
         timeline = self._changes.timeline
-        return stitch(chosen, values, timeline, is_partial=partial, is_flat=flat)
+        found = stitch(chosen, values, timeline, is_partial=partial, is_flat=flat)
+        if not include_last:
+            return found
+        site = Site(chosen[0].path, Slot.OUTPUT if of == "output" else Slot.INPUT)
+        return with_last(found, site, call or 0, self._changes)
 
     def verify(self, tolerance: float | None = None) -> Verification:
         """Whether what was recorded while the model generated is what one forward computes.

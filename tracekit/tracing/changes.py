@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple, final
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from tracekit.core.nest import tensors
 from tracekit.core.site import Site, Visit
 from tracekit.core.versions import changes
+from tracekit.interleave.duties import Span
 from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.timeline import Pass, Timeline
 
@@ -46,8 +46,11 @@ class Changes:
         self.timeline = timeline
         self.made: list[Change] = []
         self.at_positions: list[PositionEdit] = []
-        self.span: Callable[[int], tuple[int, int]] | None = None  # the rows of one block
+        self.span: Span | None = None  # of the rows of one block
         self._of: Changes | None = None  # those of all rows, if these are not
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Changes, (self.timeline,)  # without the model they can't be made again
 
     @property
     def whole(self) -> Changes:
@@ -63,7 +66,7 @@ class Changes:
         """What becomes of `value`, if anybody will ask."""
         return [_Look(self, visit, value)] if self.timeline.is_generation else []
 
-    def narrowed(self, span: Callable[[int], tuple[int, int]]) -> Changes:
+    def narrowed(self, span: Span) -> Changes:
         """Those of the rows of one block."""
         other = Changes(self.timeline.narrowed(span))
         other._of, other.span = self, span

@@ -14,6 +14,7 @@ from tracekit.core.keep import Keep
 from tracekit.core.nest import describe
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError, NeverRanError
+from tracekit.tracing.at import At
 from tracekit.tracing.cache import Cache, empty_cache
 from tracekit.tracing.call import Follower, TracedCall
 from tracekit.tracing.envoy import Envoy
@@ -43,11 +44,16 @@ class Outcome:
 
 @final
 class DeclaredEdit:
-    """One `(modules, change)`: the change is made to the `.hidden` of each, in each step."""
+    """One `(modules, change)`: the change is made to the `.hidden` of each, in each step.
+
+    Or one `(module.output.at(positions), change)`: it is made to these positions.
+    """
 
     def __init__(self, tree: Tree, edit: object) -> None:
         modules, self._change = _pair(edit)
-        found, named = select(tree, modules)
+        self._at = modules if isinstance(modules, At) else None
+        nothing: tuple[dict[str, Any], set[str]] = {}, set()
+        found, named = nothing if isinstance(modules, At) else select(tree, modules)
         self._modules = modules
         self._paths = {path: path in named for path in found}
         self._envoys = [Envoy(tree, path) for path in found]
@@ -55,6 +61,8 @@ class DeclaredEdit:
 
     def interventions(self) -> list[Intervention]:
         """What runs beside the model, one for each module: they need not be in its order."""
+        if self._at is not None:
+            return [Intervention(partial(self._at.change, self._change))]
         return [
             Intervention(
                 partial(in_each_step, partial(self._run, envoy), f"the edit of {envoy.path}"),
@@ -64,8 +72,8 @@ class DeclaredEdit:
         ]
 
     def check(self) -> None:
-        """NeverRanError if it was not made at all."""
-        if not self._has_fired:
+        """NeverRanError if it was not made at all; of positions, the run tells that itself."""
+        if not self._has_fired and self._at is None:
             raise NeverRanError(
                 f"the edit of {self._modules!r} was not made: none of its modules ran."
             )
@@ -125,7 +133,7 @@ def run_declared(
     return Outcome(results.pop(), cache)
 
 
-def _pair(edit: object) -> tuple[Selector, Change]:
+def _pair(edit: object) -> tuple[Selector | At, Change]:
     pair = cast("tuple[Any, ...]", edit) if isinstance(edit, (tuple, list)) else ()
     if len(pair) != 2 or not (callable(pair[1]) or isinstance(pair[1], (Tensor, int, float))):
         raise InputError(

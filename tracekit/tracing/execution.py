@@ -151,6 +151,8 @@ class Execution:
 
     def _run_with_requests(self, interventions: Sequence[Intervention]) -> BaseException | None:
         if interventions or self._edits:
+            if self._edits or any(each.has_rounds for each in interventions):
+                self.timeline.is_wanted = True  # it may choose positions when step 0 has begun
             self._tree.refresh_if_changed()
             has_blocks = len(self._edits) + len(interventions) + len(self.mediators) > 1
             for place, intervention in enumerate((*self._edits, *interventions)):

@@ -93,8 +93,9 @@ class Fixtures:
                 f"outside of any loop over steps."
             )
         rows = mediator.rows
-        edit.rows = None if rows is None or rows.is_all else rows.span
+        edit.span = None if rows is None or rows.is_all else rows.span
         self.changes.at_positions.append(edit)
+        self.changes.timeline.is_wanted = True
         self._hooks.edit(*edit.site, partial(edit.apply_now, self.changes.timeline))
         if mediator.note is not None:
             mediator.note("edit", f"{edit.site}.at({edit.chosen!r})", None, line)

@@ -40,6 +40,7 @@ class Replay:
         self._timeline = Timeline()
         self._timeline.passes.append(self.one)
         self._timeline.prompt = transcript.prompt
+        self._timeline.untouched = changes.timeline.first
         prompt = transcript.is_real[:, : transcript.prompt]
         self._timeline.prompt_mask = None if bool(prompt.all()) else prompt
         self._again: defaultdict[Site, list[_Again]] = defaultdict(list)

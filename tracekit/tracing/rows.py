@@ -14,7 +14,7 @@ from tracekit.core.origins import stands_for
 from tracekit.core.site import Site, Slot, Visit
 from tracekit.core.versions import changes
 from tracekit.errors import RowsError
-from tracekit.interleave.duties import Part, Unsettled
+from tracekit.interleave.duties import Part, Span, Unsettled
 from tracekit.tracing.layouts import Layouts
 
 
@@ -65,9 +65,10 @@ class AllRows:
         value = _with_tensors(whole, [leaf.part for leaf in leaves])
         return _Whole(visit, _Patched(whole, self._copies), value, leaves)
 
-    def span(self, rows: int) -> tuple[int, int]:
+    @property
+    def span(self) -> Span:
         """All of them."""
-        return 0, rows
+        return Span(0, 1, 1)
 
 
 @final
@@ -112,9 +113,10 @@ class InvokeRows:
         )
         return _Part((self.start, self.stop), visit, patched, value, leaves)
 
-    def span(self, rows: int) -> tuple[int, int]:
-        """Where they are if each row of the batch became several, as with beams."""
-        return self.start * rows // self._size, self.stop * rows // self._size
+    @property
+    def span(self) -> Span:
+        """Where they lie in the batch."""
+        return Span(self.start, self.stop, self._size)
 
     def _axes(self, visit: Visit, whole: Nest) -> list[int | None]:
         if visit.site.slot is Slot.RESULT and self._is_generation:  # no forward pass returns it

@@ -88,7 +88,7 @@ def stitch(
         )
     laid = lay_out(path, _tensors(entries, values), timeline, transcript, is_flat)
     if not is_partial:
-        _check_whole(path, laid.columns, timeline.total)
+        _check_whole(path, laid.columns, timeline)
     return _labelled(laid.value, transcript, laid.columns)
 
 
@@ -161,10 +161,11 @@ def _count(tensor: Tensor, one: Pass) -> int:
     return one.kept if is_kept else one.length
 
 
-def _check_whole(path: str, columns: list[int], total: int) -> None:
+def _check_whole(path: str, columns: list[int], timeline: Timeline) -> None:
+    total = timeline.total - timeline.first
     if len(columns) == total:
         return
-    missing = sorted(set(range(total)) - set(columns))
+    missing = sorted(set(range(timeline.first, timeline.total)) - set(columns))
     told = f"{missing[0]} to {missing[-1]}" if len(missing) > 1 else f"{missing[0]}"
     raise CacheError(
         f"{path} has no value for {len(missing)} of {total} positions ({told}): it did not run for "
@@ -248,8 +249,9 @@ def _part(piece: Piece, axis: int, rows: int) -> Tensor:
 
 
 def _labelled(joined: Tensor, transcript: Transcript, columns: list[int]) -> TokenSequence:
-    is_all = columns == list(range(len(columns)))
-    chosen: Any = slice(0, len(columns)) if is_all else columns
+    first = columns[0]
+    is_all = columns == list(range(first, first + len(columns)))
+    chosen: Any = slice(first, first + len(columns)) if is_all else columns
     made = joined.as_subclass(TokenSequence)
     made.tokens = transcript.tokens[:, chosen]
     made.positions = transcript.own_positions[:, chosen]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tracekit.core.nest import describe
 from tracekit.core.site import Site
 from tracekit.errors import UnsupportedError
+from tracekit.interleave.duties import Span
 
 PADDING = -1  # the own position of what is no token of its row
 NO_TOKEN = -1  # in the place of a token where only an embedding was given
@@ -55,16 +56,15 @@ class Transcript:
     lineage: Tensor | None = None
     batch: int = 0
 
-    def narrowed(self, span: Callable[[int], tuple[int, int]]) -> Transcript:
-        """The rows of one block; `span` tells which they are, of so many."""
-        start, stop = span(self.tokens.shape[0])
-        tokens, is_real = self.tokens[start:stop], self.is_real[start:stop]
+    def narrowed(self, span: Span) -> Transcript:
+        """The rows of one block."""
+        own = span.of(self.tokens.shape[0])
         if self.lineage is None:
-            return Transcript(tokens, is_real, self.prompt)
-        offset, end = span(self.batch)
-        lineage = self.lineage[start:stop]
-        lineage = torch.where(lineage == PADDING, lineage, lineage - offset)
-        return Transcript(tokens, is_real, self.prompt, lineage, end - offset)
+            return Transcript(self.tokens[own], self.is_real[own], self.prompt)
+        batch, lineage = span.of(self.batch), self.lineage[own]
+        lineage = torch.where(lineage == PADDING, lineage, lineage - batch.start)
+        size = batch.stop - batch.start
+        return Transcript(self.tokens[own], self.is_real[own], self.prompt, lineage, size)
 
     @cached_property
     def own_positions(self) -> Tensor:
@@ -96,8 +96,13 @@ class Timeline:
         self.prompt_mask: Tensor | None = None  # [rows, prompt], where there is padding
         self.transcript: Transcript | None = None
         self.is_generation = False
+        self.untouched = 0  # so many positions are not to be edited: a prefix was there before
         self.rerun: Rerunning | None = None
+        self.is_wanted = False  # somebody asks, or may ask while the run goes on
         self._subscribers: list[Callable[[], None]] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "rerun": None, "_subscribers": []}  # a model is not copied along
 
     @property
     def current(self) -> Pass | None:
@@ -107,6 +112,7 @@ class Timeline:
     def subscribe(self, begins: Callable[[], None]) -> None:
         """Call `begins` at the beginning of every forward to come."""
         self._subscribers.append(begins)
+        self.is_wanted = True
 
     def begin(
         self, step: int, rows: int, start: int, length: int, kept: int = 0, is_main: bool = True
@@ -120,7 +126,7 @@ class Timeline:
         """A step has ended, with sequences of so many tokens."""
         self.lengths.append(length)
 
-    def narrowed(self, span: Callable[[int], tuple[int, int]]) -> Timeline:
+    def narrowed(self, span: Span) -> Timeline:
         """That of the rows of one block."""
         other = Timeline()
         other.passes, other.lengths, other.prompt = self.passes, self.lengths, self.prompt
@@ -183,6 +189,11 @@ class Timeline:
             return stops
         length = self.transcript.tokens.shape[1]
         return min(stops, length - 1 if self.lengths else length)
+
+    @property
+    def first(self) -> int:
+        """The first position that ran: not 0 where keys and values of a prefix were there."""
+        return min((one.start for one in self.passes if one.is_main), default=0)
 
 
 def axis_of(site: Site, value: Tensor, one: Pass) -> tuple[int, int]:

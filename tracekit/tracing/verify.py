@@ -1,30 +1,25 @@
 """Hold what was recorded while a model generated against one forward over the same tokens."""
 
-# The forward is made with plain hooks, apart from all that recorded the run: the changes of the run
-# are made again at their absolute positions, and each value is compared as soon as it is there.
+# The changes of the run are made again at their absolute positions, and each value is compared as
+# soon as it is there.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tracekit.core.nest import first_input, first_tensor
 from tracekit.core.site import Site, Slot
 from tracekit.errors import CacheError, TracekitError
-from tracekit.interleave.hooks import is_elsewhere
-from tracekit.interleave.worker import this_thread
+from tracekit.tracing.again import by_position, run_again
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import ABSENT, Entry
-from tracekit.tracing.replay import Replay
 from tracekit.tracing.sequence import TokenSequence, calls_in_forwards, stitch
-from tracekit.tracing.timeline import Pass, axis_of
+from tracekit.tracing.timeline import Pass
 
 # Largest deviation, over the largest value of the site, that steps under kept keys and values and
 # one forward may differ by: float32 was measured at 4e-7, bfloat16 at 5e-3.
@@ -106,20 +101,9 @@ def verify(
 
     CacheError where the run can't be made again.
     """
-    timeline = changes.timeline
-    whole = changes.whole.timeline
-    if whole.rerun is None or whole.transcript is None or timeline.transcript is None:
-        raise CacheError(
-            "there is nothing to verify this cache with: it was not recorded in a generation of "
-            "transformers, or that was stopped before its first step was over."
-        )
-    replay = Replay(changes.whole, whole.transcript, whole.total)
-    modules = whole.rerun.modules
-    found: dict[tuple[str, str, int], Check] = {}
-    comparison = _Comparison(entries, changes, replay.one, tolerance, found)
-    with ExitStack() as placed:
-        _place(placed, modules, replay, comparison, set(entries))
-        whole.rerun(whole.transcript, whole.total == whole.transcript.tokens.shape[1])
+    found: dict[tuple[str, Slot, int], Check] = {}
+    comparison = _Comparison(entries, changes, tolerance, found)
+    run_again(changes, set(entries), comparison.see)
     checks = list(found.values())
     reached = {path for path, _, _ in found}
     for path in entries:
@@ -136,97 +120,67 @@ class _Comparison:
         self,
         entries: dict[str, list[Entry]],
         changes: Changes,
-        one: Pass,
         tolerance: float | None,
-        found: dict[tuple[str, str, int], Check],
+        found: dict[tuple[str, Slot, int], Check],
     ) -> None:
         self._entries = entries
         self._changes = changes
-        self._one = one
         self._given = tolerance
         self._found = found
         self.tolerance = tolerance or 0.0
 
-    def see(self, path: str, slot: Slot, call: int, value: Any) -> None:
+    def see(self, site: Site, call: int, value: Any, one: Pass) -> None:
         """The recompute has come to the `call`-th visit of a site."""
-        entries = self._entries[path]
-        name = "input" if slot is Slot.INPUT else "output"
-        recorded = [
-            entry
-            for entry in entries
-            if (entry._inputs if slot is Slot.INPUT else entry._output) is not ABSENT  # pyright: ignore[reportPrivateUsage] - the same house
-        ]
+        recorded = [each for each in self._entries[site.path] if _has(each, site.slot)]
         if not recorded:
             return
-        label = f"{path}.{name}" + (f" (call {call})" if call else "")
-        values: Callable[[Entry], Any] = (
-            (lambda entry: entry.input) if slot is Slot.INPUT else (lambda entry: entry.output)
-        )
-        tensor = first_tensor(first_input(value) if slot is Slot.INPUT else value)
+        label = str(site) + (f" (call {call})" if call else "")
         try:
-            check = self._compared(label, recorded, values, call, tensor)
+            check = self._compared(label, site, recorded, call, value, one)
         except TracekitError as error:
-            check = Check(label, None, None, None, _reason(error))
-        self._found[path, name, call] = check
+            check = Check(label, None, None, None, f"not compared: {error.args[0]:.90}")
+        self._found[site.path, site.slot, call] = check
 
     def _compared(
-        self,
-        label: str,
-        entries: list[Entry],
-        values: Callable[[Entry], Any],
-        call: int,
-        tensor: Tensor | None,
+        self, label: str, site: Site, entries: list[Entry], call: int, value: Any, one: Pass
     ) -> Check:
-        if tensor is None:
-            raise CacheError("it has no tensor")
         if all(entry.during is None for entry in entries):
-            return self._compared_as_it_is(label, entries[call : call + 1], values, tensor)
+            return self._compared_as_it_is(label, site, entries[call : call + 1], value)
         chosen = calls_in_forwards(entries, call)
         try:
-            return self._compared_by_position(label, chosen, values, tensor)
+            return self._compared_by_position(label, site, chosen, value, one)
         except TracekitError:
             if len(chosen) > 1:
                 raise
-            return self._compared_as_it_is(label, chosen, values, tensor)
+            return self._compared_as_it_is(label, site, chosen, value)
 
     def _compared_by_position(
-        self, label: str, chosen: list[Entry], values: Callable[[Entry], Any], tensor: Tensor
+        self, label: str, site: Site, chosen: list[Entry], value: Any, one: Pass
     ) -> Check:
         recorded = stitch(
             chosen,
-            [values(each) for each in chosen],
+            [_value(each, site.slot) for each in chosen],
             self._changes.timeline,
             is_partial=True,
             is_flat=True,
         )
-        axis, laid = self._by_position(label, tensor)
+        axis, laid = by_position(site, value, one)
         again = self._rows(laid)[:, recorded.columns].to(recorded.device)
         check = self._judged(label, recorded.as_subclass(Tensor), again, recorded)
         if axis == 0 and not check.is_right:
             raise CacheError("rows and positions are in one axis, in an order of its own")
         return check
 
-    def _by_position(self, label: str, tensor: Tensor) -> tuple[int, Tensor]:
-        """Where the positions are in a value of the recompute, and `[rows, positions, ...]`."""
-        one = self._one
-        axis, _ = axis_of(Site(label, Slot.OUTPUT), tensor, one)
-        if axis == 0:
-            return 0, tensor.unflatten(0, (one.rows, one.length))
-        laid = tensor.movedim(axis, 1)
-        is_whole = laid.shape[0] == one.rows
-        return axis, laid if is_whole else laid.expand(one.rows, *laid.shape[1:])
-
     def _rows(self, laid: Tensor) -> Tensor:
         span = self._changes.span
-        return laid if span is None else laid[slice(*span(laid.shape[0]))]
+        return laid if span is None else laid[span.of(laid.shape[0])]
 
-    def _compared_as_it_is(
-        self, label: str, entries: list[Entry], values: Callable[[Entry], Any], tensor: Tensor
-    ) -> Check:
+    def _compared_as_it_is(self, label: str, site: Site, entries: list[Entry], value: Any) -> Check:
         """What runs once, outside the decoder's forwards: an encoder, for one."""
-        recorded = first_tensor(values(entries[0])) if entries else None
-        if recorded is None:
-            raise CacheError("it ran more often in one forward")
+        recorded = first_tensor(_value(entries[0], site.slot)) if entries else None
+        tensor = first_tensor(first_input(value) if site.slot is Slot.INPUT else value)
+        if recorded is None or tensor is None:
+            raise CacheError("it ran more often in one forward, or has no tensor")
         again = self._rows(tensor).to(recorded.device)
         if again.shape != recorded.shape and recorded.shape[:1] and again.shape[:1]:
             repeats = max(1, again.shape[0] // max(1, recorded.shape[0]))
@@ -265,49 +219,14 @@ class _Comparison:
         return Check(label, deviation, row, position, verdict)
 
 
-def _reason(error: TracekitError) -> str:
-    return f"not compared: {error.args[0]:.90}"
+def _has(entry: Entry, slot: Slot) -> bool:
+    value = entry._inputs if slot is Slot.INPUT else entry._output  # pyright: ignore[reportPrivateUsage] - the same house
+    return value is not ABSENT
+
+
+def _value(entry: Entry, slot: Slot) -> Any:
+    return entry.input if slot is Slot.INPUT else entry.output
 
 
 def _tolerance(dtype: torch.dtype) -> float:
     return TOLERANCES.get(dtype, 0.0)
-
-
-def _place(
-    placed: ExitStack,
-    modules: dict[str, nn.Module],
-    replay: Replay,
-    comparison: _Comparison,
-    recorded: set[str],
-) -> None:
-    """Put the hooks of the recompute on the model, until `placed` is left."""
-    thread = this_thread()
-    calls: Counter[str] = Counter()
-
-    def before(path: str, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
-        if is_elsewhere(thread):
-            return None
-        site = Site(path, Slot.INPUT)
-        value = replay.change(site, calls[path], (args, kwargs or {}))
-        if path in recorded:
-            comparison.see(path, Slot.INPUT, calls[path], value)
-        return value
-
-    def after(path: str, module: nn.Module, args: Any, output: Any) -> Any:
-        if is_elsewhere(thread):
-            return None
-        call, calls[path] = calls[path], calls[path] + 1
-        value = replay.change(Site(path, Slot.OUTPUT), call, output)
-        if path in recorded:
-            comparison.see(path, Slot.OUTPUT, call, value)
-        return value
-
-    for path in _paths(recorded, replay):
-        module = modules[path]
-        begins: Any = partial(before, path)
-        placed.callback(module.register_forward_pre_hook(begins, with_kwargs=True).remove)
-        placed.callback(module.register_forward_hook(partial(after, path)).remove)
-
-
-def _paths(recorded: set[str], replay: Replay) -> Iterator[str]:
-    yield from {*recorded, *(site.path for site in replay.sites)}
