@@ -254,7 +254,7 @@ def _labelled(joined: Tensor, transcript: Transcript, columns: list[int]) -> Tok
     chosen: Any = slice(first, first + len(columns)) if is_all else columns
     made = joined.as_subclass(TokenSequence)
     made.tokens = transcript.tokens[:, chosen]
-    made.positions = transcript.own_positions[:, chosen]
+    made.positions = transcript.own_positions()[:, chosen]
     valid = transcript.is_real
     if transcript.lineage is not None:
         valid = valid & (transcript.lineage != PADDING)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol, final
 
 import torch
@@ -66,7 +65,6 @@ class Transcript:
         size = batch.stop - batch.start
         return Transcript(self.tokens[own], self.is_real[own], self.prompt, lineage, size)
 
-    @cached_property
     def own_positions(self) -> Tensor:
         """`[rows, length]`: each token's place in its own row, PADDING for what is none."""
         return own_positions(self.is_real)
