@@ -71,6 +71,12 @@ def the_operations_of_a_builtin() -> None:
         MODEL[0].source.F_linear_0.source
 
 
+def a_stream_that_is_gone_through_twice() -> None:
+    stream = Model(make("gpt2")[0]).generate_stream(torch.tensor([[11]]), max_new_tokens=1)
+    list(stream)
+    list(stream)
+
+
 def the_wrong_order() -> None:
     with MODEL.trace(X):
         MODEL[1].output
@@ -257,6 +263,12 @@ CASES = [
         a_step_counted_from_the_end,
         errors.StepError,
         "there is no step -2: the run has 1 step; leave it out. [step]",
+    ),
+    Case(
+        a_stream_that_is_gone_through_twice,
+        errors.StreamError,
+        "a stream is gone through once: call model.generate_stream(...) again for another. "
+        "[stream]",
     ),
     Case(
         a_value_of_another_shape,

@@ -93,6 +93,12 @@ class StepError(TracekitError):
     slug = "step"
 
 
+class StreamError(TracekitError):
+    """A stream was asked for what it does not have, or not at this time."""
+
+    slug = "stream"
+
+
 class MisfitError(TracekitError):
     """A written value does not fit the place of the one it replaces."""
 

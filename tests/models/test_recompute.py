@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from tests.matrix.spec import IMAGE_TOKEN
 from tests.tiny_models import IS_TRANSFORMERS_5, NAMES, SPECS, make
@@ -91,19 +92,38 @@ def test_what_is_behind_the_end_of_a_row_is_masked_though_padding_is_the_end() -
     assert told["attention_mask"][0].tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mamba", "bamba", "gemma3_text", "rwkv", "t5"])
+OF_SEVERAL_ROWS = [
+    name
+    for name in GENERATING
+    if SPECS[name].family not in {"vlm", "audio"} and name != "rwkv"  # of one row
+]
+
+
+class EndOfFirst(LogitsProcessor):
+    """Lets the first row end with its second new token, and no other row end at all."""
+
+    def __init__(self, end: int) -> None:
+        self.end, self.step = end, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, self.end] = -torch.inf
+        if self.step == 1:
+            scores[0] = -torch.inf
+            scores[0, self.end] = 0.0
+        self.step += 1
+        return scores
+
+
+@pytest.mark.parametrize("name", OF_SEVERAL_ROWS)
 def test_rows_that_end_early_have_the_logits_of_their_steps(name: str) -> None:
     module, inputs = make(name)
-    given = given_to(name, inputs, max_new_tokens=6)
-    new = module.generate(**given)[:, -6:].tolist()
-    ends = [row[1] for row in new]
-    given |= {"eos_token_id": ends[0], "pad_token_id": ends[0]}
-    out = module.generate(**given, **REPORT)
+    given = given_to(name, inputs, eos_token_id=9, pad_token_id=9)
+    out = module.generate(**given, **REPORT, logits_processor=[EndOfFirst(9)])
     found = logits_of_steps(module, given, out)
-    expected = torch.stack(out.logits, 1)
-    valid = valid_tokens(module, given, out.sequences)[:, -len(out.logits) :]
-    assert name == "rwkv" or not bool(valid.all())
-    assert_close(found[valid], expected[valid])
+    new = valid_tokens(module, given, out.sequences)[:, -4:]
+    assert new.tolist() == [[True, True, False, False], [True] * 4]
+    assert_close(found[new], torch.stack(out.logits, 1)[new])
 
 
 REPEATING: dict[str, dict[str, Any]] = {
@@ -138,14 +158,47 @@ def of_row(value: Any, row: int, rows: int) -> Any:
     return value[row : row + 1] if is_divided else value
 
 
-def test_patches_of_several_rows_of_images_are_not_divided() -> None:
+def two_rows(inputs: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """A row with one image behind padding, and one with the images of `more` besides."""
+    own, other = inputs["input_ids"], torch.cat([inputs["input_ids"], more["input_ids"]], 1)
+    padding = torch.zeros(1, other.shape[1] - own.shape[1], dtype=torch.long)
+    ids = torch.cat([torch.cat([padding, own], 1), other])
+    mask = torch.ones_like(ids)
+    mask[0, : padding.shape[1]] = 0
+    of_images = ("pixel_values", "image_grid_thw")
+    found = {
+        name: torch.cat([inputs[name], inputs[name], more[name]])
+        for name in of_images
+        if name in more
+    }
+    if "mm_token_type_ids" in inputs:
+        found["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
+    return {"input_ids": ids, "attention_mask": mask, **found}
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_each_of_several_sequences_has_the_images_of_its_row(name: str) -> None:
     if not IS_TRANSFORMERS_5:
         pytest.skip("not before transformers 5")
-    module, inputs = make("qwen2_5_vl")
-    given = {name: torch.cat([value, value]) for name, value in inputs.items()}
-    sequences = given["input_ids"].repeat_interleave(2, 0)
-    with pytest.raises(UnsupportedError, match="one row at a time"):
-        forward_inputs(module, given, sequences)
+    module, inputs = make(name)
+    more = {**inputs, "pixel_values": inputs["pixel_values"] * -0.7}
+    given = {**two_rows(inputs, more), **STEPS, "suppress_tokens": [IMAGE_TOKEN]}
+    once = module.generate(**given, **REPORT)
+    assert_close(logits_of_steps(module, given, once), torch.stack(once.logits, 1))
+    several = {**given, "num_return_sequences": 2, "num_beams": 2}
+    twice = once.sequences.repeat_interleave(2, 0)
+    found = module(**forward_inputs(module, several, twice)).logits
+    expected = module(**forward_inputs(module, given, once.sequences)).logits
+    assert_close(found, expected.repeat_interleave(2, 0))
+
+
+def test_images_that_no_ids_place_are_nobodys() -> None:
+    module, inputs = make("llava" if IS_TRANSFORMERS_5 else "blip_2")
+    ids = inputs["input_ids"].repeat(2, 1)
+    given = {"input_ids": ids, "pixel_values": inputs["pixel_values"].repeat(3, 1, 1, 1)}
+    for broken in (given, {**given, "pixel_values_videos": ids}):
+        with pytest.raises(UnsupportedError, match="from one row at a time"):
+            forward_inputs(module, broken, ids.repeat_interleave(2, 0))
 
 
 # -- what is given in other ways ------------------------------------------------------------------

@@ -92,3 +92,9 @@ def part_that_generates(module: Any) -> Any:
     inner = getattr(module, "language_model", None)
     is_handed_over = "generate" in vars(type(module)) and callable(getattr(inner, "generate", None))
     return inner if is_handed_over else module
+
+
+def takes_off_the_start(module: Any) -> bool:
+    """Whether `generate` hands back an encoder-decoder's tokens without those that its decoder
+    began with (Whisper, 4.57 to 5; those of all others have them)."""
+    return module.config.model_type == "whisper"

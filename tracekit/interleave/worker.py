@@ -257,12 +257,14 @@ class ModelThread:
         """Whether the run is over, and the thread back in the pool."""
         return not self._worker.has_job
 
-    def prepare(self, run: Callable[[], BaseException | None]) -> None:
-        """Set what is to be run, under the caller's torch state of now."""
-        state = TorchState()
+    def prepare(
+        self, run: Callable[[], BaseException | None], state: TorchState | None = None
+    ) -> None:
+        """Set what is to be run, under `state`, by default the caller's torch state of now."""
+        adopted = state or TorchState()
 
         def job() -> None:
-            self.error = state.context.run(_run_model, run, state.adopted())
+            self.error = adopted.context.run(_run_model, run, adopted.adopted())
 
         self._worker.take(job)
 

@@ -16,6 +16,7 @@ from tracekit.models.lengths import count_steps
 from tracekit.models.passes import Passes, asked, tell_forward
 from tracekit.models.rerun import Rerun
 from tracekit.models.signatures import accepts, by_name, by_name_of_forward, is_transformers
+from tracekit.models.stops import as_list
 from tracekit.tracing.call import Follower, TracedCall
 
 
@@ -51,7 +52,7 @@ def _generate(
 ) -> Any:
     module: Any = tree.root
     if follower is None:
-        return module.generate(*args, **kwargs)
+        return module.generate(*args, **_with_list_of_criteria(module, kwargs))
     if not is_transformers(module):
         with eager(tree):
             return module.generate(*args, **kwargs)
@@ -112,10 +113,17 @@ def of_a_forward(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     return taken
 
 
+def _with_list_of_criteria(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    given = kwargs.get("stopping_criteria")
+    if given is None or not is_transformers(module):
+        return kwargs
+    return {**kwargs, "stopping_criteria": as_list(given)}
+
+
 def _with_end_of_step(given: Any, end_step: Callable[[Tensor], None]) -> Any:
     from transformers import StoppingCriteriaList
 
-    return StoppingCriteriaList([*(given or []), _end_of_step_class()(end_step)])
+    return StoppingCriteriaList([*as_list(given), _end_of_step_class()(end_step)])
 
 
 @cache

@@ -10,20 +10,24 @@ from torch import Tensor, nn
 
 from tracekit.core.quirks import first_weight
 from tracekit.errors import InputError
+from tracekit.models.bos import tokenized_rows
 
 
-def encode(given: Any, tokenizer: Any, side: Callable[[], str]) -> dict[str, Any]:
+def encode(
+    given: Any, tokenizer: Any, side: Callable[[], str], prepend_bos: bool | None = None
+) -> dict[str, Any]:
     """The `input_ids`, `attention_mask` … that `given` stands for.
 
     `given` is a string, a list of strings, ids (a list, a list of lists, a tensor of one or two
     dimensions) or a mapping such as a tokenizer returns. Rows of different lengths are padded.
+    Text has its beginning-of-sequence token as `prepend_bos` says; None: as the tokenizer does.
     """
     if isinstance(given, Mapping):
         return {str(key): value for key, value in cast("Mapping[Any, Any]", given).items()}
     if isinstance(given, Tensor):
         return _from_tensor(given)
     if isinstance(given, str):
-        return _tokenized(given, tokenizer, side())
+        return _tokenized(given, tokenizer, side(), prepend_bos)
     items = list(cast("Sequence[Any]", given)) if isinstance(given, Sequence) else None
     if not items:
         raise InputError(
@@ -31,10 +35,23 @@ def encode(given: Any, tokenizer: Any, side: Callable[[], str]) -> dict[str, Any
             f"not {'an empty list' if items == [] else type(given).__name__}."
         )
     if all(isinstance(item, str) for item in items):
-        return _tokenized(items, tokenizer, side())
+        return _tokenized(items, tokenizer, side(), prepend_bos)
     if all(isinstance(item, int) for item in items):
         return _from_tensor(torch.tensor([items]))
     return _from_rows([_row(item) for item in items], tokenizer, side())
+
+
+def reading_of(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the arguments of one call, those that say how text becomes tokens, and all others."""
+    reading = {name: kwargs[name] for name in ("prepend_bos", "padding_side") if name in kwargs}
+    side, bos = reading.get("padding_side"), reading.get("prepend_bos")
+    if side not in (None, "left", "right"):
+        raise InputError(f"padding_side= is 'left' or 'right', not {side!r}.")
+    if bos not in (None, True, False):
+        raise InputError(
+            f"prepend_bos= is True, False or None (as the tokenizer does), not {bos!r}."
+        )
+    return reading, {name: value for name, value in kwargs.items() if name not in reading}
 
 
 def device_of(module: nn.Module) -> torch.device | None:
@@ -53,10 +70,15 @@ def on_device(inputs: dict[str, Any], device: torch.device | None) -> dict[str, 
     }
 
 
-def _tokenized(text: str | list[str], tokenizer: Any, side: str) -> dict[str, Any]:
+def _tokenized(
+    text: str | list[str], tokenizer: Any, side: str, prepend_bos: bool | None
+) -> dict[str, Any]:
     if tokenizer is None:
         raise InputError("text needs a tokenizer: LanguageModel(module, tokenizer=…), or give ids.")
     several = not isinstance(text, str)
+    if prepend_bos is not None:
+        rows = tokenized_rows(text if several else [text], tokenizer, prepend_bos)
+        return _from_rows([_row(row) for row in rows], tokenizer, side)
     return dict(tokenizer(text, return_tensors="pt", padding=several, padding_side=side))
 
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import nn
 
-from tracekit.capture import showing_own_lines
+from tracekit.capture import caller_frame, is_with_item, showing_own_lines
 from tracekit.core.renames import Rename
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
 from tracekit.models.batching import Batch, Inputs, join_inputs
+from tracekit.models.generate_options import refuse_in_header, translated
 from tracekit.models.generation import forward, generation
 from tracekit.models.model import Model, is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
+from tracekit.models.returned import Returning, wanted_of
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.signatures import accepts
+from tracekit.models.texts import Texts, is_list_of_texts
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
 
@@ -92,8 +96,10 @@ class LanguageModel(Model):
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
-        `input` is a string, a list of strings, token ids, or an encoding; keyword arguments go
-        to the model's forward. No keys and values are kept unless `use_cache=True` says so.
+        `input` is a string, a list of strings, token ids, or an encoding; `prepend_bos` and
+        `padding_side` say how text becomes tokens (None: as the tokenizer and the model do), and
+        all other keyword arguments go to the model's forward. No keys and values are kept unless
+        `use_cache=True` says so.
         Without input, each `with tracer.invoke(input):` in the block has rows of its own.
         Raises InputError for what is no input, PaddingError for a padded batch in which a row would
         not be what it is alone.
@@ -125,14 +131,77 @@ class LanguageModel(Model):
 
         `with model.generate(prompt, max_new_tokens=8) as tracer:` has one step for each new
         token, and `tracer.result` is the tokens; anywhere else the tokens are returned. Takes
-        everything that `transformers.generate` takes; `progress=True` shows a bar.
+        everything that `transformers.generate` takes, with its defaults, and:
+
+        `prepend_bos` and `padding_side` say, as for `trace`, how text becomes tokens.
+        `freq_penalty` takes that much off a token's logit for each time it has come (before the
+        temperature is applied). `temperature=0` is greedy; `stop_at_eos=False` never stops at a
+        token. `stop_strings` need no tokenizer, `output_logits=True` no return_dict_in_generate.
+        `stopping_criteria` may be a single one. `use_past_kv_cache` is `use_cache`, and
+        `verbose` is `progress`, which shows a bar.
+
+        Not as a header: `return_type` is "tokens", "str", or "input" (text for text).
+        `return_input_tokens=True` returns `(output, input_tokens)`. `return_cache=True` returns
+        `(output, cache)`, or `(output, cache, input_tokens)`: the cache of one forward pass over
+        the whole output, the last token too, with the lasting edits of the model made in it.
+        `names_filter` takes what `tracer.cache` takes, or a predicate of the name alone;
+        `device` is where tensors are put as they are recorded (None: they stay). Rows with padding
+        in front, or with padding behind their end, are computed as each would be alone; at padding
+        itself the cache holds what the model makes of it. What generation alone does, as
+        `logits_processor` or guidance, is not in that pass; nor is an edit of the embedding of
+        new tokens made in it, where `inputs_embeds` were given.
         """
-        return super().generate(*args, **kwargs)
+        if is_with_item(caller_frame()):
+            return self.generation(*args, **kwargs)
+        wanted, rest = wanted_of(kwargs)
+        if wanted.is_plain:
+            return super().generate(*args, **rest)
+        self._check_generates()
+        inputs = self._inputs_of_generation(args, rest)
+        source = args[0] if args else None
+        returning = Returning(wanted, self._tree, self.tokenizer, source, inputs)
+        call = generation(self._tree, (), returning.arguments())
+        output = self._made(call)
+        return returning.handed_back(output, self._cache_of(returning, output))
+
+    @showing_own_lines
+    def generation(self, *args: Any, **kwargs: Any) -> Tracer:
+        """The tracer of `with model.generate(...)`, wherever it stands.
+
+        For an ExitStack, or to run a function: `model.generation(x, ...).run(function)`.
+        """
+        refuse_in_header(kwargs)
+        return super().generation(*args, **kwargs)
 
     def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
+        return generation(self._tree, (), self._inputs_of_generation(args, kwargs))
+
+    def _inputs_of_generation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
         prepared = self._prepared(args, kwargs, for_generate=True)
-        inputs = self._completed(prepared, for_generate=True)
-        return generation(self._tree, (), inputs)
+        return self._completed(prepared, for_generate=True)
+
+    def _cache_of(self, returning: Returning, output: Any) -> Any:
+        inputs = returning.of_pass(output)
+        if inputs is None:  # no cache is wanted
+            return None
+        call = TracedCall(lambda follower: forward(self._tree, follower, (), inputs))
+        return self._tracer(call, grad=False).run(returning.record)
+
+    def _texts(
+        self, args: tuple[Any, ...], return_type: str | None, skip_special_tokens: bool
+    ) -> Texts | None:
+        if self.tokenizer is None:
+            return super()._texts(args, return_type, skip_special_tokens)
+        if return_type not in (None, "str", "tokens"):
+            raise InputError(
+                f"return_type= of a stream is 'str' (the default) or 'tokens', not {return_type!r}."
+            )
+        if return_type == "tokens":
+            return None
+        is_listed = bool(args) and is_list_of_texts(args[0])
+        return Texts(self.tokenizer, is_listed=is_listed, skip_special_tokens=skip_special_tokens)
 
     @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,7 +233,9 @@ class LanguageModel(Model):
         return fit_padding(self._read(args, kwargs), self._tree.root, for_generate)
 
     def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        encoded = feeding.encode(args[0], self.tokenizer, self._side) if args else {}
+        reading, kwargs = feeding.reading_of(kwargs)
+        side, bos = partial(self._side, reading), reading.get("prepend_bos")
+        encoded = feeding.encode(args[0], self.tokenizer, side, bos) if args else {}
         return feeding.on_device({**encoded, **kwargs}, feeding.device_of(self._tree.root))
 
     def _completed(self, inputs: dict[str, Any], for_generate: bool) -> dict[str, Any]:
@@ -176,11 +247,16 @@ class LanguageModel(Model):
                 inputs.setdefault("use_cache", False)
         elif self.tokenizer is not None and module.generation_config.pad_token_id is None:
             inputs.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        return inputs
+        return translated(module, inputs, self.tokenizer) if for_generate else inputs
 
     def _batch(
         self, shared: dict[str, Any], call: Callable[..., Any], kind: str, twin: Tree | None = None
     ) -> Batch:
+        reading, shared = feeding.reading_of(shared)
+
+        def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+            return self._read(args, {**reading, **kwargs})
+
         def fitted(inputs: dict[str, Any]) -> dict[str, Any]:
             for_generate = kind == "generate"
             inputs = fit_padding({**inputs, **shared}, self._tree.root, for_generate)
@@ -189,11 +265,13 @@ class LanguageModel(Model):
         if twin is None:
             self.dispatch()
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
-        return Batch(_Padded(self._read, fitted, pad, self._side()), twin or self._tree, call, kind)
+        padded = _Padded(read, fitted, pad, self._side(reading))
+        return Batch(padded, twin or self._tree, call, kind)
 
-    def _side(self) -> str:
-        if self._padding_side is not None:
-            return self._padding_side
+    def _side(self, reading: dict[str, Any]) -> str:
+        side = reading.get("padding_side") or self._padding_side
+        if side is not None:
+            return side
         module = self._tree.root
         is_decoder = callable(getattr(module, "can_generate", None)) and module.can_generate()
         return "left" if is_decoder and not module.config.is_encoder_decoder else "right"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast, final, overload
 
 from torch import nn
@@ -17,6 +17,8 @@ from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import forward, generate, generation
 from tracekit.models.scanning import fake_twin, run_dry
+from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
+from tracekit.models.texts import Texts
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
@@ -89,8 +91,7 @@ class Model(Envoy):
         if is_with_item(caller_frame()):
             return self.generation(*args, **kwargs)
         self._check_generates()
-        call = self._generation(args, kwargs)
-        return self._edited(call, grad=False) if self._edits else call.make(None)
+        return self._made(self._generation(args, kwargs))
 
     @showing_own_lines
     def generation(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -105,6 +106,51 @@ class Model(Envoy):
         return self._tracer(call, grad=False)  # generate runs without gradients
 
     @showing_own_lines
+    def generate_stream(
+        self,
+        *args: Any,
+        capture: Selector = (),
+        edits: Iterable[Any] = (),
+        run: Callable[..., Any] | None = None,
+        cache_options: Mapping[str, Any] | None = None,
+        return_type: str | None = None,
+        skip_special_tokens: bool = True,
+        **options: Any,
+    ) -> Stream:
+        """`for text in model.generate_stream(prompt, max_new_tokens=8):` gives each step's text.
+
+        A string, or a list of strings for several rows; what may yet become another character is
+        held back. Without a tokenizer, or with `return_type="tokens"`: ids, (rows, tokens).
+
+        `stream.cache` has the modules of `capture`, from the first item on and up to the last one;
+        `cache_options` are further arguments of `tracer.cache`. `edits` are made as by
+        `Tracer.run`, and `run` is a function, as there, that runs beside all steps. In the end
+        `stream.result` is what `generate` returned.
+        """
+        self._check_generates()
+        texts = self._texts(args, return_type, skip_special_tokens)
+
+        def plan(streamer: Streamer) -> Plan:
+            call = self._generation(args, {**options, "streamer": streamer})
+            check_streams(self._tree.root, options)  # which has its weights by now
+            lasting = self._interventions()
+            more = dict(cache_options or {})
+            return Plan(self._tree, call, lasting, capture, more, edits, run)
+
+        return stream(plan, options.get("streamer"), texts)
+
+    def _texts(
+        self, args: tuple[Any, ...], return_type: str | None, skip_special_tokens: bool
+    ) -> Texts | None:
+        """The texts of a stream that is about to begin; None where ids are wanted."""
+        if return_type in (None, "tokens"):
+            return None
+        raise InputError(
+            f"return_type= of a stream is 'tokens' where there is no tokenizer, not "
+            f"{return_type!r}: LanguageModel(module, tokenizer=…) gives texts."
+        )
+
+    @showing_own_lines
     def run(
         self, *args: Any, capture: Selector = (), edits: Iterable[Any] = (), **kwargs: Any
     ) -> Outcome:
@@ -115,6 +161,10 @@ class Model(Envoy):
         `Tracer.run` says what `capture` and `edits` take.
         """
         return self.trace(*args, **kwargs).run(capture=capture, edits=edits)
+
+    def _made(self, call: TracedCall) -> Any:
+        """What a generation returns, with the lasting edits."""
+        return self._edited(call, grad=False) if self._edits else call.make(None)
 
     def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         return generation(self._tree, args, kwargs)

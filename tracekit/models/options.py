@@ -12,11 +12,13 @@ from torch import nn
 
 from tracekit.capture import warn_user
 from tracekit.errors import InputError
+from tracekit.models.generate_options import OF_RESULT
 from tracekit.models.signatures import accepts, arguments
 
 _OF_GENERATE: Final = frozenset(
     {
         "do_sample",
+        "freq_penalty",
         "generation_config",
         "logits_processor",
         "max_length",
@@ -25,14 +27,18 @@ _OF_GENERATE: Final = frozenset(
         "min_new_tokens",
         "num_beams",
         "num_return_sequences",
+        "output_logits",
         "progress",
         "repetition_penalty",
+        "stop_at_eos",
         "stop_strings",
         "stopping_criteria",
         "streamer",
         "temperature",
         "top_k",
         "top_p",
+        "use_past_kv_cache",
+        "verbose",
     }
 )
 # What forwards take by `**kwargs` (transformers 4.57 to 5.23).
@@ -54,10 +60,10 @@ def check_options(module: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if accepts(module, name) or name in _OF_FORWARDS:
             continue
-        if name in _OF_GENERATE:
+        if name in _OF_GENERATE or name in OF_RESULT:
+            cure = OF_RESULT.get(name, f"write `with model.generate(input, {name}=...) as tracer:`")
             raise InputError(
-                f"{name}= is an option of generate(), and a trace is one forward pass: write "
-                f"`with model.generate(input, {name}=...) as tracer:`."
+                f"{name}= is an option of generate(), and a trace is one forward pass: {cure}."
             )
         known = [*arguments(module), *_OF_FORWARDS]
         near = get_close_matches(name, known, n=1, cutoff=0.85)

@@ -37,6 +37,7 @@ class Passes:
         self._thread = this_thread()
         self._step = 0
         self._depth = 0
+        self._is_finished = False
         self._rows = 0  # of the first forward
         self._ids: Tensor | None = None  # at the end of the last step
         self._generating: Any = None  # what the decoding loop calls
@@ -50,15 +51,23 @@ class Passes:
             begin: Any = self._begin
             before = module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
             self._handles += [before, module.register_forward_hook(self._end, always_call=True)]
+        self._timeline.tell = self._so_far
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._timeline.transcript is None and not self._has_beams and self._ids is not None:
-            self._timeline.transcript = self._transcript(self._with_prompt(self._ids))
+        if not self._is_finished:
+            self._timeline.transcript = self._so_far()
+        self._timeline.tell = None
         self._given, self._root, self._generating = {}, None, None
+
+    def _so_far(self) -> Transcript | None:
+        """The tokens at the end of the last step; of beams, nobody knows which will be left."""
+        if self._ids is None or self._has_beams:
+            return None
+        return self._transcript(self._with_prompt(self._ids))
 
     def end_step(self, ids: Tensor) -> None:
         """A step has ended, with these sequences: `[rows, length]`, without what was embedded."""
@@ -71,6 +80,7 @@ class Passes:
         if self._has_beams and getattr(result, "beam_indices", None) is not None:
             tokens = self._with_prompt(result.sequences)
             self._timeline.transcript = self._transcript(tokens, result.beam_indices)
+            self._is_finished = True
 
     @property
     def _has_beams(self) -> bool:

@@ -21,6 +21,7 @@ from tracekit.core.quirks import (
     type_of_new_tokens,
 )
 from tracekit.errors import UnsupportedError
+from tracekit.models.images import repeat_images
 from tracekit.models.padding import with_positions
 from tracekit.models.signatures import accepts, generates_with, takes_more
 
@@ -79,8 +80,8 @@ def forward_inputs(
     _refuse_new_placeholders(module, given, sequences)
     repeats = len(sequences) // _rows(module, given)
     kept = {name: value for name, value in given.items() if _is_of_the_pass(module, name, value)}
-    inputs = _repeated(kept, repeats, _rows(module, given))
-    inputs = _with_tokens(module, inputs, given, sequences, mask, repeats)
+    inputs = _repeated(module, kept, given, repeats)
+    inputs = _with_tokens(module, inputs, given, sequences, mask)
     if not include_last:
         inputs = _without_last(inputs, mask.shape[1])
     if accepts(module, "use_cache"):
@@ -101,12 +102,36 @@ def valid_tokens(
     start = prompt_length(module, given, sequences)
     count = sequences.shape[1] - start
     if new_tokens is None:
-        new_tokens = _up_to_end(sequences[:, start:], _ends(module, given))
+        new_tokens = count_new_tokens(module, given, sequences)
     columns = torch.arange(count, device=sequences.device)
     own = columns < new_tokens.to(sequences.device)[:, None]
     repeats = len(sequences) // len(prompt)
     prompt = prompt.to(sequences.device).repeat_interleave(repeats, 0)
     return torch.cat([prompt != 0, own], 1)
+
+
+def count_new_tokens(module: Any, given: dict[str, Any], sequences: Tensor) -> Tensor:
+    """How many new tokens each row has, as far as the tokens tell, `[rows]`.
+
+    Up to its first end-of-sequence token, with it. Beams that a stopping criterion has ended are
+    filled up, which tells their end (the first token for it passes for one of theirs if it is an
+    end-of-sequence token); other rows that one has ended are not told from those that go on.
+    """
+    new = sequences[:, prompt_length(module, given, sequences) :]
+    ends = end_tokens(module, given)
+    count = _up_to_end(new, ends)
+    has_criteria = bool(given.get("stopping_criteria") or given.get("stop_strings"))
+    if not has_criteria or not is_beam_search(module, given):
+        return count
+    pad = generation_settings(module, given).pad_token_id
+    is_own = (new >= 0) & (new != (-1 if pad is None or pad in ends else pad))
+    columns = torch.arange(1, new.shape[1] + 1, device=new.device)
+    return torch.minimum(count, (is_own * columns).amax(1))
+
+
+def is_beam_search(module: Any, given: dict[str, Any]) -> bool:
+    """Whether sequences are made of beams, which come and go while it runs."""
+    return (generation_settings(module, given).num_beams or 1) > 1
 
 
 def prompt_length(module: Any, given: dict[str, Any], sequences: Tensor) -> int:
@@ -193,16 +218,14 @@ def _rows(module: Any, given: dict[str, Any]) -> int:
     return 1 if first is None else len(first)
 
 
-def _repeated(inputs: dict[str, Any], repeats: int, rows: int) -> dict[str, Any]:
+def _repeated(
+    module: Any, inputs: dict[str, Any], given: dict[str, Any], repeats: int
+) -> dict[str, Any]:
     """The inputs of each row as often as it has sequences, one behind the other."""
     if repeats == 1:
         return inputs
-    is_packed = "image_grid_thw" in inputs or "video_grid_thw" in inputs
-    if is_packed and rows > 1:
-        raise UnsupportedError(
-            "the patches of all images are in one tensor, which does not say whose they are: "
-            "generate several sequences from one row at a time."
-        )
+    rows = _rows(module, given)
+    images = repeat_images(module, given, rows, repeats) if rows > 1 else {}
 
     def repeated(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim():
@@ -211,10 +234,12 @@ def _repeated(inputs: dict[str, Any], repeats: int, rows: int) -> dict[str, Any]
             return leaf.repeat(repeats, *[1] * (leaf.dim() - 1))
         return leaf.repeat_interleave(repeats, 0) if len(leaf) == rows else leaf
 
-    return {
-        name: value if name == "position_ids" and value.dim() == 3 else map_leaves(repeated, value)
-        for name, value in inputs.items()
-    }
+    def value_of(name: str, value: Any) -> Any:
+        if name == "position_ids" and value.dim() == 3:
+            return value.repeat_interleave(repeats, 1)  # (axes, rows, positions)
+        return images[name] if name in images else map_leaves(repeated, value)
+
+    return {name: value_of(name, value) for name, value in inputs.items()}
 
 
 # -- what is padding ------------------------------------------------------------------------------
@@ -241,21 +266,22 @@ def _mask_of_prompt(module: Any, given: dict[str, Any], sequences: Tensor) -> Te
 
 def _inferred_mask(module: Any, given: dict[str, Any], ids: Tensor) -> Tensor | None:
     """The mask that generate makes of ids alone: none, unless padding is plain in them."""
-    pad = _config(module, given).pad_token_id
-    if pad is None or pad in _ends(module, given) or not bool((ids == pad).any()):
+    pad = generation_settings(module, given).pad_token_id
+    if pad is None or pad in end_tokens(module, given) or not bool((ids == pad).any()):
         return None
     return (ids != pad).long()
 
 
-def _ends(module: Any, given: dict[str, Any]) -> list[int]:
+def end_tokens(module: Any, given: dict[str, Any]) -> list[int]:
     """The end-of-sequence tokens."""
-    ends = _config(module, given).eos_token_id
+    ends = generation_settings(module, given).eos_token_id
     if isinstance(ends, Tensor):
         ends = ends.tolist()
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _config(module: Any, given: dict[str, Any]) -> Any:
+def generation_settings(module: Any, given: dict[str, Any]) -> Any:
+    """The configuration that a generation goes by."""
     settings = {name: value for name, value in given.items() if not accepts(module, name)}
     return generation_config_of(part_that_generates(module), settings)
 
@@ -276,7 +302,6 @@ def _with_tokens(
     given: dict[str, Any],
     sequences: Tensor,
     mask: Tensor,
-    repeats: int,
 ) -> dict[str, Any]:
     """`inputs`, over the prompt and what is new."""
     start = prompt_length(module, given, sequences)
@@ -299,7 +324,7 @@ def _with_tokens(
     if accepts(module, "attention_mask"):
         inputs["attention_mask"] = mask.long()
     if "position_ids" in inputs:
-        inputs["position_ids"] = _with_next_positions(inputs["position_ids"], new.shape[1], repeats)
+        inputs["position_ids"] = _with_next_positions(inputs["position_ids"], new.shape[1])
         return inputs
     return with_positions(inputs, module)
 
@@ -314,10 +339,8 @@ def _with_types(module: Any, name: str, types: Tensor, count: int) -> Tensor:
     return torch.cat([types, last.expand(-1, count)], 1)
 
 
-def _with_next_positions(positions: Tensor, count: int, repeats: int) -> Tensor:
+def _with_next_positions(positions: Tensor, count: int) -> Tensor:
     """Positions that were given, one further for each new token."""
-    if positions.dim() == 3:  # (axes, rows, positions)
-        positions = positions.repeat_interleave(repeats, 1)
     following = torch.arange(1, count + 1, device=positions.device)
     return torch.cat([positions, positions[..., -1:] + following], -1)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Protocol, final
+from weakref import ReferenceType
 
 from tracekit.core.site import Site, Slot
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
@@ -17,12 +18,24 @@ from tracekit.tracing.timeline import Timeline
 from tracekit.tracing.verify import Verification, verify
 
 
+class Filling(Protocol):
+    """Whoever fills a cache (a Recorder)."""
+
+    def list_so_far(self) -> None:
+        """Put what was recorded until now into the cache, safe from what the model does next."""
+        ...
+
+
 @final
 class Cache(Mapping[str, Entries]):
     """Recorded activations: `cache["model.transformer.h.0"]`, or `cache.model.transformer.h[0]`.
 
-    Filled by hooks while the model runs; complete, and frozen, when the trace has ended.
+    Filled by hooks while the model runs; complete, and frozen, when the trace has ended. That of a
+    stream can be read between two items, too: it has the entries so far.
     """
+
+    _filling: ReferenceType[Filling] | None = None  # until it is complete
+    _is_standing: Callable[[], bool] | None = None  # the model, so that it can be read
 
     def __init__(self) -> None:
         self._entries: dict[str, list[Entry]] = {}
@@ -40,12 +53,27 @@ class Cache(Mapping[str, Entries]):
         changes: Changes,
     ) -> None:
         """Take what was recorded; a Recorder calls this once, at the end of its run."""
+        self._show(entries, aliases, asked, changes)
+        self._is_complete = True
+        self._filling = self._is_standing = None
+
+    def _show(
+        self,
+        entries: dict[str, list[Entry]],
+        aliases: dict[str, str],
+        asked: list[str],
+        changes: Changes,
+    ) -> None:
+        """Take what was recorded so far."""
         self._changes = changes
         self._entries = entries
         self._aliases = aliases
         self._asked = asked
-        self._is_complete = True
         self._root = next(iter(asked), "").partition(".")[0]
+
+    def _open_early(self, is_standing: Callable[[], bool]) -> None:
+        """Let it be read while it is filled, whenever the model stands still."""
+        self._is_standing = is_standing
 
     # -- by key ---------------------------------------------------------------------------------
 
@@ -56,35 +84,47 @@ class Cache(Mapping[str, Entries]):
         """
         if isinstance(path, Envoy):
             path = path.path
+        self._check_readable(repr(path))
         for key in (path, f"{self._root}.{path}"):
             found = self._entries.get(self._aliases.get(key, key))
             if found is not None:
-                return Entries(key, found)
-        self._check_complete(repr(path))
-        if path in self._asked:
-            raise UnknownPathError(
-                f"{path!r} was to be recorded, but the run ended before the module was called"
-            )
+                return Entries(key, found if self._is_complete else found[:])
+        if not {path, f"{self._root}.{path}"}.isdisjoint(self._asked):
+            ended = "the run ended before the module was called"
+            why = ended if self._is_complete else "the module has not been called so far"
+            raise UnknownPathError(f"{path!r} was to be recorded, but {why}")
         known = [*self._entries, *(way for way, of in self._aliases.items() if of in self._entries)]
         raise UnknownPathError(f"{path!r} is not in this cache{did_you_mean(path, known)}")
 
     def __iter__(self) -> Iterator[str]:
-        self._check_complete("its keys")
+        self._check_readable("its keys")
         return iter(self._entries)
 
     def __len__(self) -> int:
-        self._check_complete("its length")
+        self._check_readable("its length")
         return len(self._entries)
 
     def __bool__(self) -> bool:
-        return not self._is_complete or bool(self._entries)
+        return self._is_hidden or bool(self._entries)
 
-    def _check_complete(self, what: str) -> None:
-        if not self._is_complete:
+    def _check_readable(self, what: str) -> None:
+        if self._is_hidden:
             raise CacheError(
                 f"the cache is complete when the trace has ended: read {what} after the block, "
                 f"or ask for a module's .output in it."
             )
+        filling = self._filling() if self._filling is not None else None
+        if filling is not None:
+            filling.list_so_far()
+
+    def _check_complete(self, what: str) -> None:
+        if not self._is_complete:
+            raise CacheError(f"{what} runs the model again: ask for it when the run has ended.")
+
+    @property
+    def _is_hidden(self) -> bool:
+        """Whether it can't be read now."""
+        return not self._is_complete and (self._is_standing is None or not self._is_standing())
 
     # -- by token -------------------------------------------------------------------------------
 
@@ -121,6 +161,7 @@ class Cache(Mapping[str, Entries]):
         found = stitch(chosen, values, timeline, is_partial=partial, is_flat=flat)
         if not include_last:
             return found
+        self._check_complete("include_last=True")
         site = Site(chosen[0].path, Slot.OUTPUT if of == "output" else Slot.INPUT)
         return with_last(found, site, call or 0, self._changes)
 
@@ -135,7 +176,7 @@ class Cache(Mapping[str, Entries]):
         CacheError if the run can't be made again: the model is gone, or an edit was of a kind that
         belongs to no position.
         """
-        self._check_complete("what verifies it")
+        self._check_complete("verify()")
         return verify(self._entries, self._changes, tolerance)
 
     # -- by attribute ---------------------------------------------------------------------------
@@ -143,18 +184,16 @@ class Cache(Mapping[str, Entries]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # also while a Cache is being unpickled
             raise AttributeError(name)
-        self._check_complete(repr(name))
+        self._check_readable(repr(name))
         return _child(self, "", name)
 
     def __dir__(self) -> list[str]:
-        return sorted(
-            {*object.__dir__(self), *(_names_below(self, "") if self._is_complete else ())}
-        )
+        return sorted({*object.__dir__(self), *(() if self._is_hidden else _names_below(self, ""))})
 
     # -- for people -----------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        if not self._is_complete:
+        if self._is_hidden:
             return "Cache(recording until the trace ends)"
         head = f"Cache({len(self)} modules, {sum(map(len, self._entries.values()))} entries)"
         rows = [f"  {path}: {_summary(found)}" for path, found in self._shown()]

@@ -104,7 +104,11 @@ class Execution:
         The error of a block comes before one that the model ran into because of it.
         """
         with self._tree.mode:
-            return self._run_all(interventions)
+            try:
+                return self._run_all(interventions)
+            finally:
+                if self._fixtures.is_recording:  # Ctrl-C came when the run was over
+                    self._checked(is_whole=False)
 
     def _run_all(self, interventions: Sequence[Intervention]) -> BaseException | None:
         glance = self._glance_of(interventions)

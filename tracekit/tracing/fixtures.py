@@ -46,6 +46,11 @@ class Fixtures:
     def __bool__(self) -> bool:
         return bool(self._recorders or self.changes.at_positions)
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether there are recorders that were not let go of."""
+        return bool(self._recorders)
+
     def record(
         self,
         mediator: Mediator | None,

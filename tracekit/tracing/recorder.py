@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 from typing import Any, Protocol, TypeAlias, final
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -60,6 +61,7 @@ class Recorder:
         changes: Changes,
         rows: Rows | None = None,
     ) -> None:
+        cache._filling = ref(self)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
         self._changes = changes
         self._timeline = changes.timeline
         self._marks: list[int] = []  # how many records there were when each forward began
@@ -78,6 +80,11 @@ class Recorder:
         self._handed_out: set[int] = set()  # storages that blocks have seen
         self._awaited: dict[int, Any] = {}  # record -> its gradients, to come
         self._nodes: list[Any] = []  # what those wait at, until the model goes on
+        self._found: dict[str, list[Entry]] = {}
+        self._begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
+        self._listed = 0  # records of which there are entries
+        self._read = 0  # of those, the ones that were read meanwhile: in memory of their own
+        self._refused: set[int] = set()  # records of which there will be none
 
     def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool, grads: bool) -> None:
         """Put the hooks on; `run` tells the step."""
@@ -183,7 +190,7 @@ class Recorder:
         """
         if not self._keep.detach:
             return  # a copy would have no gradient; should it be overwritten, that is refused
-        for index in range(self._indexed, len(self._records)):
+        for index in range(max(self._indexed, self._read), len(self._records)):
             for tensor in tensors(self._records[index][3]):
                 key = storage_key(tensor)
                 if key is not None:
@@ -194,6 +201,8 @@ class Recorder:
             if key is not None:
                 self._handed_out.add(key)
                 for index in self._sharing.pop(key, ()):
+                    if index < self._read or index in self._refused:
+                        continue
                     self._check(self._records[index])
                     self._records[index] = self._with_own_memory(self._records[index])
 
@@ -223,11 +232,64 @@ class Recorder:
         run did not overwrite may yet be overwritten by another.
         """
         self._learn(was_whole)
-        found: dict[str, list[Entry]] = {}
-        begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
+        self._list()
+        self._awaited.clear()
+        self._nodes.clear()
+        self._cache._freeze(*self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+
+    def list_so_far(self) -> None:
+        """Put what was recorded until now into the cache, in memory of its own.
+
+        Whoever reads it may keep it, or change it, and the model goes on with what it had. For a
+        recorder without gradients, between two calls of modules. What was overwritten is left out,
+        and raises OverwrittenError once.
+        """
+        self._refuse_overwritten()
+        for index in range(self._read, len(self._records)):
+            self._records[index] = self._with_own(self._records[index])
+        self._list()
+        self._read = self._listed
+        self._cache._show(*self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+
+    def _told(
+        self,
+    ) -> tuple[dict[str, list[Entry]], dict[str, str], list[str], Changes]:
+        """What a cache takes."""
+        changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
+        return self._found, self._tree.aliases, list(self._modules), changes
+
+    def _refuse_overwritten(self) -> None:
+        errors: list[OverwrittenError] = []
+        for index in range(self._read, len(self._records)):
+            if index in self._refused:
+                continue
+            try:
+                self._check(self._records[index])
+            except OverwrittenError as error:
+                self._refused.add(index)
+                errors.append(error)
+        try:
+            if errors:
+                raise errors[0]
+        finally:
+            errors.clear()  # this frame is in its traceback
+
+    def _with_own(self, record: Record) -> Record:
+        module, slot, step, value, versions = record
+        habit = self._habits[slot].get(self._paths[module])
+        if self._keep.clone or (self._keep.detach and habit is not False):
+            return record  # it was copied when it was recorded
+        return module, slot, step, map_leaves(_cloned, value), versions
+
+    def _list(self) -> None:
+        """Make entries of the records."""
+        found, begun = self._found, self._begun
         passes = iter([*zip(self._marks, self._timeline.passes, strict=True), (-1, None)])
         following, during = next(passes), None
-        for index, (module, slot, step, value, _) in enumerate(self._records):
+        for index in range(self._listed, len(self._records)):
+            if index in self._refused:
+                continue
+            module, slot, step, value, _ = self._records[index]
             while index >= following[0] >= 0:
                 during, following = following[1], next(passes)
             path = self._paths[module]
@@ -244,17 +306,16 @@ class Recorder:
             else:
                 entries.append(Entry(path, step, call, value, ABSENT, ABSENT, during))
                 begun.setdefault(path, []).append(entries[-1])
-        self._awaited.clear()
-        self._nodes.clear()
-        changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
-        self._cache._freeze(found, self._tree.aliases, list(self._modules), changes)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        self._listed = len(self._records)
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""
-        for record in self._records:
-            _, _, _, value, then = record
-            if not (isinstance(then, int) and then >= 0 and value._version == then):
-                self._check(record)
+        for index in range(self._read, len(self._records)):
+            _, _, _, value, then = self._records[index]
+            if isinstance(then, int) and then >= 0 and value._version == then:
+                continue
+            if index not in self._refused:
+                self._check(self._records[index])
         if not was_whole or len(self._cache) == len(self._modules):
             return
         missing = [path for path in self._modules if path not in self._cache]
@@ -274,3 +335,7 @@ class Recorder:
             elif was_whole:
                 self._habits[slot].setdefault(path, False)
         self._originals.clear()
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -92,7 +92,8 @@ class Timeline:
         self.lengths: list[int] = []  # of the sequences, at the end of each step
         self.prompt: int | None = None  # columns, where they are known before the first forward
         self.prompt_mask: Tensor | None = None  # [rows, prompt], where there is padding
-        self.transcript: Transcript | None = None
+        self.tell: Callable[[], Transcript | None] | None = None  # while it runs: so far
+        self._transcript: Transcript | None = None
         self.is_generation = False
         self.untouched = 0  # so many positions are not to be edited: a prefix was there before
         self.rerun: Rerunning | None = None
@@ -100,7 +101,21 @@ class Timeline:
         self._subscribers: list[Callable[[], None]] = []
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "rerun": None, "_subscribers": []}  # a model is not copied along
+        return {
+            **vars(self),
+            "rerun": None,
+            "tell": None,
+            "_subscribers": [],
+        }  # a model is not copied along
+
+    @property
+    def transcript(self) -> Transcript | None:
+        """The tokens that the run ended with, or has so far; None where they are not known."""
+        return self._transcript if self.tell is None else self.tell()
+
+    @transcript.setter
+    def transcript(self, transcript: Transcript | None) -> None:
+        self._transcript = transcript
 
     @property
     def current(self) -> Pass | None:
@@ -135,6 +150,7 @@ class Timeline:
 
     def close(self) -> None:
         """The run is over."""
+        self.tell = None
         self._subscribers.clear()
 
     def first_generated(self, one: Pass) -> int:
