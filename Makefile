@@ -81,9 +81,10 @@ test-quantised: $(VENV)/.stamp $(QUANTISED)/.stamp
 notebooks: $(VENV)/.stamp
 	@$(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
 
-## make bench         tracekit beside its rivals (BENCH_ARGS="--model 64 --forwards")
+## make bench         tracekit beside its rivals (BENCH_ARGS="--model 64", GENERATION_ARGS=--cpu)
 bench: .venv-bench/.stamp
 	.venv-bench/bin/python benchmarks/overhead.py $(BENCH_ARGS)
+	.venv-bench/bin/python benchmarks/generation.py $(GENERATION_ARGS)
 
 ## make clean         remove the environments and all that was built
 clean:

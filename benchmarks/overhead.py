@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import subprocess
 import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +34,7 @@ from other_bases import (  # noqa: E402
 )
 from subjects import READS, SUBJECTS, Subject  # noqa: E402
 from timing import Clock, Estimate, Job, Part, Series, measure, quartiles, ratio  # noqa: E402
+from versions import versions  # noqa: E402
 
 IMPORT_BOUND = 0.15  # seconds
 IMPORT_RUNS = 9
@@ -141,8 +140,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     clock: Clock = time.process_time if options.cpu else time.perf_counter
-    report: dict[str, Any] = {"versions": _versions(), "clock": clock.__name__, "models": {}}
-    print(f"{_versions()}\nclock: {clock.__name__}, torch on one thread")
+    report: dict[str, Any] = {"versions": versions(), "clock": clock.__name__, "models": {}}
+    print(f"{versions()}\nclock: {clock.__name__}, torch on one thread")
     for name in options.model:
         with torch.no_grad():
             subject = SUBJECTS[name]()
@@ -167,19 +166,6 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     options.model = options.model or names
     return options
-
-
-def _versions() -> str:
-    packages = ("torch", "transformers", "nnsight", "transformer-lens")
-    found = [f"{package} {_version(package)}" for package in packages]
-    return ", ".join([f"Python {platform.python_version()}", *found])
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
 
 
 # -- one model ------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ def _packaged() -> Subject:
     return _subject("tracekit/tiny (4 layers, width 128)", module)
 
 
-def _random(width: int) -> Subject:
+def random_subject(width: int, prompt_tokens: int = PROMPT_TOKENS) -> Subject:
+    """A GPT-2 of 12 layers that has learnt nothing."""
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=width,
@@ -64,24 +65,25 @@ def _random(width: int) -> Subject:
         n_positions=128,
     )
     torch.manual_seed(0)
-    return _subject(f"GPT-2, 12 layers, width {width}", transformers.GPT2LMHeadModel(config))
+    module = transformers.GPT2LMHeadModel(config)
+    return _subject(f"GPT-2, 12 layers, width {width}", module, prompt_tokens)
 
 
-def _subject(title: str, module: Any) -> Subject:
+def _subject(title: str, module: Any, prompt_tokens: int = PROMPT_TOKENS) -> Subject:
     from tracekit.models.tiny import WEIGHTS
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(WEIGHTS)
     module.eval()
-    module.generation_config.eos_token_id = None  # 32 tokens are 32 tokens
+    module.generation_config.eos_token_id = None  # what is asked for comes
     module.generation_config.pad_token_id = tokenizer.pad_token_id or 0
     generator = torch.Generator().manual_seed(0)
-    size = (1, PROMPT_TOKENS)
+    size = (1, prompt_tokens)
     ids = torch.randint(3, module.config.vocab_size, size, generator=generator)
     return Subject(title, module, tokenizer, ids)
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "tiny": _packaged,
-    "64": lambda: _random(64),
-    "768": lambda: _random(768),
+    "64": lambda: random_subject(64),
+    "768": lambda: random_subject(768),
 }

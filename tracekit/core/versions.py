@@ -195,12 +195,16 @@ def is_a_graph_counted() -> bool:
 
 def version(tensor: Tensor) -> int:
     """The version counter, or UNKNOWN for a tensor that keeps none, or no numbers."""
-    return UNKNOWN if is_fake(tensor) else changes(tensor)
+    is_numberless = type(tensor) is not Tensor and is_fake(tensor)
+    return UNKNOWN if is_numberless else changes(tensor)
 
 
 def changes(tensor: Tensor) -> int:
     """The version counter, of a fake tensor too; UNKNOWN for a tensor that keeps none."""
-    return UNKNOWN if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # it was made in inference mode; to ask first would cost as much again
+        return UNKNOWN
 
 
 def storage_key(tensor: Tensor) -> int | None:

@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, Protocol, TypeAlias, final
 from weakref import ref
 
 from torch import Tensor, nn
@@ -41,14 +41,9 @@ class Clock(Protocol):
     step: int
 
 
-class Record(NamedTuple):
-    """One slot of one call, as it was kept, and the versions of its tensors then."""
-
-    module: nn.Module
-    slot: Slot
-    step: int
-    value: Any
-    versions: int | tuple[int, ...]
+# One slot of one call: the module, the slot, the step, the value as it was kept, and the versions
+# of its tensors then. A plain tuple: to make anything else takes a tenth of all that a hook takes.
+Record: TypeAlias = tuple[nn.Module, Slot, int, Any, int | tuple[int, ...]]
 
 
 @final
@@ -124,10 +119,9 @@ class Recorder:
     def _see_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if is_elsewhere(self._thread):
             return
-        if isinstance(output, Tensor) and not self._handed_out and self._rows is None:
+        if type(output) is Tensor and not self._handed_out and self._rows is None:
             kept = self._keep.tensor(output)
-            record = Record(module, Slot.OUTPUT, self._run.step, kept, version(kept))
-            self._records.append(record)
+            self._records.append((module, Slot.OUTPUT, self._run.step, kept, version(kept)))
         else:
             self._add(module, Slot.OUTPUT, self._keep(self._part(module, Slot.OUTPUT, output)))
 
@@ -166,7 +160,7 @@ class Recorder:
         if self._handed_out and self._keep.detach:
             kept = map_leaves(self._apart, kept)
         versions = tuple(map(version, tensors(kept)))
-        self._records.append(Record(module, slot, self._run.step, kept, versions))
+        self._records.append((module, slot, self._run.step, kept, versions))
 
     def _copied(self, module: nn.Module, slot: Slot, value: Any) -> Any:
         """`value`, copied where the model overwrites it, or where that is not known yet."""
@@ -178,7 +172,7 @@ class Recorder:
             if not isinstance(leaf, Tensor) or not self._keep.shares(leaf):
                 return leaf
             if habit is None:
-                self._originals.append(Record(module, slot, 0, leaf.detach(), version(leaf)))
+                self._originals.append((module, slot, 0, leaf.detach(), version(leaf)))
             return leaf.clone()
 
         return map_leaves(copied, value)
@@ -197,7 +191,7 @@ class Recorder:
         if not self._keep.detach:
             return  # a copy would have no gradient; should it be overwritten, that is refused
         for index in range(max(self._indexed, self._read), len(self._records)):
-            for tensor in tensors(self._records[index].value):
+            for tensor in tensors(self._records[index][3]):
                 key = storage_key(tensor)
                 if key is not None:
                     self._sharing.setdefault(key, []).append(index)
@@ -213,17 +207,18 @@ class Recorder:
                     self._records[index] = self._with_own_memory(self._records[index])
 
     def _with_own_memory(self, record: Record) -> Record:
-        value = map_leaves(self._apart, record.value)
-        return record._replace(value=value, versions=tuple(map(version, tensors(value))))
+        module, slot, step, value, _ = record
+        value = map_leaves(self._apart, value)
+        return module, slot, step, value, tuple(map(version, tensors(value)))
 
     def _check(self, record: Record) -> None:
-        value, then = record.value, record.versions
+        module, slot, step, value, then = record
         now = version(value) if isinstance(then, int) else tuple(map(version, tensors(value)))
         if now != then:
-            path = self._paths[record.module]
-            self._habits[record.slot][path] = True  # it is copied from now on
+            path = self._paths[module]
+            self._habits[slot][path] = True  # it is copied from now on
             raise OverwrittenError(
-                f"{path}.{record.slot.value} (step {record.step}) was overwritten in place after "
+                f"{path}.{slot.value} (step {step}) was overwritten in place after "
                 f"it was recorded, which it was not in an earlier run; record copies of "
                 f"everything, with tracer.cache(..., clone=True)."
             )
@@ -280,10 +275,11 @@ class Recorder:
             errors.clear()  # this frame is in its traceback
 
     def _with_own(self, record: Record) -> Record:
-        habit = self._habits[record.slot].get(self._paths[record.module])
+        module, slot, step, value, versions = record
+        habit = self._habits[slot].get(self._paths[module])
         if self._keep.clone or (self._keep.detach and habit is not False):
             return record  # it was copied when it was recorded
-        return record._replace(value=map_leaves(_cloned, record.value))
+        return module, slot, step, map_leaves(_cloned, value), versions
 
     def _list(self) -> None:
         """Make entries of the records."""
@@ -315,12 +311,11 @@ class Recorder:
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""
         for index in range(self._read, len(self._records)):
-            record = self._records[index]
-            then = record.versions
-            if isinstance(then, int) and then >= 0 and record.value._version == then:
+            _, _, _, value, then = self._records[index]
+            if isinstance(then, int) and then >= 0 and value._version == then:
                 continue
             if index not in self._refused:
-                self._check(record)
+                self._check(self._records[index])
         if not was_whole or len(self._cache) == len(self._modules):
             return
         missing = [path for path in self._modules if path not in self._cache]

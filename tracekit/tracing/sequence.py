@@ -45,7 +45,8 @@ class TokenSequence(Tensor):
 class Piece(NamedTuple):
     """What one forward gave: for the positions from `start` to `stop` of the sequences."""
 
-    value: Tensor  # of all positions of the forward
+    value: Tensor
+    length: int  # the value is of the last so many positions of the forward
     one: Pass
     start: int
     stop: int
@@ -109,8 +110,9 @@ def lay_out(
     """What a site gave in these forwards, by position; CacheError for what is no such thing."""
     pieces = _pieces(path, tensors, timeline)
     columns = [column for piece in pieces for column in range(piece.start, piece.stop)]
-    axis = _axis(path, pieces, _rows(transcript), is_flat)
-    sizes = {piece.value.movedim(axis, 0).shape[2:] for piece in pieces}
+    shapes = list({(piece.value.shape, piece.length): piece for piece in pieces}.values())
+    axis = _axis(path, shapes, _rows(transcript), is_flat)
+    sizes = {_size_without(axis, piece.value.shape) for piece in shapes}
     if len(sizes) > 1:
         raise CacheError(
             f"{path} gave values of other sizes in each forward, {describe(pieces[0].value)} and "
@@ -135,8 +137,8 @@ def _pieces(path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timelin
     pieces: list[Piece] = []
     for one, tensor in tensors:
         start, stop = spans[one.place]
-        if one.kept and _is_kept(tensor, one):
-            start = max(start, one.stop - one.kept)
+        count = _count(tensor, one)
+        start = max(start, one.stop - count)
         if start >= stop:
             continue
         if pieces and pieces[-1].one is one:
@@ -144,7 +146,7 @@ def _pieces(path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timelin
                 f"{path} ran several times in one forward (step {one.step}), so it has several "
                 f"sequences: name one, as in cache.sequence(path, call=0)."
             )
-        pieces.append(Piece(tensor, one, start, stop))
+        pieces.append(Piece(tensor, count, one, start, stop))
     if not pieces:
         raise CacheError(
             f"{path} ran outside the decoder's forwards (an encoder, for one), so it has no value "
@@ -153,8 +155,10 @@ def _pieces(path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timelin
     return pieces
 
 
-def _is_kept(tensor: Tensor, one: Pass) -> bool:
-    return tensor.dim() > 1 and one.kept < one.length and tensor.shape[1] == one.kept
+def _count(tensor: Tensor, one: Pass) -> int:
+    """How many positions the value has: those that have logits, or all."""
+    is_kept = 0 < one.kept < one.length and tensor.shape[1:2] == (one.kept,)
+    return one.kept if is_kept else one.length
 
 
 def _check_whole(path: str, columns: list[int], timeline: Timeline) -> None:
@@ -174,18 +178,19 @@ def _check_whole(path: str, columns: list[int], timeline: Timeline) -> None:
 
 
 def _joined(pieces: list[Piece], axis: int, transcript: Transcript) -> Tensor:
-    """`[rows, positions, ...]` of all pieces."""
+    """`[rows, positions, ...]` of all pieces, each copied once."""
     rows = _rows(transcript)
     parts = [_part(piece, axis, rows) for piece in pieces]
-    if any(part.shape[0] != rows for part in parts):
-        parts = [part.expand(rows, *part.shape[1:]) for part in parts]
-    if transcript.lineage is not None:
-        lineage = transcript.lineage.clamp(min=0).to(parts[0].device)
-        parts = [
-            part.index_select(0, lineage[:, piece.start])
-            for part, piece in zip(parts, pieces, strict=True)
-        ]
-    return torch.cat(parts, 1)
+    if transcript.lineage is None:
+        return torch.cat(parts, 1)
+    lineage = transcript.lineage.clamp(min=0).to(parts[0].device)
+    size = (len(lineage), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
+    joined, first = parts[0].new_empty(size), 0
+    for part, piece in zip(parts, pieces, strict=True):
+        place = joined.narrow(1, first, part.shape[1])
+        torch.index_select(part, 0, lineage[:, piece.start], out=place)
+        first += part.shape[1]
+    return joined
 
 
 def _rows(transcript: Transcript) -> int:
@@ -198,12 +203,12 @@ def _axis(path: str, pieces: list[Piece], rows: int, is_flat: bool) -> int:
     found = [
         axis
         for axis in (1, 2, 0)
-        if all(fits(piece.value, axis, _count(piece), rows) for piece in pieces)
+        if all(fits(piece.value, axis, piece.length, rows) for piece in pieces)
     ]
     if (
         found[:2] == [1, 2]
         and pieces[0].value.dim() > 3
-        and any(_count(each) > 1 for each in pieces)
+        and any(each.length > 1 for each in pieces)
     ):
         raise CacheError(
             f"{path} gave {describe(pieces[0].value)}, and two of its axes may be the positions; "
@@ -219,27 +224,28 @@ def _axis(path: str, pieces: list[Piece], rows: int, is_flat: bool) -> int:
         piece = pieces[0]
         raise CacheError(
             f"{path} gave {describe(piece.value)} in step {piece.one.step}, with no axis of "
-            f"{_count(piece)} positions for {rows} rows; read its entries."
+            f"{piece.length} positions for {rows} rows; read its entries."
         )
     return found[0]
 
 
-def _count(piece: Piece) -> int:
-    """How many positions the value has."""
-    one = piece.one
-    return one.kept if one.kept and _is_kept(piece.value, one) else one.length
+def _size_without(axis: int, shape: torch.Size) -> tuple[int, ...]:
+    """The sizes of all axes but rows and positions."""
+    return (*shape[1:axis], *shape[axis + 1 :])
 
 
 def _part(piece: Piece, axis: int, rows: int) -> Tensor:
-    """`[rows or 1, positions, ...]`: what of a piece is in the result."""
-    value, count = piece.value, _count(piece)
+    """`[rows, positions, ...]`: what of a piece is in the result."""
+    value, length = piece.value, piece.length
     if axis == 0:
-        value = value.unflatten(0, (rows, count))
+        value = value.unflatten(0, (rows, length))
     elif axis == 2:
         value = value.movedim(2, 1)
-    first = piece.start - (piece.one.stop - count)
-    length = piece.stop - piece.start
-    return value if length == count else value.narrow(1, first, length)
+    if value.shape[0] != rows:
+        value = value.expand(rows, *value.shape[1:])
+    taken = piece.stop - piece.start
+    first = length - piece.one.stop + piece.start
+    return value if taken == length else value.narrow(1, first, taken)
 
 
 def _labelled(joined: Tensor, transcript: Transcript, columns: list[int]) -> TokenSequence:

@@ -184,18 +184,16 @@ class Timeline:
         That which came to it first: with keys and values kept, there is no other.
         """
         found: list[tuple[int, int]] = []
-        covered = 0
+        covered, total = 0, self.total
+        # how many positions are certain when a step is over: its last token is the next's
+        accepted = [min(length - 1, total) for length in self.lengths]
         for one in self.passes:
-            stop = min(one.stop, self._accepted(one.step)) if one.is_main else 0
+            certain = accepted[one.step] if one.step < len(accepted) else total
+            stop = min(one.stop, certain) if one.is_main else 0
             start = max(one.start, covered)
             found.append((start, max(start, stop)))
             covered = max(covered, stop)
         return found
-
-    def _accepted(self, step: int) -> int:
-        """How many positions are certain when `step` is over: its last token is the next's."""
-        total = self.total
-        return min(self.lengths[step] - 1, total) if step < len(self.lengths) else total
 
     @property
     def total(self) -> int:
