@@ -17,7 +17,7 @@ from tests.models.one_forward import (
     is_double,
     run_plainly,
 )
-from tests.tiny_models import NAMES, SPECS, make
+from tests.tiny_models import IS_TRANSFORMERS_5, NAMES, SPECS, make
 from tracekit import Cache, Model
 from tracekit.errors import PaddingError
 from tracekit.models.padding import fit_padding
@@ -45,6 +45,22 @@ WRONG_UPSTREAM = {
     ("gpt_neo", "static kv_cache"): "its keys are scored under the mask of the empty places, too",
     ("recurrent_gemma", "beams"): "its recurrent state stays with the row when beams change places",
 }
+if not IS_TRANSFORMERS_5:
+    GENERATING.remove("recurrent_gemma")  # its state stays in the module, from run to run
+    REFUSED = {
+        ("olmoe", "static kv_cache"): "max_batch_size|missing 1 required positional argument",
+        ("lfm2", "beams"): "index out of range",  # when it re-orders the layer without keys
+        ("rwkv", "beams"): "no axis of 8 positions",  # a step adds its rows to all rows
+    }
+    del WRONG_UPSTREAM["recurrent_gemma", "beams"]
+    WRONG_UPSTREAM |= {
+        (name, "beams"): "its state stays with the row when beams change places"
+        for name in ("mamba", "mamba2")
+    } | {
+        ("t5gemma", way): "its steps with a kv_cache are not those without"
+        for way in WAYS
+        if way != "no kv_cache"
+    }
 # LanguageModel refuses to pad: whatever the mask says, they go over the padding. Over the same
 # padding, one forward computes what the steps did.
 READ_PADDING = {"rwkv", "xlstm"}
@@ -142,8 +158,8 @@ def test_a_sequence_is_what_one_forward_gives_and_verify_agrees(
     if way == "padded" and name in NOTHING_TO_PAD:
         pytest.skip(NOTHING_TO_PAD[name])
     if (name, way) in REFUSED:
-        with pytest.raises(ValueError, match=REFUSED[name, way]):
-            generated(subject, way, edit)
+        with pytest.raises(Exception, match=REFUSED[name, way]):
+            generated(subject, way, edit).cache.sequence(f"model.{blocks_of(name)}.0")
         return
     run = generated(subject, way, edit)
     real = is_real(name, run.given, run.tokens)
@@ -155,7 +171,11 @@ def test_a_sequence_is_what_one_forward_gives_and_verify_agrees(
     expected = run_plainly(subject.module, inputs, blocks, blocks[0], change)
     is_right = all(agrees(run.cache, path, run.tokens, real, expected[path]) for path in blocks)
     found = run.cache.verify()
-    assert is_right == bool(found) == ((name, way) not in WRONG_UPSTREAM), found
+    assert is_right == bool(found), found
+    if (name, way) not in WRONG_UPSTREAM:
+        assert found, found
+    elif not is_edited:  # edited, its beams may happen to stay in their places
+        assert not found, found
     compared = {check.site for check in found if check.deviation is not None}
     assert {f"model.{path}.output" for path in blocks} < compared and len(compared) >= 6
     assert len(found) - len(compared) <= len(compared) // 3, found
@@ -193,20 +213,22 @@ def test_padding_is_refused_for_what_reads_it(name: str) -> None:
 
 
 def test_what_is_wrong_upstream_is_wrong_without_tracekit() -> None:
-    assert differs_with_static_kv_cache("gpt_neo") and not differs_with_static_kv_cache("gpt2")
-    if ("recurrent_gemma", "beams") in WRONG_UPSTREAM:
-        assert scores_are_off("recurrent_gemma")
+    static = {"cache_implementation": "static"}
+    assert depends_on_kv_cache("gpt_neo", static) and not depends_on_kv_cache("gpt2", static)
+    stay = [name for name, way in WRONG_UPSTREAM if way == "beams" and name != "t5gemma"]
+    assert stay and all(scores_are_off(name) for name in stay)
     assert not scores_are_off("gemma")
+    assert depends_on_kv_cache("t5gemma", {}) != IS_TRANSFORMERS_5
 
 
-def differs_with_static_kv_cache(name: str) -> bool:
-    """Whether the logits of the first step depend on how keys and values are kept."""
+def depends_on_kv_cache(name: str, options: dict[str, Any]) -> bool:
+    """Whether the logits of two steps are others than without keys and values."""
     module, inputs = make(name)
-    options = {**arguments(name, inputs), "max_new_tokens": 2, "output_logits": True}
-    options["return_dict_in_generate"] = True
-    dynamic = module.generate(**options).logits[0]
-    static = module.generate(**options, cache_implementation="static").logits[0]
-    return not torch.allclose(dynamic, static, atol=1e-4)
+    report = {"output_logits": True, "return_dict_in_generate": True}
+    given = {**arguments(name, inputs), "max_new_tokens": 2, **report}
+    without = module.generate(**given, use_cache=False).logits
+    found = module.generate(**given, **options).logits
+    return not torch.allclose(torch.stack(without), torch.stack(found), atol=1e-4)
 
 
 def scores_are_off(name: str) -> bool:

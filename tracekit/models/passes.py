@@ -103,6 +103,9 @@ class Passes:
             self._depth -= 1
 
     def _start(self, given: dict[str, Any], length: int) -> int:
+        columns = given.get("cache_position")  # before 5, where a kv_cache may count wrongly
+        if isinstance(columns, Tensor) and columns.shape == (length,):
+            return int(columns[0])
         for name in _KV_CACHES:
             measured = _measured(given.get(name))
             if measured is not None:
