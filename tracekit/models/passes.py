@@ -122,7 +122,7 @@ class Passes:
         if is_own_generate(self._root) or self._root.config.is_encoder_decoder:
             return
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length:
-            self._timeline.prompt_mask = None if bool(mask.all()) else mask.bool()
+            self._timeline.prompt_mask = None if bool(mask.all()) else mask.bool().cpu()
 
     # -- the tokens -----------------------------------------------------------------------------
 
