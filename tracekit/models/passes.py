@@ -105,6 +105,7 @@ class Passes:
         rows, length = size
         if self._generating is None:
             self._generating, self._rows = module, rows
+            self._note_padding(given, length)
         kept = given.get("logits_to_keep")
         is_main = not _is_side_branch() and module is self._generating
         start = self._start(given, length)
@@ -116,6 +117,9 @@ class Passes:
             self._depth -= 1
 
     def _start(self, given: dict[str, Any], length: int) -> int:
+        columns = given.get("cache_position")  # before 5, where a kv_cache may count wrongly
+        if isinstance(columns, Tensor) and columns.shape == (length,):
+            return int(columns[0])
         for name in _KV_CACHES:
             measured = _measured(given.get(name))
             if measured is not None:
@@ -125,6 +129,14 @@ class Passes:
             return before[-1] if before else 0
         known = self._timeline.lengths[self._step - 1]
         return 0 if length >= known else known - length
+
+    def _note_padding(self, given: dict[str, Any], length: int) -> None:
+        """Where the prompt is made in a `generate` of its own, its first forward has the mask."""
+        mask = given.get("attention_mask")
+        if is_own_generate(self._root) or self._root.config.is_encoder_decoder:
+            return
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length:
+            self._timeline.prompt_mask = None if bool(mask.all()) else mask.bool().cpu()
 
     # -- the tokens -----------------------------------------------------------------------------
 
