@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, Final, final
 
 import torch
@@ -23,6 +24,7 @@ from tracekit.models.stops import Stops
 from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
 
 _KV_CACHES: Final = ("past_key_values", "cache_params")
+_LOOP: Final = str(Path(__file__).with_name("generation.py"))
 # Who calls the model from these files does it for other tokens (transformers 4.57 to 5.23).
 _SIDE_BRANCHES: Final = ("logits_process.py", "candidate_generator.py")
 
@@ -283,7 +285,7 @@ def _is_side_branch() -> bool:
         name = frame.f_code.co_filename
         if name.endswith(_SIDE_BRANCHES):
             return True
-        if name == __file__.replace("passes.py", "generation.py"):
+        if name == _LOOP:
             return False
         frame = frame.f_back
     return False
