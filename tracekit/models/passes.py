@@ -24,6 +24,7 @@ from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
 _KV_CACHES: Final = ("past_key_values", "cache_params")
 # Who calls the model from these files does it for other tokens (transformers 4.57 to 5.23).
 _SIDE_BRANCHES: Final = ("logits_process.py", "candidate_generator.py")
+_OUTERMOST: Final = __file__.replace("passes.py", "generation.py")  # nobody calls it but us
 
 
 @final
@@ -275,7 +276,7 @@ def _is_side_branch() -> bool:
         name = frame.f_code.co_filename
         if name.endswith(_SIDE_BRANCHES):
             return True
-        if name == __file__.replace("passes.py", "generation.py"):
+        if name == _OUTERMOST:
             return False
         frame = frame.f_back
     return False
