@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tracekit.errors import TracekitError, TracekitWarning
     from tracekit.models.language import LanguageModel
     from tracekit.models.model import Model
+    from tracekit.models.streaming import Stream
     from tracekit.tracing.cache import Cache
     from tracekit.tracing.declared import Outcome
     from tracekit.tracing.entries import Entries, Entry
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from tracekit.tracing.gradients import backward
     from tracekit.tracing.graph import Graph
     from tracekit.tracing.save import save
+    from tracekit.tracing.sequence import TokenSequence
     from tracekit.tracing.source import Operation, Source
     from tracekit.tracing.tracer import Tracer
+    from tracekit.tracing.verify import Verification
 
 __version__ = "0.1.0"
 
@@ -39,9 +42,12 @@ _HOMES = {
     "Operation": "tracekit.tracing.source",
     "Outcome": "tracekit.tracing.declared",
     "Source": "tracekit.tracing.source",
+    "Stream": "tracekit.models.streaming",
+    "TokenSequence": "tracekit.tracing.sequence",
     "Tracer": "tracekit.tracing.tracer",
     "TracekitError": "tracekit.errors",
     "TracekitWarning": "tracekit.errors",
+    "Verification": "tracekit.tracing.verify",
     "backward": "tracekit.tracing.gradients",
     "save": "tracekit.tracing.save",
     "settings": "tracekit.core.settings",
@@ -59,9 +65,12 @@ __all__ = [
     "Operation",
     "Outcome",
     "Source",
+    "Stream",
+    "TokenSequence",
     "TracekitError",
     "TracekitWarning",
     "Tracer",
+    "Verification",
     "backward",
     "errors",
     "save",

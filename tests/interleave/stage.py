@@ -84,6 +84,10 @@ class Stage:
     def show(self, visit: Visit, value: object) -> None:
         """No observers here."""
 
+    def look(self, visit: Visit, value: object) -> list[Any]:
+        """Nobody wants to know what becomes of a string."""
+        return []
+
     def hand_out(self, visit: Visit, value: object, whole: object, is_own: bool) -> None:
         """Strings are never overwritten in place."""
 

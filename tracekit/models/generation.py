@@ -16,7 +16,7 @@ from tracekit.models.lengths import count_steps
 from tracekit.models.passes import Passes, asked, tell_forward
 from tracekit.models.rerun import Rerun
 from tracekit.models.signatures import accepts, by_name, by_name_of_forward, is_transformers
-from tracekit.models.stops import as_list
+from tracekit.models.stops import as_list, watching
 from tracekit.tracing.call import Follower, TracedCall
 
 
@@ -57,7 +57,10 @@ def _generate(
         with eager(tree):
             return module.generate(*args, **kwargs)
     given = by_name(module, args, kwargs)
-    passes = Passes(tree, follower.timeline, given)
+    stops, criteria = None, given.get("stopping_criteria")
+    if criteria or asked(module, given, "stop_strings"):
+        stops, criteria = watching(module, given)
+    passes = Passes(tree, follower.timeline, given, stops)
     follower.timeline.rerun = Rerun(tree, given)
 
     def end_step(ids: Tensor) -> None:
@@ -65,7 +68,7 @@ def _generate(
         follower.end_step()
 
     options = {"disable_compile": True, **given}
-    options["stopping_criteria"] = _with_end_of_step(given.get("stopping_criteria"), end_step)
+    options["stopping_criteria"] = _with_end_of_step(criteria, end_step)
     is_dict_added = _needs_lineage(module, given)
     if is_dict_added:
         options["return_dict_in_generate"] = True

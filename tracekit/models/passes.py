@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from tracekit.core.tree import Tree
 from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
-from tracekit.models.recompute import valid_tokens
+from tracekit.models.recompute import end_tokens, up_to_end, valid_tokens
 from tracekit.models.signatures import by_name_of_forward, is_transformers
+from tracekit.models.stops import Stops
 from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
 
 _KV_CACHES: Final = ("past_key_values", "cache_params")
@@ -31,7 +32,10 @@ _OUTERMOST: Final = __file__.replace("passes.py", "generation.py")  # nobody cal
 class Passes:
     """Writes a generation of the model of `tree` into `timeline`, as long as it is entered."""
 
-    def __init__(self, tree: Tree, timeline: Timeline, given: dict[str, Any]) -> None:
+    def __init__(
+        self, tree: Tree, timeline: Timeline, given: dict[str, Any], stops: Stops | None
+    ) -> None:
+        self._stops = stops  # told by the user's own criteria, if there are any
         self._root: Any = tree.root
         self._timeline = timeline
         self._given = given
@@ -102,6 +106,7 @@ class Passes:
         rows, length = size
         if self._generating is None:
             self._generating, self._rows = module, rows
+            self._note_padding(given, length)
         kept = given.get("logits_to_keep")
         is_main = not _is_side_branch() and module is self._generating
         start = self._start(given, length)
@@ -113,6 +118,9 @@ class Passes:
             self._depth -= 1
 
     def _start(self, given: dict[str, Any], length: int) -> int:
+        columns = given.get("cache_position")  # before 5, where a kv_cache may count wrongly
+        if isinstance(columns, Tensor) and columns.shape == (length,):
+            return int(columns[0])
         for name in _KV_CACHES:
             measured = _measured(given.get(name))
             if measured is not None:
@@ -122,6 +130,14 @@ class Passes:
             return before[-1] if before else 0
         known = self._timeline.lengths[self._step - 1]
         return 0 if length >= known else known - length
+
+    def _note_padding(self, given: dict[str, Any], length: int) -> None:
+        """Where the prompt is made in a `generate` of its own, its first forward has the mask."""
+        mask = given.get("attention_mask")
+        if is_own_generate(self._root) or self._root.config.is_encoder_decoder:
+            return
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length:
+            self._timeline.prompt_mask = None if bool(mask.all()) else mask.bool().cpu()
 
     # -- the tokens -----------------------------------------------------------------------------
 
@@ -179,27 +195,19 @@ class Passes:
             wide = mask[:, : tokens.shape[1]].bool()
             is_real[:, : wide.shape[1]] = wide.repeat_interleave(len(tokens) // len(wide), 0)
         new = tokens[:, prompt:]
-        is_real[:, prompt:] = ~self._is_behind_end(new)
+        is_real[:, prompt:] = self._is_own(new, prompt)
         if beams is None:
             return Transcript(tokens, is_real, prompt)
         lineage = _lineage(beams.cpu(), prompt, tokens.shape[1])
         assert self._ids is not None
         return Transcript(tokens, is_real, prompt, lineage, self._rows)
 
-    def _is_behind_end(self, new: Tensor) -> Tensor:
-        """Where a row has ended: behind its end-of-sequence token, or in padding up to the end."""
-        module = self._generating if self._generating is not None else self._root
-        ends = asked(module, self._given, "eos_token_id")
-        if ends is None:
-            return torch.zeros_like(new, dtype=torch.bool)
-        ends = torch.as_tensor(ends).flatten().to(new.device)
-        is_end = torch.isin(new, ends)
-        behind = is_end.long().cumsum(-1) - is_end.long() > 0
-        pad = asked(module, self._given, "pad_token_id")
-        if pad is None or bool((ends == pad).any()):
-            return behind
-        is_pad = (new == pad).long().flip(-1).cumprod(-1).flip(-1).bool()
-        return behind | is_pad
+    def _is_own(self, new: Tensor, prompt: int) -> Tensor:
+        """Which of the new tokens are up to the end of their row."""
+        count = up_to_end(new, end_tokens(self._root, self._given))
+        if self._stops is not None and not self._has_beams:
+            count = self._stops.new_tokens(prompt, count)
+        return torch.arange(new.shape[1]) < count[:, None]
 
 
 def tell_forward(module: Any, timeline: Timeline, given: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def count_new_tokens(module: Any, given: dict[str, Any], sequences: Tensor) -> T
     """
     new = sequences[:, prompt_length(module, given, sequences) :]
     ends = end_tokens(module, given)
-    count = _up_to_end(new, ends)
+    count = up_to_end(new, ends)
     has_criteria = bool(given.get("stopping_criteria") or given.get("stop_strings"))
     if not has_criteria or not is_beam_search(module, given):
         return count
@@ -286,7 +286,7 @@ def generation_settings(module: Any, given: dict[str, Any]) -> Any:
     return generation_config_of(part_that_generates(module), settings)
 
 
-def _up_to_end(new: Tensor, ends: list[int]) -> Tensor:
+def up_to_end(new: Tensor, ends: list[int]) -> Tensor:
     """How many of the new tokens are up to the first of `ends`, with it, in each row."""
     is_end = torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device))
     before = is_end.long().cumsum(1) - is_end.long() == 0

@@ -147,6 +147,9 @@ class _Comparison:
         if all(entry.during is None for entry in entries):
             return self._compared_as_it_is(label, site, entries[call : call + 1], value)
         chosen = calls_in_forwards(entries, call)
+        odd = _with_other_rows(chosen, site.slot)
+        if odd is not None:
+            return Check(label, float("inf"), None, odd.start, "WRONG: other rows than before")
         try:
             return self._compared_by_position(label, site, chosen, value, one)
         except TracekitError:
@@ -226,6 +229,21 @@ def _has(entry: Entry, slot: Slot) -> bool:
 
 def _value(entry: Entry, slot: Slot) -> Any:
     return entry.input if slot is Slot.INPUT else entry.output
+
+
+def _with_other_rows(entries: list[Entry], slot: Slot) -> Pass | None:
+    """The first forward in which what is laid out by position has other rows than before."""
+    rows = None
+    for entry in entries:
+        one, tensor = entry.during, first_tensor(_value(entry, slot))
+        if one is None or not one.is_main or tensor is None:
+            continue
+        if tensor.dim() < 3 or tensor.shape[1] != one.length:
+            continue
+        if rows not in (None, tensor.shape[0]):
+            return one
+        rows = tensor.shape[0]
+    return None
 
 
 def _tolerance(dtype: torch.dtype) -> float:
