@@ -67,9 +67,9 @@ def main() -> None:
     print(f"{versions()}\nclock: {clock.__name__}, torch on one thread")
     with torch.no_grad():
         subject = random_subject(WIDTH, PROMPT_TOKENS)
-        runs = _runs(subject)
-        _agree(subject, runs)
-        timed, costs = _timed(subject, runs, options.rounds, clock)
+        parts = _parts(subject)
+        _agree(subject, {name: part.run for name, part in parts.items()})
+        timed, costs = _timed(subject, parts, options.rounds, clock)
         rows = [*timed, *_weighed()]
     _print_rows(rows)
     if options.json:
@@ -91,24 +91,25 @@ def _options() -> argparse.Namespace:
 # -- what runs ------------------------------------------------------------------------------------
 
 
-def _runs(subject: Subject) -> dict[str, Run]:
+def _parts(subject: Subject) -> dict[str, Part]:
     module, ids = subject.module, subject.ids
-    parts = [module.get_submodule(path) for path in subject.layers]
+    layers = [module.get_submodule(path) for path in subject.layers]
     plain = partial(_generate, module, ids)
     model = LanguageModel(module, tokenizer=subject.tokenizer)
     blocks = list(model.transformer.h)
     runs: dict[str, Run] = {
         "plain": plain,
-        "hooks": partial(_hooked, parts, plain),
-        "hooks, joined": partial(_hooked_and_joined, parts, plain),
+        "hooks": partial(_hooked, layers, plain),
+        "hooks, joined": partial(_hooked_and_joined, layers, plain),
         "tracekit, empty": partial(_empty, model, ids),
         "tracekit": partial(_cache, model, ids, blocks),
         "tracekit, sequences": partial(_sequences, model, ids, blocks),
     }
-    return runs | _rivals(subject)
+    warm = partial(module, input_ids=ids)
+    return {name: Part(run, warm) for name, run in runs.items()} | _rivals(subject)
 
 
-def _rivals(subject: Subject) -> dict[str, Run]:
+def _rivals(subject: Subject) -> dict[str, Part]:
     try:
         from nnsight import TransformersModel
     except ImportError as error:
@@ -117,10 +118,10 @@ def _rivals(subject: Subject) -> dict[str, Run]:
     own = subject.copied()  # it replaces every module's forward
     model = TransformersModel(own.module, tokenizer=own.tokenizer)
     blocks = list(model.transformer.h)
+    warm = partial(own.module, input_ids=own.ids)
     return {
-        "nnsight, plain": partial(_generate, own.module, own.ids),
-        "nnsight, empty": partial(_empty, model, own.ids),
-        "nnsight": partial(_cache, model, own.ids, blocks),
+        "nnsight, empty": Part(partial(_empty, model, own.ids), warm),
+        "nnsight": Part(partial(_cache, model, own.ids, blocks), warm),
     }
 
 
@@ -201,18 +202,15 @@ PAIRS = (
     ("tracekit", "tracekit, empty"),
     ("tracekit, sequences", "hooks"),
     ("tracekit, sequences", "hooks, joined"),
-    ("nnsight, empty", "nnsight, plain"),
+    ("nnsight, empty", "plain"),
     ("nnsight", "nnsight, empty"),
 )
 
 
 def _timed(
-    subject: Subject, runs: dict[str, Run], rounds: int, clock: Clock
+    subject: Subject, parts: dict[str, Part], rounds: int, clock: Clock
 ) -> tuple[list[Row], dict[str, tuple[float, float, float]]]:
-    warm = partial(subject.module, input_ids=subject.ids)
-    jobs = {
-        pair: Job(*(Part(runs[name], warm) for name in pair)) for pair in PAIRS if pair[0] in runs
-    }
+    jobs = {(work, base): Job(parts[work], parts[base]) for work, base in PAIRS if work in parts}
     timings = measure(jobs, rounds, clock)
     usual = quartiles(timings["hooks", "plain"].base)[1]
     more = {pair: timing.overhead(usual) for pair, timing in timings.items()}
@@ -227,7 +225,7 @@ def _rows_of_visits(more: dict[tuple[str, str], Series]) -> list[Row]:
     if ("nnsight", "nnsight, empty") in more:
         theirs = more["nnsight", "nnsight, empty"]
         ours_whole = cached + more["tracekit, empty", "plain"]
-        theirs_whole = theirs + more["nnsight, empty", "nnsight, plain"]
+        theirs_whole = theirs + more["nnsight, empty", "plain"]
         rows += [
             Row("a visit: cache beyond the empty trace / nnsight", 0.35, ratio(cached, theirs)),
             Row("the same with the trace / nnsight", 0.35, ratio(ours_whole, theirs_whole)),

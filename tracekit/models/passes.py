@@ -24,7 +24,7 @@ from tracekit.models.stops import Stops
 from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
 
 _KV_CACHES: Final = ("past_key_values", "cache_params")
-_LOOP: Final = str(Path(__file__).with_name("generation.py"))
+_LOOP: Final = str(Path(__file__).with_name("generation.py"))  # nobody calls it but us
 # Who calls the model from these files does it for other tokens (transformers 4.57 to 5.23).
 _SIDE_BRANCHES: Final = ("logits_process.py", "candidate_generator.py")
 
@@ -135,7 +135,7 @@ class Passes:
     def _note_padding(self, given: dict[str, Any], length: int) -> None:
         """Where the prompt is made in a `generate` of its own, its first forward has the mask."""
         mask = given.get("attention_mask")
-        if is_own_generate(self._root) or self._root.config.is_encoder_decoder:
+        if is_own_generate(self._root) or is_encoder_decoder(self._root):
             return
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length:
             self._timeline.prompt_mask = None if bool(mask.all()) else mask.bool().cpu()
@@ -145,7 +145,7 @@ class Passes:
     def _known_prompt(self) -> tuple[int | None, Tensor | None]:
         """How many columns the prompt has, and which of them are tokens, where that is plain."""
         given = self._given
-        if not is_own_generate(self._root) or self._root.config.is_encoder_decoder:
+        if not is_own_generate(self._root) or is_encoder_decoder(self._root):
             mask = given.get("decoder_attention_mask")
             return None, None if mask is None else mask.cpu()
         ids = self._given_ids()
@@ -250,6 +250,11 @@ def asked(module: Any, given: dict[str, Any], name: str) -> Any:
     return None
 
 
+def is_encoder_decoder(module: Any) -> bool:
+    """Whether what it generates is read by a decoder, behind an encoder."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
 def is_own_generate(module: Any) -> bool:
     """Whether its `generate` is the one that all models of transformers have."""
     kinds = (kind for kind in type(module).__mro__ if "generate" in vars(kind))
@@ -259,7 +264,7 @@ def is_own_generate(module: Any) -> bool:
 def _size(module: Any, given: dict[str, Any]) -> tuple[int, int] | None:
     """How many rows and positions a forward has."""
     names = ["input_ids", "inputs_embeds"]
-    if module.config.is_encoder_decoder:
+    if is_encoder_decoder(module):
         names = ["decoder_input_ids", "decoder_inputs_embeds"]
     for name in names:
         tensor = given.get(name)
