@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tracekit.core.quirks import hides_the_chunks_of_a_prompt
 from tracekit.core.tree import Tree
 from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
@@ -46,12 +47,15 @@ class Passes:
         self._ids: Tensor | None = None  # at the end of the last step
         self._generating: Any = None  # what the decoding loop calls
         self._modules = [each for each in tree.modules.values() if is_transformers(each)]
+        self._called_within: dict[Any, Any] = {}  # in the place of a model whose hooks are passed
+        if asked(self._root, given, "prefill_chunk_size") and hides_the_chunks_of_a_prompt():
+            self._called_within = {each.base_model: each for each in self._modules}
         self._handles: list[RemovableHandle] = []
         timeline.is_generation = True
         timeline.prompt, timeline.prompt_mask = self._known_prompt()
 
     def __enter__(self) -> Passes:
-        for module in self._modules:
+        for module in {*self._modules, *self._called_within}:
             begin: Any = self._begin
             before = module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
             self._handles += [before, module.register_forward_hook(self._end, always_call=True)]
@@ -99,6 +103,7 @@ class Passes:
         if self._depth > 1:
             return
         given = by_name_of_forward(module, args, kwargs or {})
+        module = self._called_within.get(module, module)
         size = _size(module, given)
         if size is None:
             return
