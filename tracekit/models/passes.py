@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tracekit.core.quirks import hides_the_chunks_of_a_prompt
 from tracekit.core.tree import Tree
 from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
 from tracekit.models.recompute import end_tokens, up_to_end, valid_tokens
-from tracekit.models.signatures import by_name_of_forward, is_transformers
+from tracekit.models.signatures import accepts, by_name_of_forward, is_transformers
 from tracekit.models.stops import Stops
 from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
 
@@ -46,14 +47,18 @@ class Passes:
         self._is_finished = False
         self._rows = 0  # of the first forward
         self._ids: Tensor | None = None  # at the end of the last step
+        self._embedded = 0  # columns of the prompt that these have not: given as embeddings
         self._generating: Any = None  # what the decoding loop calls
         self._modules = [each for each in tree.modules.values() if is_transformers(each)]
+        self._called_within: dict[Any, Any] = {}  # in the place of a model whose hooks are passed
+        if asked(self._root, given, "prefill_chunk_size") and hides_the_chunks_of_a_prompt():
+            self._called_within = {each.base_model: each for each in self._modules}
         self._handles: list[RemovableHandle] = []
         timeline.is_generation = True
         timeline.prompt, timeline.prompt_mask = self._known_prompt()
 
     def __enter__(self) -> Passes:
-        for module in self._modules:
+        for module in {*self._modules, *self._called_within}:
             begin: Any = self._begin
             before = module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
             self._handles += [before, module.register_forward_hook(self._end, always_call=True)]
@@ -79,7 +84,9 @@ class Passes:
         """A step has ended, with these sequences: `[rows, length]`, without what was embedded."""
         self._step += 1
         self._ids = ids
-        self._timeline.end_step(self._embedded(ids) + ids.shape[1])
+        if self._step == 1 and ids.shape[1] <= self._prompt():
+            self._embedded = self._prompt()
+        self._timeline.end_step(self._embedded + ids.shape[1])
 
     def finish(self, result: Any) -> None:
         """Generate has returned `result`, a dictionary where there are beams."""
@@ -101,6 +108,7 @@ class Passes:
         if self._depth > 1:
             return
         given = by_name_of_forward(module, args, kwargs or {})
+        module = self._called_within.get(module, module)
         size = _size(module, given)
         if size is None:
             return
@@ -109,6 +117,8 @@ class Passes:
             self._generating, self._rows = module, rows
             self._note_padding(given, length)
         kept = given.get("logits_to_keep")
+        if self._called_within and accepts(module, "logits_to_keep"):
+            kept = 1  # generate asks the model itself for no more
         is_main = not _is_side_branch() and module is self._generating
         start = self._start(given, length)
         kept = kept if isinstance(kept, int) else 0
@@ -172,15 +182,10 @@ class Passes:
         known = self._timeline.prompt
         return max(stops, default=0) if known is None else known
 
-    def _embedded(self, ids: Tensor) -> int:
-        """How many columns of the prompt `ids` has not, as they were given embedded."""
-        prompt = self._prompt()
-        return 0 if ids.shape[1] > prompt else prompt
-
     def _with_prompt(self, ids: Tensor) -> Tensor:
-        embedded = self._embedded(ids) if self._step < 2 else self._timeline.lengths[0] - 1
-        embedded = embedded if self._timeline.lengths[-1] > ids.shape[1] else 0
-        if not embedded:
+        embedded = self._embedded
+        is_longer = self._ids is not None and ids.shape[1] > self._ids.shape[1]
+        if not embedded or is_longer:  # a `generate` of its own may have put it in front
             return ids
         known = self._given_ids()
         if known is None or known.shape[1] != embedded:

@@ -175,6 +175,10 @@ class PositionEdit:
             return value
         self.has_fired = True
         laid = tensor.unflatten(0, (one.rows, count)) if axis == 0 else tensor.movedim(axis, 1)
+        if laid.shape[0] < one.rows:  # one value for all rows, which stays so if it can
+            is_one = bool((places == places[:1]).all())
+            places, mask = (places[:1], mask[:1]) if is_one else (places, mask)
+            laid = laid if is_one else laid.expand(one.rows, *laid.shape[1:])
         new = self._changed(laid, places)
         mask = mask.to(laid.device).reshape(*mask.shape, *[1] * (laid.dim() - 2))
         new = torch.where(mask, new, laid)
