@@ -12,18 +12,21 @@ from tracekit.core.quirks import first_weight
 from tracekit.errors import InputError
 
 
-def encode(given: Any, tokenizer: Any, side: Callable[[], str]) -> dict[str, Any]:
+def encode(
+    given: Any, tokenizer: Any, side: Callable[[], str], is_rest: bool = False
+) -> dict[str, Any]:
     """The `input_ids`, `attention_mask` … that `given` stands for.
 
     `given` is a string, a list of strings, ids (a list, a list of lists, a tensor of one or two
     dimensions) or a mapping such as a tokenizer returns. Rows of different lengths are padded.
+    The text of a rest goes on from other text, so it gets no token of its beginning or end.
     """
     if isinstance(given, Mapping):
         return {str(key): value for key, value in cast("Mapping[Any, Any]", given).items()}
     if isinstance(given, Tensor):
         return _from_tensor(given)
     if isinstance(given, str):
-        return _tokenized(given, tokenizer, side())
+        return _tokenized(given, tokenizer, side(), is_rest)
     items = list(cast("Sequence[Any]", given)) if isinstance(given, Sequence) else None
     if not items:
         raise InputError(
@@ -31,7 +34,7 @@ def encode(given: Any, tokenizer: Any, side: Callable[[], str]) -> dict[str, Any
             f"not {'an empty list' if items == [] else type(given).__name__}."
         )
     if all(isinstance(item, str) for item in items):
-        return _tokenized(items, tokenizer, side())
+        return _tokenized(items, tokenizer, side(), is_rest)
     if all(isinstance(item, int) for item in items):
         return _from_tensor(torch.tensor([items]))
     return _from_rows([_row(item) for item in items], tokenizer, side())
@@ -53,11 +56,12 @@ def on_device(inputs: dict[str, Any], device: torch.device | None) -> dict[str, 
     }
 
 
-def _tokenized(text: str | list[str], tokenizer: Any, side: str) -> dict[str, Any]:
+def _tokenized(text: str | list[str], tokenizer: Any, side: str, is_rest: bool) -> dict[str, Any]:
     if tokenizer is None:
         raise InputError("text needs a tokenizer: LanguageModel(module, tokenizer=…), or give ids.")
     several = not isinstance(text, str)
-    return dict(tokenizer(text, return_tensors="pt", padding=several, padding_side=side))
+    options: dict[str, Any] = {"add_special_tokens": False} if is_rest else {}
+    return dict(tokenizer(text, return_tensors="pt", padding=several, padding_side=side, **options))
 
 
 def _from_tensor(ids: Tensor) -> dict[str, Any]:

@@ -1,0 +1,393 @@
+"""What a run is told that begins behind a prefix: the mask, the positions, and a fork of it."""
+
+# The inputs of such a run hold the prefix itself, under "prefix", until the model is called: then
+# it is forked, for the rows that there are. So inputs can be joined, and runs rehearsed.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+
+from tracekit.core.quirks import generation_config_of
+from tracekit.core.tree import Tree
+from tracekit.errors import InputError, PaddingError, UnsupportedError
+from tracekit.models import generation
+from tracekit.models.kv_cache import KeyValueCache
+from tracekit.models.kv_layers import layers_of, settle
+from tracekit.models.padding import is_before_5, positions_of, refuse_what_is_wrong
+from tracekit.models.prefix import Prefix
+from tracekit.models.scanning import run_dry
+from tracekit.models.signatures import accepts, is_transformers
+
+# Families that know a token's place without position_ids, whatever padding lies before it.
+_PLACED_BY_MASK: Final = frozenset({"bloom"})
+_MEDIA: Final = ("pixel_", "image_", "video_", "input_features", "input_values", "feature_")
+
+
+@final
+class Behind:
+    """A prefix among the inputs of a run, and the KeyValueCache that grows by the run."""
+
+    def __init__(self, prefix: Prefix, grown: KeyValueCache | None = None) -> None:
+        self.prefix = prefix
+        self.grown = grown
+
+    def __deepcopy__(self, memo: object) -> Behind:
+        return self
+
+
+def behind(model: Any, given: object, rest: dict[str, Any], for_generate: bool) -> dict[str, Any]:
+    """The inputs of a run of `model` on `rest`, behind the prefix `given`.
+
+    Raises InputError where the two do not fit, PaddingError where padding between them would be
+    counted, UnsupportedError for what the model can't do.
+    """
+    found = _prefix_of(model, given)
+    prefix, module = found.prefix, model.module
+    rest = _of_decoder(dict(rest), prefix)
+    _check_rest(rest, prefix)
+    name = "decoder_" if prefix.source is not None else ""
+    shown = _first_of(rest, f"{name}input_ids", f"{name}inputs_embeds")
+    if shown is None or not shown.shape[1]:
+        raise InputError(
+            "the rest behind a prefix is empty: at least one token must be new, as the prefix "
+            "holds no outputs. Leave the last token out of the prefix, and give it as the rest."
+        )
+    rows = shown.shape[0]
+    _check_rows(rows, prefix)
+    own = rest.get(f"{name}attention_mask")
+    own = torch.ones(shown.shape[:2], dtype=torch.long, device=shown.device) if own is None else own
+    mask = _joined_mask(prefix, own, shown)
+    _check_gap(module, prefix, mask, for_generate)
+    if for_generate:
+        return _of_generation(module, found, rest, mask, name)
+    rest.pop(f"{name}attention_mask", None)
+    if not prefix.is_stateful or not bool(mask.all()):
+        rest[f"{name}attention_mask"] = mask
+    return {**rest, **_sources(prefix, rows), "use_cache": True, "prefix": found}
+
+
+def run_behind(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward pass, behind a prefix if there is one among its inputs."""
+    with _begun(tree, kwargs) as inputs:
+        return generation.run(tree, args, inputs)
+
+
+def run_dry_behind(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same, of a twin on fake tensors."""
+    with _begun(tree, kwargs) as inputs:
+        return run_dry(tree, _, args, inputs)
+
+
+def generate_behind(
+    tree: Tree, end_step: Callable[[], None] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What `generate` returns, behind a prefix if there is one among its inputs."""
+    with _begun(tree, kwargs, for_generate=True) as inputs:
+        return generation.generate(tree, end_step, args, inputs)
+
+
+# -- what fits ------------------------------------------------------------------------------------
+
+
+def _prefix_of(model: Any, given: object) -> Behind:
+    if isinstance(given, KeyValueCache):
+        return _of_entries(model, given)
+    if not isinstance(given, Prefix):
+        raise InputError(
+            f"prefix= takes what model.prefill(prompt) returns, or a KeyValueCache, not "
+            f"{type(given).__name__}."
+        )
+    given.check_belongs(model)
+    given.check_unchanged()
+    return Behind(given)
+
+
+def _of_entries(model: Any, given: KeyValueCache) -> Behind:
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    given.check()
+    if given.model is not None and given.model.module is not model.module:
+        raise InputError(
+            "this KeyValueCache is of another model: keys and values are of the weights that made "
+            "them."
+        )
+    kv_cache: Any = DynamicCache()
+    for entry in given:
+        layer: Any = DynamicLayer()
+        keys, values = entry.past_keys, entry.past_values
+        layer.keys, layer.values = keys.transpose(1, 2), values.transpose(1, 2)
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        kv_cache.layers.append(layer)
+    mask = given.previous_attention_mask
+    tokens = torch.full(mask.shape, -1) if given.tokens is None else given.tokens
+    return Behind(Prefix(model, kv_cache, tokens, mask), grown=given)
+
+
+def _of_decoder(rest: dict[str, Any], prefix: Prefix) -> dict[str, Any]:
+    """The rest, as what the decoder reads where an encoder has read the prefix's source."""
+    if prefix.source is None:
+        return rest
+    if "decoder_input_ids" in rest and "input_ids" in rest:
+        raise InputError(
+            "the encoder has read its input, and the prefix holds what it made of it: give the "
+            "decoder's ids alone, model.trace(decoder_input_ids=rest, prefix=prefix)."
+        )
+    names = {"input_ids": "decoder_input_ids", "attention_mask": "decoder_attention_mask"}
+    is_decoders = "decoder_input_ids" in rest
+    return rest if is_decoders else {names.get(key, key): value for key, value in rest.items()}
+
+
+def _check_rest(rest: dict[str, Any], prefix: Prefix) -> None:
+    for name in ("past_key_values", "cache_params", "encoder_outputs"):
+        if rest.get(name) is not None:
+            raise InputError(f"{name}= and prefix= both say what came before: give one of them.")
+    if rest.get("use_cache") is False:
+        raise InputError(
+            "use_cache=False means that keys and values are not used, and a prefix consists of "
+            "them: leave it out, or give the whole text without prefix=."
+        )
+    if rest.get("cache_implementation") is not None:
+        raise InputError(
+            "cache_implementation= says which cache to begin with, and a prefix is one: leave it "
+            "out, or give it to model.prefill(prompt, past_key_values=...)."
+        )
+    media = [name for name in rest if name.startswith(_MEDIA)]
+    if media:
+        raise UnsupportedError(
+            f"{media[0]}= belongs into the prompt of the prefix: where its tokens stand in a rest "
+            f"can't be told. Write model.prefill(..., {media[0]}=...)."
+        )
+
+
+def _check_rows(rows: int, prefix: Prefix) -> None:
+    if prefix.rows not in {1, rows}:
+        raise InputError(
+            f"this prefix has {prefix.rows} rows, and the rest {rows}: give a rest for each row, "
+            f"in their order, or a prefix of one row, which serves any number of rests."
+        )
+
+
+def _check_gap(module: Any, prefix: Prefix, mask: Tensor, for_generate: bool) -> None:
+    """PaddingError if the model would take padding behind the prefix for tokens."""
+    if bool(mask.all()):
+        return
+    refuse_what_is_wrong(module, mask, for_generate and prefix.source is None)
+    is_padded = not bool(mask[:, len(prefix) :].all())
+    if prefix.is_stateful and is_padded:
+        why = "its states run through padding"
+    elif not _has_gap(mask) or (_knows_places(module) and not _has_window(module, prefix)):
+        return
+    else:
+        why = "it counts columns, and those of the padding too"
+    raise PaddingError(
+        f"{module.config.model_type} can't have padding between a prefix and what follows it: "
+        f"{why}. Give rests of one length, or run them one by one."
+    )
+
+
+def _has_gap(mask: Tensor) -> bool:
+    """Whether padding lies between tokens of a row."""
+    before = mask.cumsum(-1) > 0
+    after = mask.flip(-1).cumsum(-1).flip(-1) > 0
+    return bool(((mask == 0) & before & after).any())
+
+
+def _knows_places(module: Any) -> bool:
+    return accepts(module, "position_ids") or module.config.model_type in _PLACED_BY_MASK
+
+
+def _has_window(module: Any, prefix: Prefix) -> bool:
+    """Whether some layer reads a window of columns."""
+    config = module.config.get_text_config(decoder=True)
+    named = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    is_local = "local" in (getattr(config, "attention_layers", None) or ())
+    return is_local or any(each is not None for each in named) or not prefix.is_plain
+
+
+# -- what is told ---------------------------------------------------------------------------------
+
+
+def _of_generation(
+    module: Any, found: Behind, rest: dict[str, Any], mask: Tensor, name: str
+) -> dict[str, Any]:
+    """The inputs of `generate`, which takes all tokens and runs those that are not in its cache."""
+    prefix = found.prefix
+    _check_generates(module, found, rest, name)
+    ids = rest[f"{name}input_ids"]
+    rows = ids.shape[0]
+    before = prefix.tokens.to(ids.device).expand(rows, -1)
+    rest[f"{name}input_ids"] = torch.cat([before, ids], 1)
+    rest[f"{name}attention_mask"] = mask
+    rest.pop("mm_token_type_ids", None)
+    return {**rest, **_sources(prefix, rows), "prefix": found}
+
+
+def _check_generates(module: Any, found: Behind, rest: dict[str, Any], name: str) -> None:
+    kind = type(module).__name__
+    owner = next(kind for kind in type(module).__mro__ if "generate" in vars(kind)).__name__
+    if not is_transformers(module) or owner != "GenerationMixin":
+        raise UnsupportedError(
+            f"{kind} generates in a way of its own ({owner}.generate), which takes no prefix. "
+            f"Trace behind the prefix, or generate from the whole text."
+        )
+    if not accepts(module, "past_key_values"):
+        raise UnsupportedError(
+            f"generate() of {kind} does not go on from states that are there (transformers 5.23 "
+            f"runs all tokens again). Trace behind the prefix, or generate from the whole text."
+        )
+    if rest.get("prefill_chunk_size") is not None and is_before_5():
+        raise UnsupportedError(
+            "transformers 4 runs the prefix again in chunks: leave prefill_chunk_size= out."
+        )
+    if rest.get(f"{name}input_ids") is None:
+        raise InputError("generate() behind a prefix takes token ids or text, not inputs_embeds.")
+    if name and not bool((found.prefix.tokens[:, 0] == start_of(module)).all()):
+        raise InputError(
+            f"generate() puts {kind}'s first token ({start_of(module)}) before decoder ids that "
+            f"begin otherwise, and this prefix begins otherwise: put it first in "
+            f"model.prefill(source, decoder_input_ids=...)."
+        )
+    if bool((found.prefix.tokens < 0).any()):
+        raise InputError(
+            "generate() returns all tokens, and this KeyValueCache does not know its own: make it "
+            "with tokens=ids, or from a prefix."
+        )
+
+
+def _sources(prefix: Prefix, rows: int) -> dict[str, Any]:
+    if prefix.source is None:
+        return {}
+    from transformers.modeling_outputs import BaseModelOutput
+
+    hidden: Any = prefix.source.hidden.expand(rows, -1, -1)
+    found: dict[str, Any] = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
+    if prefix.source.attention_mask is not None:
+        found["attention_mask"] = prefix.source.attention_mask.expand(rows, -1)
+    return found
+
+
+def _joined_mask(prefix: Prefix, rest: Tensor, shown: Tensor) -> Tensor:
+    if rest.dim() != 2 or rest.shape != shown.shape[:2]:
+        raise InputError(
+            f"the attention_mask behind a prefix is of the rest alone, and of shape "
+            f"{tuple(shown.shape[:2])} here, not {tuple(rest.shape)}: the prefix brings its own."
+        )
+    before = prefix.attention_mask.to(rest.device, rest.dtype)
+    return torch.cat([before.expand(rest.shape[0], -1), rest], 1)
+
+
+def _first_of(inputs: dict[str, Any], *names: str) -> Tensor | None:
+    return next((inputs[name] for name in names if inputs.get(name) is not None), None)
+
+
+# -- while it runs --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _begun(
+    tree: Tree, kwargs: dict[str, Any], for_generate: bool = False
+) -> Generator[dict[str, Any]]:
+    """The arguments with a fork of the prefix in its place, and its buffers while the run lasts."""
+    found = kwargs.get("prefix")
+    if not isinstance(found, Behind):
+        yield kwargs
+        return
+    prefix, module = found.prefix, tree.root
+    inputs = {name: value for name, value in kwargs.items() if name != "prefix"}
+    ids = _first_of(inputs, "decoder_input_ids", "decoder_inputs_embeds", "input_ids")
+    ids = _first_of(inputs, "inputs_embeds") if ids is None else ids
+    assert ids is not None
+    rows = ids.shape[0] * (_copies(module, inputs) if for_generate else 1)
+    _add_places(module, prefix, inputs, ids, for_generate)
+    positions = _new_positions(module, prefix, inputs, ids) if for_generate else ids.shape[1]
+    name = "past_key_values" if accepts(module, "past_key_values") else "cache_params"
+    work = None
+    if tree.original is not None:  # a dry run or a rehearsal, perhaps of other rows
+        inputs[name] = prefix.fork(rows) if rows % prefix.rows == 0 else prefix.row(rows)
+    else:
+        has_grad = torch.is_grad_enabled() and not for_generate  # which computes without
+        lends = found.grown is None and not has_grad and positions > 0
+        work = prefix.pool.lend(rows, positions) if lends else None
+        inputs[name] = prefix.fork(rows, work)
+    try:
+        yield inputs
+        if found.grown is not None and not found.grown.frozen and tree.original is None:
+            _grow(found.grown, inputs, name, rows)
+    finally:
+        if work is not None:
+            prefix.pool.take_back(work, prefix.rows)
+
+
+def _grow(grown: KeyValueCache, inputs: dict[str, Any], name: str, rows: int) -> None:
+    """The run is over: the cache holds what the run appended."""
+    kv_cache = inputs[name]
+    settle(kv_cache)
+    for entry, layer in zip(grown, layers_of(kv_cache), strict=True):
+        entry.past_keys = layer.keys.detach().transpose(1, 2)
+        entry.past_values = layer.values.detach().transpose(1, 2)
+    length = len(grown[0])
+    mask = inputs["attention_mask"][:, :length]
+    added = length - mask.shape[1]  # the tokens that a generation fed back
+    before = grown.tokens
+    grown.previous_attention_mask = torch.cat([mask, mask.new_ones(rows, added)], 1)
+    ids = inputs.get("input_ids")
+    grown.tokens = None
+    if before is not None and ids is not None and not added:
+        is_whole = ids.shape[1] == length
+        grown.tokens = ids if is_whole else torch.cat([before.expand(rows, -1), ids], 1)
+
+
+def _copies(module: Any, inputs: dict[str, Any]) -> int:
+    """How many sequences `generate` makes of a row, each of which needs its own cache."""
+    config = generation_config_of(module, inputs)
+    return max(config.num_beams or 1, config.num_return_sequences or 1)
+
+
+def _new_positions(module: Any, prefix: Prefix, inputs: dict[str, Any], ids: Tensor) -> int:
+    """How many positions a generation appends at most; 0 if it is not said."""
+    config = generation_config_of(module, inputs)
+    rest = ids.shape[1] - len(prefix)
+    if config.max_new_tokens is not None:
+        return rest + int(config.max_new_tokens)
+    return max(int(config.max_length or 0) - len(prefix), 0)
+
+
+def _add_places(
+    module: Any, prefix: Prefix, inputs: dict[str, Any], ids: Tensor, for_generate: bool
+) -> None:
+    """Add `position_ids` that go on from the prefix, where the model takes them."""
+    if not accepts(module, "position_ids") or "position_ids" in inputs:
+        return
+    if prefix.source is not None:
+        return  # decoders behind an encoder count from their own cache
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(ids.shape[0], len(prefix) + ids.shape[1], device=ids.device).long()
+    length = mask.shape[1] - len(prefix)
+    places = prefix.positions_with(mask)
+    if places is None:
+        if not for_generate:  # which counts as we do
+            inputs["position_ids"] = positions_of(module, mask)[:, -length:]
+    elif not for_generate:
+        inputs["position_ids"] = places[..., -length:]
+    else:  # generate has the plain columns as a first axis
+        columns = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        inputs["position_ids"] = torch.cat([columns[None], places])
+
+
+def start_of(module: Any) -> int | None:
+    """The token with which a decoder behind an encoder starts."""
+    start = module.generation_config.decoder_start_token_id
+    if start is None:
+        start = getattr(module.config, "decoder_start_token_id", None)
+    return module.generation_config.bos_token_id if start is None else start
+
+
+def names_of(inputs: Iterable[str]) -> set[str]:
+    """The names of inputs that the model itself is to know."""
+    return {*inputs} - {"prefix"}
