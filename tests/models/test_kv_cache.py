@@ -150,6 +150,15 @@ def test_a_generation_grows_it_by_all_that_was_fed(model: LanguageModel) -> None
     close(logits(model, tokens[:, -1:], kv_cache), plain(model, tokens)[:, -1:])
 
 
+def test_text_begins_in_an_empty_one_and_goes_on_in_a_filled_one() -> None:
+    model = LanguageModel("tracekit/tiny")  # its tokenizer begins a text with a token of its own
+    kv_cache = KeyValueCache.init(model)
+    parts = [logits(model, text, kv_cache) for text in ("The Eiffel Tower", " is in the city of")]
+    with torch.no_grad(), model.trace("The Eiffel Tower is in the city of"):
+        whole = model.lm_head.output
+    close(torch.cat(parts, 1), whole)
+
+
 def test_a_run_that_fails_leaves_it_as_it_was(model: LanguageModel) -> None:
     kv_cache = KeyValueCache.init(model)
     with pytest.raises(ZeroDivisionError), model.trace(ids(1, 4), prefix=kv_cache):

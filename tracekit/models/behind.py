@@ -71,6 +71,13 @@ def behind(model: Any, given: object, rest: dict[str, Any], for_generate: bool) 
     return {**rest, **_sources(prefix, rows), "use_cache": True, "prefix": found}
 
 
+def goes_on(given: object) -> bool:
+    """Whether text behind `given` is a rest; behind an empty KeyValueCache it is a beginning."""
+    if isinstance(given, KeyValueCache):
+        return given.previous_attention_mask.shape[1] > 0
+    return given is not None
+
+
 def run_behind(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward pass, behind a prefix if there is one among its inputs."""
     with _begun(tree, kwargs) as inputs:

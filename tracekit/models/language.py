@@ -20,6 +20,7 @@ from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.behind import (
     behind,
     generate_behind,
+    goes_on,
     names_of,
     run_behind,
     run_dry_behind,
@@ -208,7 +209,7 @@ class LanguageModel(Model):
             self.dispatch()
         given = {name: value for name, value in kwargs.items() if name != "prefix"}
         prefix = kwargs.get("prefix")
-        inputs = self._read(args, given, is_rest=prefix is not None)
+        inputs = self._read(args, given, is_rest=goes_on(prefix))
         return self._fitted(inputs, prefix, for_generate)
 
     def _fitted(self, inputs: dict[str, Any], prefix: Any, for_generate: bool) -> dict[str, Any]:
@@ -248,7 +249,7 @@ class LanguageModel(Model):
         if twin is None:
             self.dispatch()
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
-        read = partial(self._read, is_rest=prefix is not None)
+        read = partial(self._read, is_rest=goes_on(prefix))
         return Batch(_Padded(read, fitted, pad, self._side()), twin or self._tree, call, kind)
 
     def _side(self) -> str:
