@@ -847,3 +847,68 @@ def test_a_deep_copy_of_a_fork_is_a_cache_of_its_own(prefix: Prefix) -> None:
     copied.layers[0].keys.zero_()
     assert checksum(prefix) == before
     assert copied.get_seq_length() == PROMPT
+
+
+# -- is the model right behind a prefix? ----------------------------------------------------------
+
+
+def test_a_model_that_is_wrong_behind_its_keys_is_found_out(prompt: Tensor) -> None:
+    module = make("gpt2")[0]
+    own = module.transformer.h[1].forward
+
+    def wrong(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        past = kwargs.get("past_key_values", args[0] if args else None)
+        is_behind = past is not None and past.get_seq_length() > hidden.shape[1]
+        return own(hidden * 2 if is_behind else hidden, *args, **kwargs)
+
+    module.transformer.h[1].forward = wrong
+    with pytest.raises(UnsupportedError, match="computes something else behind keys and values"):
+        LanguageModel(module).prefill(prompt)
+
+
+def test_a_model_is_asked_once_and_no_hook_of_the_users_sees_it(
+    model: LanguageModel, prompt: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tracekit.models import probing
+
+    asked: list[float] = []
+    deviation = probing._deviation
+
+    def noted(*args: Any) -> float:
+        asked.append(deviation(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(probing, "_deviation", noted)
+    lengths: list[int] = []
+    first = model.module.transformer.wte
+    handle = first.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    random = torch.get_rng_state()
+    model.prefill(prompt)
+    model.prefill(prompt)
+    handle.remove()
+    assert len(asked) == 1
+    assert asked[0] < 1e-5
+    assert lengths == [PROMPT, PROMPT]
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_every_shared_model_was_really_asked() -> None:
+    for name in ("gpt2", "mistral", "t5", "bart"):
+        module, inputs = make(name)
+        model = LanguageModel(module)
+        model.prefill(**inputs)
+        assert model._tree.continues is True
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_beams_behind_a_prefix_of_several_rows(side: str) -> None:
+    model = LanguageModel(make("gpt2")[0], padding_side=side)
+    prompts = [ids(1, length, length) for length in (7, 4)]
+    prefix = model.prefill([row[0].tolist() for row in prompts])
+    rest = ids(2, REST, 1)
+    options: dict[str, Any] = {**GREEDY, "num_beams": 3}
+    found = model.generate(rest, prefix=prefix, **options)
+    for index, row in enumerate(prompts):
+        text = torch.cat([row, rest[index : index + 1]], 1)
+        plain = model.module.generate(text, attention_mask=torch.ones_like(text), **options)
+        assert torch.equal(found[index, -5:], plain[0, -5:])

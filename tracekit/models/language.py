@@ -154,7 +154,7 @@ class LanguageModel(Model):
         """
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
         inputs.pop("use_cache", None)
-        return prefill(self, {**inputs, **_chosen(kwargs)}, self._run_apart)
+        return prefill(self, self._tree, {**inputs, **_chosen(kwargs)}, self._run_apart)
 
     @showing_own_lines
     def load_prefix(self, path: str | Path) -> Prefix:

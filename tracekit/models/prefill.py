@@ -9,29 +9,29 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from tracekit.core.tree import Tree
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.behind import start_of
 from tracekit.models.kv_layers import WITH_STATES, check_shareable, kind_of, layers_of, settle
-from tracekit.models.padding import is_before_5
 from tracekit.models.prefix import Prefix, Source, empty_mask
+from tracekit.models.probing import check_continues
 from tracekit.models.signatures import accepts
 
 # Families with states that were found to go on rightly from a filled cache (transformers 5.23).
-# Mamba-1 and Jamba do not, behind which more than one token is wrong; nor does Bamba.
+# Mamba-1 and Jamba do not, behind which more than one token is wrong; nor does Bamba. How far they
+# are off depends on the weights: of others with states it can't be told from a few tokens.
 CONTINUES: Final = frozenset(
     {"falcon_h1", "granitemoehybrid", "lfm2", "mamba2", "qwen3_next", "zamba2"}
 )
 # Families whose prompt reads itself in both directions: its keys depend on what follows.
 READS_AHEAD: Final = frozenset({"paligemma"})
-# Families whose decoding is wrong behind any filled cache (transformers 4.57).
-WRONG_BEFORE_5: Final = frozenset({"t5gemma"})
 _MEDIA: Final = ("pixel_values", "pixel_values_videos", "input_features", "input_values")
 
 Run = Callable[[dict[str, Any]], Any]  # inputs to outputs
 
 
-def prefill(model: Any, inputs: dict[str, Any], run: Run) -> Prefix:
-    """The prefix that `run` of the model of `model` makes of `inputs`."""
+def prefill(model: Any, tree: Tree, inputs: dict[str, Any], run: Run) -> Prefix:
+    """The prefix that `run` makes of `inputs`, for `model` with its `tree`."""
     module = model.module
     _check_prompt(module, inputs)
     decodes = bool(module.config.is_encoder_decoder)
@@ -50,7 +50,7 @@ def prefill(model: Any, inputs: dict[str, Any], run: Run) -> Prefix:
     kv_cache = _kv_cache_of(module, outputs)
     check_shareable(kv_cache)
     _check_filled(module, kv_cache, tokens.shape[1])
-    return Prefix(
+    found = Prefix(
         model,
         kv_cache,
         tokens.clone(),
@@ -59,6 +59,8 @@ def prefill(model: Any, inputs: dict[str, Any], run: Run) -> Prefix:
         source=Source(outputs.encoder_last_hidden_state, _source_mask(inputs)) if decodes else None,
         has_media=any(inputs.get(each) is not None for each in _MEDIA) and not decodes,
     )
+    check_continues(model, tree, found, inputs)
+    return found
 
 
 def extended(prefix: Prefix, inputs: dict[str, Any], run: Run) -> Prefix:
@@ -97,11 +99,6 @@ def _check_prompt(module: Any, inputs: dict[str, Any]) -> None:
         raise UnsupportedError(
             f"{family} reads its prompt in both directions, so the keys and values of a prefix "
             f"depend on what follows it. Trace the whole text instead."
-        )
-    if family in WRONG_BEFORE_5 and is_before_5():
-        raise UnsupportedError(
-            f"{family} computes something else behind keys and values than without them "
-            f"(transformers 4.57; 5.23 does not). Trace the whole text instead."
         )
     if inputs.get("use_cache") is False:
         raise InputError("prefill() keeps keys and values: leave use_cache=False out.")
@@ -154,7 +151,7 @@ def _kv_cache_of(module: Any, outputs: Any) -> Any:
 
 
 def _check_filled(module: Any, kv_cache: Any, length: int) -> None:
-    """UnsupportedError if the model does not go on rightly from this cache."""
+    """UnsupportedError if runs would not go on rightly from what was kept."""
     family = module.config.model_type
     kinds = {kind_of(layer) for layer in layers_of(kv_cache)}
     if kinds & WITH_STATES and family not in CONTINUES:
