@@ -150,6 +150,17 @@ def test_a_generation_grows_it_by_all_that_was_fed(model: LanguageModel) -> None
     close(logits(model, tokens[:, -1:], kv_cache), plain(model, tokens)[:, -1:])
 
 
+def test_beams_do_not_grow_it(model: LanguageModel) -> None:
+    kv_cache = KeyValueCache.init(model)
+    with pytest.raises(InputError, match="grows by its own rows"):
+        model.generate(ids(1, 3), prefix=kv_cache, num_beams=2)
+    kv_cache.freeze()
+    text = ids(1, 6)
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
+    tokens = model.generate(text, prefix=kv_cache, **options)
+    assert torch.equal(tokens, model.module.generate(text, **options))
+
+
 def test_text_begins_in_an_empty_one_and_goes_on_in_a_filled_one() -> None:
     model = LanguageModel("tracekit/tiny")  # its tokenizer begins a text with a token of its own
     kv_cache = KeyValueCache.init(model)

@@ -530,6 +530,32 @@ def test_one_view_of_the_keys_keeps_its_buffer_from_being_used_again(
     del held, later
 
 
+def test_buffers_made_in_inference_mode_serve_any_run(
+    model: LanguageModel, prompt: Tensor, prefix: Prefix
+) -> None:
+    rest = ids(1, REST, 2)
+    for _ in range(2):
+        with torch.inference_mode():
+            inferred = logits(model, rest, prefix)
+        with torch.no_grad():
+            plain = logits(model, rest, prefix)
+        with_grad = logits(model, rest, prefix)
+        for out in (inferred, plain, with_grad):
+            close(out.clone(), whole(model, prompt, rest))
+
+
+def test_a_buffer_changed_in_inference_mode_is_not_used_again(
+    model: LanguageModel, prompt: Tensor, prefix: Prefix
+) -> None:
+    rest = ids(1, REST, 2)
+    with torch.inference_mode():
+        with model.trace(rest, prefix=prefix):
+            kept = model.output.past_key_values
+        kept.layers[0].values.zero_()
+        del kept
+        close(logits(model, rest, prefix).clone(), whole(model, prompt, rest))
+
+
 def test_a_buffer_that_was_changed_in_place_is_not_used_again(
     model: LanguageModel, prompt: Tensor, prefix: Prefix
 ) -> None:

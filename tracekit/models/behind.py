@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from tracekit.core.quirks import generation_config_of
 from tracekit.core.tree import Tree
-from tracekit.errors import InputError, PaddingError, UnsupportedError
+from tracekit.errors import InputError, UnsupportedError
 from tracekit.models import generation
 from tracekit.models.kv_cache import KeyValueCache
 from tracekit.models.kv_layers import layers_of, settle
-from tracekit.models.padding import is_before_5, positions_of, refuse_what_is_wrong
+from tracekit.models.padding import is_before_5, positions_of
 from tracekit.models.prefix import Prefix
+from tracekit.models.rests import (
+    check_gap,
+    check_rest,
+    check_rows,
+    first_of,
+    joined_mask,
+    of_decoder,
+)
 from tracekit.models.scanning import run_dry
 from tracekit.models.signatures import accepts, is_transformers
-
-# Families that know a token's place without position_ids, whatever padding lies before it.
-_PLACED_BY_MASK: Final = frozenset({"bloom"})
-_MEDIA: Final = ("pixel_", "image_", "video_", "input_features", "input_values", "feature_")
 
 
 @final
@@ -48,21 +52,21 @@ def behind(model: Any, given: object, rest: dict[str, Any], for_generate: bool) 
     """
     found = _prefix_of(model, given)
     prefix, module = found.prefix, model.module
-    rest = _of_decoder(dict(rest), prefix)
-    _check_rest(rest, prefix)
+    rest = of_decoder(dict(rest), prefix)
+    check_rest(rest)
     name = "decoder_" if prefix.source is not None else ""
-    shown = _first_of(rest, f"{name}input_ids", f"{name}inputs_embeds")
+    shown = first_of(rest, f"{name}input_ids", f"{name}inputs_embeds")
     if shown is None or not shown.shape[1]:
         raise InputError(
             "the rest behind a prefix is empty: at least one token must be new, as the prefix "
             "holds no outputs. Leave the last token out of the prefix, and give it as the rest."
         )
     rows = shown.shape[0]
-    _check_rows(rows, prefix)
+    check_rows(rows, prefix)
     own = rest.get(f"{name}attention_mask")
     own = torch.ones(shown.shape[:2], dtype=torch.long, device=shown.device) if own is None else own
-    mask = _joined_mask(prefix, own, shown)
-    _check_gap(module, prefix, mask, for_generate)
+    mask = joined_mask(prefix, own, shown)
+    check_gap(module, prefix, mask, for_generate)
     if for_generate:
         return _of_generation(module, found, rest, mask, name)
     rest.pop(f"{name}attention_mask", None)
@@ -135,87 +139,6 @@ def _of_entries(model: Any, given: KeyValueCache) -> Behind:
     return Behind(Prefix(model, kv_cache, tokens, mask), grown=given)
 
 
-def _of_decoder(rest: dict[str, Any], prefix: Prefix) -> dict[str, Any]:
-    """The rest, as what the decoder reads where an encoder has read the prefix's source."""
-    if prefix.source is None:
-        return rest
-    if "decoder_input_ids" in rest and "input_ids" in rest:
-        raise InputError(
-            "the encoder has read its input, and the prefix holds what it made of it: give the "
-            "decoder's ids alone, model.trace(decoder_input_ids=rest, prefix=prefix)."
-        )
-    names = {"input_ids": "decoder_input_ids", "attention_mask": "decoder_attention_mask"}
-    is_decoders = "decoder_input_ids" in rest
-    return rest if is_decoders else {names.get(key, key): value for key, value in rest.items()}
-
-
-def _check_rest(rest: dict[str, Any], prefix: Prefix) -> None:
-    for name in ("past_key_values", "cache_params", "encoder_outputs"):
-        if rest.get(name) is not None:
-            raise InputError(f"{name}= and prefix= both say what came before: give one of them.")
-    if rest.get("use_cache") is False:
-        raise InputError(
-            "use_cache=False means that keys and values are not used, and a prefix consists of "
-            "them: leave it out, or give the whole text without prefix=."
-        )
-    if rest.get("cache_implementation") is not None:
-        raise InputError(
-            "cache_implementation= says which cache to begin with, and a prefix is one: leave it "
-            "out, or give it to model.prefill(prompt, past_key_values=...)."
-        )
-    media = [name for name in rest if name.startswith(_MEDIA)]
-    if media:
-        raise UnsupportedError(
-            f"{media[0]}= belongs into the prompt of the prefix: where its tokens stand in a rest "
-            f"can't be told. Write model.prefill(..., {media[0]}=...)."
-        )
-
-
-def _check_rows(rows: int, prefix: Prefix) -> None:
-    if prefix.rows not in {1, rows}:
-        raise InputError(
-            f"this prefix has {prefix.rows} rows, and the rest {rows}: give a rest for each row, "
-            f"in their order, or a prefix of one row, which serves any number of rests."
-        )
-
-
-def _check_gap(module: Any, prefix: Prefix, mask: Tensor, for_generate: bool) -> None:
-    """PaddingError if the model would take padding behind the prefix for tokens."""
-    if bool(mask.all()):
-        return
-    refuse_what_is_wrong(module, mask, for_generate and prefix.source is None)
-    is_padded = not bool(mask[:, len(prefix) :].all())
-    if prefix.is_stateful and is_padded:
-        why = "its states run through padding"
-    elif not _has_gap(mask) or (_knows_places(module) and not _has_window(module, prefix)):
-        return
-    else:
-        why = "it counts columns, and those of the padding too"
-    raise PaddingError(
-        f"{module.config.model_type} can't have padding between a prefix and what follows it: "
-        f"{why}. Give rests of one length, or run them one by one."
-    )
-
-
-def _has_gap(mask: Tensor) -> bool:
-    """Whether padding lies between tokens of a row."""
-    before = mask.cumsum(-1) > 0
-    after = mask.flip(-1).cumsum(-1).flip(-1) > 0
-    return bool(((mask == 0) & before & after).any())
-
-
-def _knows_places(module: Any) -> bool:
-    return accepts(module, "position_ids") or module.config.model_type in _PLACED_BY_MASK
-
-
-def _has_window(module: Any, prefix: Prefix) -> bool:
-    """Whether some layer reads a window of columns."""
-    config = module.config.get_text_config(decoder=True)
-    named = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    is_local = "local" in (getattr(config, "attention_layers", None) or ())
-    return is_local or any(each is not None for each in named) or not prefix.is_plain
-
-
 # -- what is told ---------------------------------------------------------------------------------
 
 
@@ -251,6 +174,11 @@ def _check_generates(module: Any, found: Behind, rest: dict[str, Any], name: str
         raise UnsupportedError(
             "transformers 4 runs the prefix again in chunks: leave prefill_chunk_size= out."
         )
+    if found.grown is not None and not found.grown.frozen and _copies(module, rest) > 1:
+        raise InputError(
+            "a KeyValueCache grows by its own rows, and beams and several sequences of a row are "
+            "more: freeze() it, or generate with num_beams=1 and num_return_sequences=1."
+        )
     if rest.get(f"{name}input_ids") is None:
         raise InputError("generate() behind a prefix takes token ids or text, not inputs_embeds.")
     if name and not bool((found.prefix.tokens[:, 0] == start_of(module)).all()):
@@ -278,20 +206,6 @@ def _sources(prefix: Prefix, rows: int) -> dict[str, Any]:
     return found
 
 
-def _joined_mask(prefix: Prefix, rest: Tensor, shown: Tensor) -> Tensor:
-    if rest.dim() != 2 or rest.shape != shown.shape[:2]:
-        raise InputError(
-            f"the attention_mask behind a prefix is of the rest alone, and of shape "
-            f"{tuple(shown.shape[:2])} here, not {tuple(rest.shape)}: the prefix brings its own."
-        )
-    before = prefix.attention_mask.to(rest.device, rest.dtype)
-    return torch.cat([before.expand(rest.shape[0], -1), rest], 1)
-
-
-def _first_of(inputs: dict[str, Any], *names: str) -> Tensor | None:
-    return next((inputs[name] for name in names if inputs.get(name) is not None), None)
-
-
 # -- while it runs --------------------------------------------------------------------------------
 
 
@@ -306,8 +220,8 @@ def _begun(
         return
     prefix, module = found.prefix, tree.root
     inputs = {name: value for name, value in kwargs.items() if name != "prefix"}
-    ids = _first_of(inputs, "decoder_input_ids", "decoder_inputs_embeds", "input_ids")
-    ids = _first_of(inputs, "inputs_embeds") if ids is None else ids
+    ids = first_of(inputs, "decoder_input_ids", "decoder_inputs_embeds", "input_ids")
+    ids = first_of(inputs, "inputs_embeds") if ids is None else ids
     assert ids is not None
     rows = ids.shape[0] * (_copies(module, inputs) if for_generate else 1)
     _add_places(module, prefix, inputs, ids, for_generate)
@@ -319,7 +233,7 @@ def _begun(
     else:
         has_grad = torch.is_grad_enabled() and not for_generate  # which computes without
         lends = found.grown is None and not has_grad and positions > 0
-        work = prefix.pool.lend(rows, positions) if lends else None
+        work = prefix.pool.lend(rows, positions, ids.device) if lends else None
         inputs[name] = prefix.fork(rows, work)
     try:
         yield inputs

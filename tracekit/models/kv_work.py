@@ -4,6 +4,7 @@
 #   - memory that anybody else can still see is never written again: a buffer is lent anew only if
 #     its storage has the holders that it had when it was made, and is dropped where that can't be
 #     told;
+#   - what another stream of a GPU may still read is not written;
 #   - what a run changed in place is not there in the next: its tensors share the version counter
 #     of the buffer, which has moved then, and the buffer is dropped.
 
@@ -76,9 +77,10 @@ class Buffer:
 class Work:
     """The buffers of one run, one pair for each layer, filled when the layer first appends."""
 
-    def __init__(self, rows: int, room: int) -> None:
+    def __init__(self, rows: int, room: int, stream: object = None) -> None:
         self.rows = rows
         self.room = room
+        self.stream = stream  # on which it is written and read
         self._pairs: dict[int, tuple[Buffer, Buffer]] = {}
 
     def append(
@@ -106,16 +108,19 @@ class Pool:
     def __init__(self) -> None:
         self._free: deque[Work] = deque(maxlen=MOST_KEPT)  # its methods are atomic
 
-    def lend(self, rows: int, positions: int) -> Work:
+    def lend(self, rows: int, positions: int, device: torch.device | None = None) -> Work:
         """Buffers for so many rows and appended positions, which no other run has."""
+        on_gpu = device is not None and device.type == "cuda"
+        stream = torch.cuda.current_stream(device) if on_gpu else None
         for _ in range(MOST_KEPT):
             try:
                 work = self._free.popleft()
             except IndexError:
                 break
-            if work.rows == rows and work.room >= positions and work.is_untouched:
+            is_fit = work.rows == rows and work.room >= positions and work.stream == stream
+            if is_fit and work.is_untouched:
                 return work
-        return Work(rows, -(-positions // ROOM_STEP) * ROOM_STEP)
+        return Work(rows, -(-positions // ROOM_STEP) * ROOM_STEP, stream)
 
     def take_back(self, work: Work, rows_of_prefix: int) -> None:
         """The run is over; whether somebody still holds its tensors is seen when it is lent."""
