@@ -195,6 +195,13 @@ def test_parts_that_do_not_belong_together_are_refused(model: LanguageModel) -> 
         logits(model, ids(1, 3), kv_cache)
 
 
+def test_a_cache_without_an_entry_for_each_layer_is_refused(model: LanguageModel) -> None:
+    kv_cache = KeyValueCache.init(model)
+    kv_cache.entries.pop()
+    with pytest.raises(InputError, match="has 1 entries, and the model 2 layers"):
+        logits(model, ids(1, 3), kv_cache)
+
+
 def test_a_cache_of_another_model_is_refused(model: LanguageModel) -> None:
     other = LanguageModel(make("gpt2", seed=1)[0])
     with pytest.raises(InputError, match="of another model"):

@@ -609,16 +609,33 @@ def test_an_idle_buffer_is_untouched_and_one_that_is_seen_is_not() -> None:
     assert buffer.is_untouched
 
 
+def test_a_generation_without_an_end_in_sight_gets_no_room_for_all_of_it(
+    model: LanguageModel, prefix: Prefix
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 10**9, "do_sample": False, "max_time": 0.0}
+    model.generate(ids(1, REST), prefix=prefix, **options)
+    assert [work.room for work in prefix.pool._free] == [1088]
+
+
 def test_a_prefix_goes_with_its_last_name(model: LanguageModel, prompt: Tensor) -> None:
     prefix = model.prefill(prompt)
     with torch.no_grad():
         logits(model, ids(1, REST), prefix)
     model.generate(ids(1, REST), prefix=prefix, **GREEDY)
     dead = weakref.ref(prefix)
+    gc.collect()
     gc.disable()
     try:
-        del prefix
+        stopped(model, prefix)
+        with model.trace(prefix=prefix) as tracer:
+            for seed in range(2):
+                with tracer.invoke(ids(1, REST, seed)):
+                    _ = model.lm_head.output
+        with model.generate(ids(1, REST), prefix=prefix, **GREEDY) as tracer:
+            cache = tracer.cache("lm_head")
+        del prefix, tracer  # which knows the inputs of its run
         assert dead() is None
+        assert len(cache["model.lm_head"]) == 5
     finally:
         gc.enable()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from tracekit.models.rests import (
 )
 from tracekit.models.scanning import run_dry
 from tracekit.models.signatures import accepts, is_transformers
+
+MOST_NEW: Final = 1024  # positions that a generation gets room for at once; it may end much earlier
 
 
 @final
@@ -122,6 +124,12 @@ def _of_entries(model: Any, given: KeyValueCache) -> Behind:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     given.check()
+    layers = model.module.config.get_text_config(decoder=True).num_hidden_layers
+    if len(given) != layers:
+        raise InputError(
+            f"this KeyValueCache has {len(given)} entries, and the model {layers} layers: it needs "
+            f"one for each, as KeyValueCache.init(model) makes them."
+        )
     if given.model is not None and given.model.module is not model.module:
         raise InputError(
             "this KeyValueCache is of another model: keys and values are of the weights that made "
@@ -270,12 +278,11 @@ def _copies(module: Any, inputs: dict[str, Any]) -> int:
 
 
 def _new_positions(module: Any, prefix: Prefix, inputs: dict[str, Any], ids: Tensor) -> int:
-    """How many positions a generation appends at most; 0 if it is not said."""
+    """For how many positions a generation gets room."""
     config = generation_config_of(module, inputs)
-    rest = ids.shape[1] - len(prefix)
-    if config.max_new_tokens is not None:
-        return rest + int(config.max_new_tokens)
-    return max(int(config.max_length or 0) - len(prefix), 0)
+    new = config.max_new_tokens
+    new = int(config.max_length or 0) - ids.shape[1] if new is None else int(new)
+    return ids.shape[1] - len(prefix) + min(max(new, 0), MOST_NEW)
 
 
 def _add_places(
