@@ -673,6 +673,26 @@ def test_extend_gives_a_longer_prefix_and_leaves_the_first(
     assert checksum(prefix) == before
 
 
+def test_an_extended_prefix_and_its_beginning_share_memory(
+    model: LanguageModel, prompt: Tensor, prefix: Prefix
+) -> None:
+    running = prefix.fork(1)  # of a run that began before
+    longer = prefix.extend(ids(1, 3, 5)).extend(ids(1, 2, 6))
+    middle = longer.crop(PROMPT + 3)
+    for one, other, third in zip(
+        *(layers_of(each._kv_cache) for each in (prefix.extend(ids(1, 1)), prefix, middle)),
+        strict=True,
+    ):
+        assert one.keys.data_ptr() == other.keys.data_ptr()
+        assert other.keys.data_ptr() != third.keys.data_ptr()
+    rest = ids(1, REST, 1)
+    for each in (prefix, middle, longer):
+        close(logits(model, rest, each), whole(model, each.tokens, rest))
+    with torch.no_grad():
+        late = model.module(rest, past_key_values=running).logits
+    close(late, whole(model, prompt, rest))
+
+
 def test_one_prefix_is_extended_to_several_rows(
     model: LanguageModel, prompt: Tensor, prefix: Prefix
 ) -> None:

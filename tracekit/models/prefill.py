@@ -89,6 +89,8 @@ def extended(prefix: Prefix, inputs: dict[str, Any], run: Run) -> Prefix:
         has_media=prefix.has_media,
     )
     found.positions = prefix.positions_with(found.attention_mask)
+    if prefix.is_plain and prefix.source is None and prefix.rows == rows:
+        prefix.share(found)
     return found
 
 

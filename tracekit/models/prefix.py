@@ -43,6 +43,22 @@ class Source:
 
 
 @final
+class _Held:
+    """The tensors of a prefix, and the versions that they had when it was made."""
+
+    def __init__(self, kv_cache: KvCache, source: Source | None) -> None:
+        self.kv_cache = kv_cache
+        self._source = source
+        self.versions = self.current_versions()
+
+    def current_versions(self) -> list[int]:
+        """Which change when a tensor is changed in place."""
+        held = [tensor for layer in layers_of(self.kv_cache) for tensor in tensors_of(layer)]
+        held += [] if self._source is None else [self._source.hidden]
+        return [_version(tensor) for tensor in held]
+
+
+@final
 class Prefix:
     """The keys and values of a prompt, `model.prefill(prompt)`, that runs of the model begin with.
 
@@ -68,12 +84,11 @@ class Prefix:
         self.source = source
         self.has_media = has_media  # images or sounds among its tokens
         self.pool = Pool()
-        self._kv_cache = kv_cache
+        self._held = _Held(kv_cache, source)
         self._tokens = tokens
         self._attention_mask = attention_mask
         self._edits: tuple[Any, ...] = tuple(model._edits)
         self._weights = weights_of(model.module)
-        self._versions = self._current_versions()
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -97,7 +112,7 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """The size of its tensors, in bytes; a longer prefix that was made of it shares none."""
+        """The size of its tensors, in bytes, of which longer and shorter ones may have a part."""
         held = [tensor for layer in layers_of(self._kv_cache) for tensor in tensors_of(layer)]
         held += [self._tokens, self._attention_mask]
         held += [] if self.source is None else [self.source.hidden]
@@ -138,7 +153,8 @@ class Prefix:
     def extend(self, more: Any, **kwargs: Any) -> Prefix:
         """A longer prefix: this one with `more` behind it, which alone is run. This one stays.
 
-        `more` is what a trace takes as a rest. Its rows may be several where this has one.
+        `more` is what a trace takes as a rest. Its rows may be several where this has one. Where
+        all layers are plain attention, and the rows as many, the two then share their memory.
         """
         return self.model._extended(self, (more,), kwargs)
 
@@ -190,16 +206,28 @@ class Prefix:
 
     def check_unchanged(self) -> None:
         """OverwrittenError if somebody has changed its tensors in place."""
-        if self._current_versions() != self._versions:
+        self._check(self._held)
+
+    def fork(self, rows: int, work: Work | None = None) -> KvCache:
+        """A kv_cache for one run, which begins as this prefix and shares its memory."""
+        held = self._held  # which another thread may exchange
+        self._check(held)
+        return fork(held.kv_cache, rows, work)
+
+    def share(self, longer: Prefix) -> None:
+        """Hold the memory of `longer`, which begins with the same keys and values."""
+        self._held = _Held(_cropped(longer._kv_cache, len(self)), self.source)
+
+    @property
+    def _kv_cache(self) -> KvCache:
+        return self._held.kv_cache
+
+    def _check(self, held: _Held) -> None:
+        if held.current_versions() != held.versions:
             raise OverwrittenError(
                 "the keys or values of this prefix were changed in place, and runs behind it "
                 "would read them so. Prefill again, and edit a clone."
             )
-
-    def fork(self, rows: int, work: Work | None = None) -> KvCache:
-        """A kv_cache for one run, which begins as this prefix and shares its memory."""
-        self.check_unchanged()
-        return fork(self._kv_cache, rows, work)
 
     def row(self, rows: int) -> KvCache:
         """The same of the first row alone, repeated."""
@@ -240,11 +268,6 @@ class Prefix:
         columns = (mask.cumsum(-1) - 1).clamp(min=0) + ahead.expand(mask.shape[0])[:, None]
         after = columns[:, len(self) :].expand(before.shape[0], -1, -1)
         return torch.cat([before.expand(-1, mask.shape[0], -1), after], -1)
-
-    def _current_versions(self) -> list[int]:
-        held = [tensor for layer in layers_of(self._kv_cache) for tensor in tensors_of(layer)]
-        held += [] if self.source is None else [self.source.hidden]
-        return [_version(tensor) for tensor in held]
 
     def _plain_layers(self, what: str) -> list[Any]:
         if not self.is_plain or self.source is not None:
