@@ -556,6 +556,47 @@ def test_a_buffer_changed_in_inference_mode_is_not_used_again(
         close(logits(model, rest, prefix).clone(), whole(model, prompt, rest))
 
 
+def test_a_fork_of_a_failed_run_never_writes_into_the_buffers_of_a_later_one(
+    model: LanguageModel, prompt: Tensor, prefix: Prefix
+) -> None:
+    forks: list[Any] = []
+
+    def fail(_: Any, args: Any, kwargs: Any) -> None:
+        forks.append(kwargs["past_key_values"])
+        raise ZeroDivisionError
+
+    attention = model.module.transformer.h[0].attn
+    handle = attention.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(ZeroDivisionError):
+        kept_of(model, ids(1, REST, 1), prefix)
+    handle.remove()
+    later = kept_of(model, ids(1, REST, 2), prefix)
+    copies = [layer.keys.clone() for layer in later.layers]
+    rest = ids(1, REST, 3)
+    with torch.no_grad():
+        by_hand = model.module(rest, past_key_values=forks[0]).logits
+    close(by_hand, whole(model, prompt, rest))
+    for layer, keys in zip(later.layers, copies, strict=True):
+        assert torch.equal(layer.keys, keys)
+
+
+def test_a_shallow_copy_of_a_fork_appends_for_itself(
+    model: LanguageModel, prompt: Tensor, prefix: Prefix
+) -> None:
+    work = prefix.pool.lend(1, REST)
+    one = prefix.fork(1, work)
+    other = copy.copy(one)
+    other.layers = [copy.copy(layer) for layer in one.layers]
+    rests = [ids(1, REST, 1), ids(1, REST, 2)]
+    with torch.no_grad():
+        for rest, kv_cache in zip(rests, (one, other), strict=True):
+            close(model.module(rest, past_key_values=kv_cache).logits, whole(model, prompt, rest))
+        more = ids(1, 2, 3)
+        for rest, kv_cache in zip(rests, (one, other), strict=True):
+            text = torch.cat([prompt, rest], 1)
+            close(model.module(more, past_key_values=kv_cache).logits, whole(model, text, more))
+
+
 def test_a_buffer_that_was_changed_in_place_is_not_used_again(
     model: LanguageModel, prompt: Tensor, prefix: Prefix
 ) -> None:

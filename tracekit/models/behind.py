@@ -17,7 +17,7 @@ from tracekit.core.tree import Tree
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models import generation
 from tracekit.models.kv_cache import KeyValueCache
-from tracekit.models.kv_layers import layers_of, settle
+from tracekit.models.kv_layers import end_run, layers_of, settle
 from tracekit.models.padding import is_before_5, positions_of
 from tracekit.models.prefix import Prefix
 from tracekit.models.rests import (
@@ -249,6 +249,7 @@ def _begun(
             _grow(found.grown, inputs, name, rows)
     finally:
         if work is not None:
+            end_run(inputs[name])
             prefix.pool.take_back(work, prefix.rows)
 
 

@@ -118,6 +118,13 @@ def mapped(
     return found
 
 
+def end_run(kv_cache: KvCache) -> None:
+    """The run of a fork is over: layers that have not appended will have no buffers."""
+    for layer in layers_of(kv_cache):
+        if isinstance(layer, _Shared):
+            layer.give_up_unused()
+
+
 def settle(kv_cache: KvCache) -> None:
     """A fork whose run is over becomes a kv_cache as the model itself makes one."""
     for part in parts_of(kv_cache).values():
@@ -211,11 +218,21 @@ class _Shared:
         finally:
             self._is_shared = was_shared
 
+    def give_up_unused(self) -> None:
+        """Append to no buffers, if it has not yet: another run may have them now."""
+        if self._is_shared:
+            self._work = None
+
     def reset(self) -> None:
         """Empty it; some versions write zeros in place."""
         self._owned("keys")
         parent: Any = super()
         parent.reset()
+
+    def __copy__(self) -> Any:
+        found = object.__new__(type(self))  # two may not append to the same buffers
+        vars(found).update(vars(self), _work=None, _view=None)
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         found = object.__new__(type(self))
