@@ -85,6 +85,7 @@ notebooks: $(VENV)/.stamp
 bench: .venv-bench/.stamp
 	.venv-bench/bin/python benchmarks/overhead.py $(BENCH_ARGS)
 	.venv-bench/bin/python benchmarks/generation.py $(GENERATION_ARGS)
+	.venv-bench/bin/python benchmarks/prefix.py $(PREFIX_ARGS)
 
 ## make clean         remove the environments and all that was built
 clean:

@@ -76,7 +76,7 @@ class Passes:
 
     def _so_far(self) -> Transcript | None:
         """The tokens at the end of the last step; of beams, nobody knows which will be left."""
-        if self._ids is None or self._has_beams:
+        if self._generating is None or self._ids is None or self._has_beams:
             return None
         return self._transcript(self._with_prompt(self._ids))
 
