@@ -75,10 +75,15 @@ class Passes:
         self._given, self._root, self._generating = {}, None, None
 
     def _so_far(self) -> Transcript | None:
-        """The tokens at the end of the last step; of beams, nobody knows which will be left."""
-        if self._generating is None or self._ids is None or self._has_beams:
+        """The tokens at the end of the last step, or given; nobody knows which beams will be left."""
+        if self._generating is None or self._has_beams:
             return None
-        return self._transcript(self._with_prompt(self._ids))
+        if self._ids is not None:
+            return self._transcript(self._with_prompt(self._ids))
+        prompt = self._given_ids() if is_own_generate(self._root) else None
+        if prompt is None or is_encoder_decoder(self._root):
+            return None
+        return self._transcript(prompt.repeat_interleave(self._rows // len(prompt), 0))
 
     def end_step(self, ids: Tensor) -> None:
         """A step has ended, with these sequences: `[rows, length]`, without what was embedded."""
