@@ -75,7 +75,7 @@ class Passes:
         self._given, self._root, self._generating = {}, None, None
 
     def _so_far(self) -> Transcript | None:
-        """The tokens at the end of the last step, or given; nobody knows which beams will be left."""
+        """The tokens at the end of the last step, or the prompt; None while there are beams."""
         if self._generating is None or self._has_beams:
             return None
         if self._ids is not None:
