@@ -36,11 +36,12 @@ class Spot:
         self._find = find
         self._site = site
 
-    def at(self, positions: Positions) -> At:
+    def at(self, positions: Positions, *, flat: bool = False) -> At:
         """The value at `positions` of the sequence: `"prompt"`, `"generated"`, `"all"`, a number,
         a slice or a list of numbers, which count each row's own tokens from 0; negative ones count
-        back from the end of the prompt."""
-        return At(self._find, self._site, Chosen(positions))
+        back from the end of the prompt. `flat=True` says of a value with rows and positions in one
+        axis (a router's) that they are in it row by row."""
+        return At(self._find, self._site, Chosen(positions), flat)
 
 
 @final
@@ -53,11 +54,12 @@ class At:
     """
 
     def __init__(
-        self, find: Callable[[], tuple[Mediator, Site]], site: Site, chosen: Chosen
+        self, find: Callable[[], tuple[Mediator, Site]], site: Site, chosen: Chosen, is_flat: bool
     ) -> None:
         self._find = find
         self._site = site
         self._chosen = chosen
+        self._is_flat = is_flat
 
     @showing_own_lines
     def edit(self, function: Callable[[Tensor], Tensor | None]) -> None:
@@ -88,24 +90,15 @@ class At:
             self[:] = change
 
     def _operate(self, features: tuple[Any, ...], operation: Any, operand: Any) -> None:
-        self._place(self._operation(features, operation, operand))
-
-    def _operation(self, features: Any, operation: Any, operand: Any) -> PositionEdit:
         if not isinstance(operand, (Tensor, int, float)):
             raise InputError(
                 f"what is written at positions is a tensor or a number, not {describe(operand)}."
             )
-        return PositionEdit(
-            self._site, self._chosen, partial(_operated, features, operation, operand)
-        )
+        self._make(partial(_operated, features, operation, operand))
 
     def _make(self, change: Change) -> None:
-        self._place(PositionEdit(self._site, self._chosen, change))
-
-    def _place(self, edit: PositionEdit) -> None:
         mediator, site = self._find()
-        edit.site = site
-        mediator.edit_at_positions(edit)
+        mediator.edit_at_positions(PositionEdit(site, self._chosen, change, self._is_flat))
 
     def __repr__(self) -> str:
         return f"{self._site}.at({self._chosen!r})"
@@ -144,7 +137,8 @@ class Part:
 class PositionEdit:
     """An edit of `site` at the `chosen` positions; what a run places, and a replay places again."""
 
-    def __init__(self, site: Site, chosen: Chosen, change: Change) -> None:
+    def __init__(self, site: Site, chosen: Chosen, change: Change, is_flat: bool = False) -> None:
+        self._is_flat = is_flat
         self.site = site
         self.chosen = chosen
         self.span: Span | None = None  # of the rows of one block
@@ -169,6 +163,12 @@ class PositionEdit:
         if tensor is None:
             raise MisfitError(f"{self.site} is {describe(value)}, with no tensor.")
         axis, count = axis_of(self.site, tensor, one)
+        if axis == 0 and not self._is_flat:
+            raise UnsupportedError(
+                f"{self.site}.at(...) ({self.line}): {describe(tensor)} has rows and positions in "
+                f"one axis, in an order that is not known: experts sort tokens, routers do not. If "
+                f"it is row by row, write .at(..., flat=True)."
+            )
         places = self._places(one, count, timeline)
         mask = places != PADDING
         if not bool(mask.any()):

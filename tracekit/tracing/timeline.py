@@ -222,6 +222,11 @@ def axis_of(site: Site, value: Tensor, one: Pass) -> tuple[int, int]:
     Axis 1 or 2, or 0 with rows and positions in one; UnsupportedError if nowhere.
     """
     kept = one.kept if 0 < one.kept < one.length else one.length
+    if value.dim() > 3 and one.length > 1 and value.shape[1] == value.shape[2] == one.length:
+        raise UnsupportedError(
+            f"{site} is {describe(value)}, and two of its axes may be the {one.length} positions: "
+            f"run it on another number of tokens."
+        )
     for axis in (1, 2, 0):
         for count in (one.length, kept):
             if fits(value, axis, count, one.rows):
