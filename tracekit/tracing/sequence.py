@@ -158,6 +158,7 @@ def _pieces(path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timelin
 def _count(tensor: Tensor, one: Pass) -> int:
     """How many positions the value has: those that have logits, or all."""
     is_kept = 0 < one.kept < one.length and tensor.shape[1:2] == (one.kept,)
+    is_kept = is_kept and not (tensor.dim() > 3 and tensor.shape[2] == one.length)  # one head
     return one.kept if is_kept else one.length
 
 

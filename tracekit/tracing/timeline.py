@@ -227,8 +227,8 @@ def axis_of(site: Site, value: Tensor, one: Pass) -> tuple[int, int]:
             f"{site} is {describe(value)}, and two of its axes may be the {one.length} positions: "
             f"run it on another number of tokens."
         )
-    for axis in (1, 2, 0):
-        for count in (one.length, kept):
+    for count in (one.length, kept):
+        for axis in (1, 2, 0):
             if fits(value, axis, count, one.rows):
                 return axis, count
     raise UnsupportedError(
@@ -238,10 +238,17 @@ def axis_of(site: Site, value: Tensor, one: Pass) -> tuple[int, int]:
 
 
 def fits(value: Tensor, axis: int, count: int, rows: int) -> bool:
-    """Whether the positions may be in this axis of `value`; in 0 they are one with the rows."""
+    """Whether the positions may be in this axis of `value`; in 0 they are one with the rows.
+
+    Behind heads, in axis 2, they are where there are features as well.
+    """
     if axis == 0:
         return value.dim() > 1 and value.shape[0] == rows * count
-    return value.dim() > axis and value.shape[axis] == count and value.shape[0] in (1, rows)
+    return (
+        value.dim() > (1 if axis == 1 else 3)
+        and value.shape[axis] == count
+        and value.shape[0] in (1, rows)
+    )
 
 
 def own_positions(is_real: Tensor) -> Tensor:
