@@ -306,7 +306,7 @@ def test_the_last_token_is_run_once_more_on_request(net: Any, model: Model) -> N
 # -- which runs -----------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_stopped_has_the_steps_that_were_over(net: Any, model: Model) -> None:
+def test_a_run_that_is_stopped_has_what_it_went_over(net: Any, model: Model) -> None:
     with model.generate(IDS, **GREEDY) as tracer:
         cache = tracer.cache("transformer.h.*")
         for step in tracer.iter[:]:
@@ -314,10 +314,10 @@ def test_a_run_that_is_stopped_has_the_steps_that_were_over(net: Any, model: Mod
             if step == 3:
                 tracer.stop()
     sequence = cache.sequence("transformer.h.0")
-    assert sequence.shape[1] == 8 + 2
+    assert sequence.shape[1] == 8 + 3
     tokens = net.generate(IDS, **GREEDY)
-    assert torch.equal(sequence.tokens, tokens[:, :10])
-    assert_close(sequence, plainly(net, tokens, "transformer.h.0")[:, :10])
+    assert torch.equal(sequence.tokens, tokens[:, :11])
+    assert_close(sequence, plainly(net, tokens, "transformer.h.0")[:, :11])
     assert cache.verify()
 
 

@@ -83,6 +83,14 @@ def hides_the_chunks_of_a_prompt() -> bool:
     return int(transformers.__version__.partition(".")[0]) < 5
 
 
+def asks_criteria_about_drafts() -> bool:
+    """Whether assisted decoding asks the stopping criteria twice in each iteration: first about the
+    draft, before the model has run (transformers 4.57)."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) < 5
+
+
 def type_of_new_tokens(module: Any, name: str) -> int | None:
     """Which type generated tokens have, in `token_type_ids` and the like; None: that of the last.
 

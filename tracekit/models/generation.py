@@ -64,8 +64,9 @@ def _generate(
     follower.timeline.rerun = Rerun(tree, given)
 
     def end_step(ids: Tensor) -> None:
-        passes.end_step(ids)
-        follower.end_step()
+        if not passes.is_about_a_draft():
+            passes.end_step(ids)
+            follower.end_step()
 
     options = {"disable_compile": True, **given}
     options["stopping_criteria"] = _with_end_of_step(criteria, end_step)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracekit.core.quirks import hides_the_chunks_of_a_prompt
+from tracekit.core.quirks import asks_criteria_about_drafts, hides_the_chunks_of_a_prompt
 from tracekit.core.tree import Tree
 from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
@@ -26,6 +26,7 @@ from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
 
 _KV_CACHES: Final = ("past_key_values", "cache_params")
 _LOOP: Final = str(Path(__file__).with_name("generation.py"))  # nobody calls it but us
+_DRAFTING: Final = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
 # Who calls the model from these files does it for other tokens (transformers 4.57 to 5.23).
 _SIDE_BRANCHES: Final = ("logits_process.py", "candidate_generator.py")
 
@@ -53,6 +54,7 @@ class Passes:
         self._called_within: dict[Any, Any] = {}  # in the place of a model whose hooks are passed
         if asked(self._root, given, "prefill_chunk_size") and hides_the_chunks_of_a_prompt():
             self._called_within = {each.base_model: each for each in self._modules}
+        self._has_drafts = any(asked(self._root, given, option) for option in _DRAFTING)
         self._handles: list[RemovableHandle] = []
         timeline.is_generation = True
         timeline.prompt, timeline.prompt_mask = self._known_prompt()
@@ -84,6 +86,12 @@ class Passes:
         if prompt is None or is_encoder_decoder(self._root):
             return None
         return self._transcript(prompt.repeat_interleave(self._rows // len(prompt), 0))
+
+    def is_about_a_draft(self) -> bool:
+        """Whether a stopping criterion is asked before the model has run in this step."""
+        last = self._timeline.current
+        has_run = last is not None and last.is_main and last.step == self._step
+        return self._has_drafts and not has_run and asks_criteria_about_drafts()
 
     def end_step(self, ids: Tensor) -> None:
         """A step has ended, with these sequences: `[rows, length]`, without what was embedded."""

@@ -204,11 +204,14 @@ class Timeline:
         """For each step, how many positions are certain when it is over.
 
         The last token of a step is the next one's; in a step that was left, all were there before.
+        Beams that were left behind may have come further than those in the result.
         """
         known = self.passes[-1].stop if self.passes else 0
         if self.transcript is not None:
             known = self.transcript.tokens.shape[1]
-        return [*(min(length - 1, known) for length in self.lengths), known]
+        was_left = bool(self.passes) and self.passes[-1].step >= len(self.lengths)
+        run = known if was_left or self.transcript is None else known - 1
+        return [*(min(length - 1, run) for length in self.lengths), known]
 
     @property
     def first(self) -> int:
