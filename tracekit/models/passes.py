@@ -166,10 +166,10 @@ class Passes:
 
     def _prompt(self) -> int:
         """How many columns came before the first new token."""
+        if self._timeline.prompt is not None:
+            return self._timeline.prompt
         passes = self._timeline.passes
-        stops = [each.stop for each in passes if each.is_main and each.step == 0]
-        known = self._timeline.prompt
-        return max(stops, default=0) if known is None else known
+        return max((each.stop for each in passes if each.is_main and each.step == 0), default=0)
 
     def _embedded(self, ids: Tensor) -> int:
         """How many columns of the prompt `ids` has not, as they were given embedded."""

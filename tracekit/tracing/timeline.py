@@ -187,18 +187,18 @@ class Timeline:
         covered, total = 0, self.total
         # how many positions are certain when a step is over: its last token is the next's
         accepted = [min(length - 1, total) for length in self.lengths]
-        for one in self.passes:
-            certain = accepted[one.step] if one.step < len(accepted) else total
-            stop = min(one.stop, certain) if one.is_main else 0
-            start = max(one.start, covered)
-            found.append((start, max(start, stop)))
+        for _, step, _, start, length, _, is_main in self.passes:
+            certain = accepted[step] if step < len(accepted) else total
+            stop = min(start + length, certain) if is_main else 0
+            first = max(start, covered)
             covered = max(covered, stop)
+            found.append((first, max(first, stop)))
         return found
 
     @property
     def total(self) -> int:
         """How many positions ran: all but the last token, which nobody needs to go over."""
-        stops = max((one.stop for one in self.passes if one.is_main), default=0)
+        stops = max((one.start + one.length for one in self.passes if one.is_main), default=0)
         if self.transcript is None:
             return stops
         length = self.transcript.tokens.shape[1]
