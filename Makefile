@@ -62,7 +62,7 @@ endif
 
 # What is left out reads GPT-2's blocks as transformers 5 returns them, or asks for what 4 has not.
 LOWEST := tests/capture tests/core tests/interleave tests/page tests/test_*.py \
-	$(addprefix tests/models/test_,language.py tiny.py) \
+	$(addprefix tests/models/test_,kv_cache.py language.py prefix.py prefix_models.py tiny.py) \
 	$(addprefix tests/tracing/test_,cache_matrix.py guards.py nesting.py order.py) \
 	$(addprefix tests/tracing/test_,overwritten.py torch_state.py)
 
@@ -85,6 +85,7 @@ notebooks: $(VENV)/.stamp
 bench: .venv-bench/.stamp
 	.venv-bench/bin/python benchmarks/overhead.py $(BENCH_ARGS)
 	.venv-bench/bin/python benchmarks/generation.py $(GENERATION_ARGS)
+	.venv-bench/bin/python benchmarks/prefix.py $(PREFIX_ARGS)
 
 ## make clean         remove the environments and all that was built
 clean:

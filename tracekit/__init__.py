@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from tracekit.core.keep import Note
     from tracekit.core.settings import settings
     from tracekit.errors import TracekitError, TracekitWarning
+    from tracekit.models.kv_cache import KeyValueCache, KeyValueEntry
     from tracekit.models.language import LanguageModel
     from tracekit.models.model import Model
+    from tracekit.models.prefix import Prefix
     from tracekit.models.streaming import Stream
     from tracekit.tracing.cache import Cache
     from tracekit.tracing.declared import Outcome
@@ -36,11 +38,14 @@ _HOMES = {
     "Entry": "tracekit.tracing.entries",
     "Envoy": "tracekit.tracing.envoy",
     "Graph": "tracekit.tracing.graph",
+    "KeyValueCache": "tracekit.models.kv_cache",
+    "KeyValueEntry": "tracekit.models.kv_cache",
     "LanguageModel": "tracekit.models.language",
     "Model": "tracekit.models.model",
     "Note": "tracekit.core.keep",
     "Operation": "tracekit.tracing.source",
     "Outcome": "tracekit.tracing.declared",
+    "Prefix": "tracekit.models.prefix",
     "Source": "tracekit.tracing.source",
     "Stream": "tracekit.models.streaming",
     "TokenSequence": "tracekit.tracing.sequence",
@@ -59,11 +64,14 @@ __all__ = [
     "Entry",
     "Envoy",
     "Graph",
+    "KeyValueCache",
+    "KeyValueEntry",
     "LanguageModel",
     "Model",
     "Note",
     "Operation",
     "Outcome",
+    "Prefix",
     "Source",
     "Stream",
     "TokenSequence",

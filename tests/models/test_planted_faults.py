@@ -145,7 +145,7 @@ def test_a_dropped_row(name: str, rows: int) -> None:
     entry._output = first_of(entry._output)[:rows]
     check = recorded.only_wrong()
     assert check.position == start(entry)
-    assert check.verdict == "WRONG: other rows than before"
+    assert check.verdict == ("WRONG: other rows than before" if rows > 1 else "WRONG")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -270,7 +270,7 @@ def test_beams_that_are_not_followed_at_all(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
 def test_the_value_of_a_rejected_draft(name: str) -> None:
     model = Model(make(name)[0])
-    options = dict(max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+    options = dict(max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3, eos_token_id=1)
     with model.generate(input_ids=REPEATING, **options) as tracer:
         cache = tracer.cache(f"{blocks_of(name)}.*")
     timeline = cache._changes.timeline

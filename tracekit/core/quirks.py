@@ -75,6 +75,14 @@ def infers_the_mask_of_an_encoder() -> bool:
     return int(transformers.__version__.partition(".")[0]) < 5
 
 
+def hides_the_chunks_of_a_prompt() -> bool:
+    """Whether `generate(prefill_chunk_size=...)` runs a prompt by the model's `forward`, past the
+    hooks of the model itself (transformers 4.57; in 5 it calls the model)."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) < 5
+
+
 def type_of_new_tokens(module: Any, name: str) -> int | None:
     """Which type generated tokens have, in `token_type_ids` and the like; None: that of the last.
 

@@ -48,6 +48,7 @@ class Tree:
         self.proven: set[object] = set()  # reads that were served in their order (glance.py)
         # By kind of run, where the rows of a batch lie in every value.
         self.layouts: dict[object, object] = {}
+        self.continues: bool | None = None  # rightly, from a filled kv_cache; None: nobody asked
         self.sites: dict[tuple[str, Slot], Site] = {}  # by the path that was asked for
         self.refresh(is_first=True)
 
@@ -62,6 +63,7 @@ class Tree:
         self._relatives.clear()
         self.proven.clear()
         self.layouts.clear()
+        self.continues = None
         self.sites.clear()
         first: dict[int, str] = {}
         for relative, module in self.root.named_modules(remove_duplicate=False):

@@ -13,7 +13,8 @@ from torch.nn import functional
 from tracekit.core.nest import map_leaves, tensors
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
-from tracekit.models.generation import of_a_forward, run
+from tracekit.models.behind import run_behind
+from tracekit.models.generation import of_a_forward
 from tracekit.models.lengths import count_steps
 from tracekit.tracing.call import TracedCall, one_step
 
@@ -110,7 +111,7 @@ class Batch:
             return leaf
 
         inputs: Any = map_leaves(repeated, (args, kwargs))
-        return lambda tree: run(tree, *inputs)
+        return lambda tree: run_behind(tree, None, *inputs)
 
 
 def _most_padded(kwargs: dict[str, Any]) -> int | None:

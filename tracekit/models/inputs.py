@@ -14,20 +14,25 @@ from tracekit.models.bos import tokenized_rows
 
 
 def encode(
-    given: Any, tokenizer: Any, side: Callable[[], str], prepend_bos: bool | None = None
+    given: Any,
+    tokenizer: Any,
+    side: Callable[[], str],
+    prepend_bos: bool | None = None,
+    is_rest: bool = False,
 ) -> dict[str, Any]:
     """The `input_ids`, `attention_mask` … that `given` stands for.
 
     `given` is a string, a list of strings, ids (a list, a list of lists, a tensor of one or two
     dimensions) or a mapping such as a tokenizer returns. Rows of different lengths are padded.
     Text has its beginning-of-sequence token as `prepend_bos` says; None: as the tokenizer does.
+    The text of a rest goes on from other text, so it gets no token of its beginning or end.
     """
     if isinstance(given, Mapping):
         return {str(key): value for key, value in cast("Mapping[Any, Any]", given).items()}
     if isinstance(given, Tensor):
         return _from_tensor(given)
     if isinstance(given, str):
-        return _tokenized(given, tokenizer, side(), prepend_bos)
+        return _tokenized(given, tokenizer, side(), prepend_bos, is_rest)
     items = list(cast("Sequence[Any]", given)) if isinstance(given, Sequence) else None
     if not items:
         raise InputError(
@@ -35,7 +40,7 @@ def encode(
             f"not {'an empty list' if items == [] else type(given).__name__}."
         )
     if all(isinstance(item, str) for item in items):
-        return _tokenized(items, tokenizer, side(), prepend_bos)
+        return _tokenized(items, tokenizer, side(), prepend_bos, is_rest)
     if all(isinstance(item, int) for item in items):
         return _from_tensor(torch.tensor([items]))
     return _from_rows([_row(item) for item in items], tokenizer, side())
@@ -71,15 +76,20 @@ def on_device(inputs: dict[str, Any], device: torch.device | None) -> dict[str, 
 
 
 def _tokenized(
-    text: str | list[str], tokenizer: Any, side: str, prepend_bos: bool | None
+    text: str | list[str], tokenizer: Any, side: str, prepend_bos: bool | None, is_rest: bool
 ) -> dict[str, Any]:
     if tokenizer is None:
         raise InputError("text needs a tokenizer: LanguageModel(module, tokenizer=…), or give ids.")
     several = not isinstance(text, str)
-    if prepend_bos is not None:
+    if is_rest and prepend_bos:
+        raise InputError(
+            "what comes behind a prefix has no beginning: give prepend_bos= to model.prefill()."
+        )
+    if prepend_bos is not None and not is_rest:
         rows = tokenized_rows(text if several else [text], tokenizer, prepend_bos)
         return _from_rows([_row(row) for row in rows], tokenizer, side)
-    return dict(tokenizer(text, return_tensors="pt", padding=several, padding_side=side))
+    options: dict[str, Any] = {"add_special_tokens": False} if is_rest else {}
+    return dict(tokenizer(text, return_tensors="pt", padding=several, padding_side=side, **options))
 
 
 def _from_tensor(ids: Tensor) -> dict[str, Any]:

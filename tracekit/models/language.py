@@ -17,13 +17,25 @@ from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
 from tracekit.models.batching import Batch, Inputs, join_inputs
+from tracekit.models.behind import (
+    behind,
+    generate_behind,
+    goes_on,
+    names_of,
+    run_behind,
+    run_dry_behind,
+)
 from tracekit.models.generate_options import refuse_in_header, translated
-from tracekit.models.generation import forward, generation
+from tracekit.models.generation import generate
+from tracekit.models.lengths import count_steps
 from tracekit.models.model import Model, is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
+from tracekit.models.prefill import extended, prefill
+from tracekit.models.prefix import Prefix
+from tracekit.models.prefix_files import load_prefix
 from tracekit.models.returned import Returning, wanted_of
-from tracekit.models.scanning import fake_twin, run_dry
+from tracekit.models.scanning import fake_twin
 from tracekit.models.signatures import accepts
 from tracekit.models.texts import Texts, is_list_of_texts
 from tracekit.tracing.call import TracedCall
@@ -101,13 +113,14 @@ class LanguageModel(Model):
         all other keyword arguments go to the model's forward. No keys and values are kept unless
         `use_cache=True` says so.
         Without input, each `with tracer.invoke(input):` in the block has rows of its own.
+        With `prefix=model.prefill(prompt)` the pass is of `input` alone, behind that prompt.
         Raises InputError for what is no input, PaddingError for a padded batch in which a row would
         not be what it is alone.
         """
         if is_without_input(args, kwargs):
-            return self._tracer(self._batch(kwargs, forward, "trace"))
+            return self._tracer(self._batch(kwargs, run_behind, "trace"))
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
-        return self._tracer(TracedCall(lambda follower: forward(self._tree, follower, (), inputs)))
+        return self._tracer(self._forward(inputs))
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -119,11 +132,11 @@ class LanguageModel(Model):
         """
         if is_without_input(args, kwargs):
             twin = fake_twin(self._tree)
-            return self._tracer(self._batch(kwargs, run_dry, "trace", twin), tree=twin)
+            return self._tracer(self._batch(kwargs, run_dry_behind, "trace", twin), tree=twin)
         prepared = self._prepared(args, kwargs, is_dry=True)
         inputs = self._completed(prepared, for_generate=False)
         twin = fake_twin(self._tree)
-        return self._tracer(TracedCall(lambda _: run_dry(twin, _, (), inputs)), tree=twin)
+        return self._tracer(TracedCall(lambda _: run_dry_behind(twin, _, (), inputs)), tree=twin)
 
     @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +144,8 @@ class LanguageModel(Model):
 
         `with model.generate(prompt, max_new_tokens=8) as tracer:` has one step for each new
         token, and `tracer.result` is the tokens; anywhere else the tokens are returned. Takes
-        everything that `transformers.generate` takes, with its defaults, and:
+        everything that `transformers.generate` takes, with its defaults.
+        With `prefix=model.prefill(prompt)` it goes on from that prompt and `input` behind it.
 
         `prepend_bos` and `padding_side` say, as for `trace`, how text becomes tokens.
         `freq_penalty` takes that much off a token's logit for each time it has come (before the
@@ -160,8 +174,7 @@ class LanguageModel(Model):
         inputs = self._inputs_of_generation(args, rest)
         source = args[0] if args else None
         returning = Returning(wanted, self._tree, self.tokenizer, source, inputs)
-        call = generation(self._tree, (), returning.arguments())
-        output = self._made(call)
+        output = self._made(self._generation_of(returning.arguments()))
         return returning.handed_back(output, self._cache_of(returning, output))
 
     @showing_own_lines
@@ -173,8 +186,43 @@ class LanguageModel(Model):
         refuse_in_header(kwargs)
         return super().generation(*args, **kwargs)
 
+    @showing_own_lines
+    def prefill(self, *args: Any, **kwargs: Any) -> Prefix:
+        """Run a prompt once, and keep its keys and values for the runs that begin with it.
+
+        Takes what `trace` takes; of an encoder-decoder the source, and `decoder_input_ids=`. The
+        lasting edits are made, there are no gradients. UnsupportedError for a model that can't go
+        on from what it kept.
+        """
+        inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
+        inputs.pop("use_cache", None)
+        return prefill(self, self._tree, {**inputs, **_chosen(kwargs)}, self._run_apart)
+
+    @showing_own_lines
+    def load_prefix(self, path: str | Path) -> Prefix:
+        """The prefix that `prefix.save(path)` wrote; LoadingError if it is of another model."""
+        self.dispatch()
+        return load_prefix(self, path)
+
+    def _extended(self, prefix: Prefix, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prefix:
+        inputs = self._prepared(args, {**kwargs, "prefix": prefix})
+        return extended(prefix, self._completed(inputs, for_generate=False), self._run_apart)
+
+    def _run_apart(self, inputs: dict[str, Any]) -> Any:
+        """The outputs of a forward pass with the lasting edits, and no gradients."""
+        with torch.inference_mode(False), torch.no_grad():
+            call = self._forward(inputs)
+            return self._edited(call, grad=False) if self._edits else call.make(None)
+
+    def _forward(self, inputs: dict[str, Any]) -> TracedCall:
+        return TracedCall(lambda follower: run_behind(self._tree, follower, (), inputs))
+
     def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
-        return generation(self._tree, (), self._inputs_of_generation(args, kwargs))
+        return self._generation_of(self._inputs_of_generation(args, kwargs))
+
+    def _generation_of(self, inputs: dict[str, Any]) -> TracedCall:
+        count = partial(count_steps, self._tree.root, (), inputs)
+        return TracedCall(lambda follower: generate_behind(self._tree, follower, (), inputs), count)
 
     def _inputs_of_generation(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -186,8 +234,7 @@ class LanguageModel(Model):
         inputs = returning.of_pass(output)
         if inputs is None:  # no cache is wanted
             return None
-        call = TracedCall(lambda follower: forward(self._tree, follower, (), inputs))
-        return self._tracer(call, grad=False).run(returning.record)
+        return self._tracer(self._forward(inputs), grad=False).run(returning.record)
 
     def _texts(
         self, args: tuple[Any, ...], return_type: str | None, skip_special_tokens: bool
@@ -207,12 +254,11 @@ class LanguageModel(Model):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on tensors as PyTorch would, or on text, with its lasting edits."""
         self.dispatch()
-        if args and not isinstance(args[0], torch.Tensor):
+        if (args and not isinstance(args[0], torch.Tensor)) or kwargs.get("prefix") is not None:
             args, kwargs = (), self._prepared(args, kwargs)
-        if self._edits:
-            return self._edited(
-                TracedCall(lambda follower: forward(self._tree, follower, args, kwargs))
-            )
+        if self._edits or "prefix" in kwargs:
+            call = TracedCall(lambda follower: run_behind(self._tree, follower, args, kwargs))
+            return self._edited(call) if self._edits else call.make(None)
         return self.module(*args, **kwargs)
 
     def _prepared(
@@ -230,19 +276,29 @@ class LanguageModel(Model):
             raise InputError("an input is needed: a string, a list of strings, or token ids.")
         if not is_dry:
             self.dispatch()
-        return fit_padding(self._read(args, kwargs), self._tree.root, for_generate)
+        given = {name: value for name, value in kwargs.items() if name != "prefix"}
+        prefix = kwargs.get("prefix")
+        inputs = self._read(args, given, is_rest=goes_on(prefix))
+        return self._fitted(inputs, prefix, for_generate)
 
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _fitted(self, inputs: dict[str, Any], prefix: Any, for_generate: bool) -> dict[str, Any]:
+        if prefix is None:
+            return fit_padding(inputs, self._tree.root, for_generate)
+        return behind(self, prefix, inputs, for_generate)
+
+    def _read(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_rest: bool = False
+    ) -> dict[str, Any]:
         reading, kwargs = feeding.reading_of(kwargs)
         side, bos = partial(self._side, reading), reading.get("prepend_bos")
-        encoded = feeding.encode(args[0], self.tokenizer, side, bos) if args else {}
+        encoded = feeding.encode(args[0], self.tokenizer, side, bos, is_rest) if args else {}
         return feeding.on_device({**encoded, **kwargs}, feeding.device_of(self._tree.root))
 
     def _completed(self, inputs: dict[str, Any], for_generate: bool) -> dict[str, Any]:
         """`inputs`, and what else a traced call is told."""
         module = self._tree.root
         if not for_generate:
-            check_options(module, inputs)
+            check_options(module, names_of(inputs))
             if accepts(module, "use_cache") and inputs.get("past_key_values") is None:
                 inputs.setdefault("use_cache", False)
         elif self.tokenizer is not None and module.generation_config.pad_token_id is None:
@@ -253,13 +309,15 @@ class LanguageModel(Model):
         self, shared: dict[str, Any], call: Callable[..., Any], kind: str, twin: Tree | None = None
     ) -> Batch:
         reading, shared = feeding.reading_of(shared)
+        prefix = shared.pop("prefix", None)
+        call = generate_behind if call is generate else call
 
         def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-            return self._read(args, {**reading, **kwargs})
+            return self._read(args, {**reading, **kwargs}, is_rest=goes_on(prefix))
 
         def fitted(inputs: dict[str, Any]) -> dict[str, Any]:
             for_generate = kind == "generate"
-            inputs = fit_padding({**inputs, **shared}, self._tree.root, for_generate)
+            inputs = self._fitted({**inputs, **shared}, prefix, for_generate)
             return self._completed(inputs, for_generate)
 
         if twin is None:
@@ -275,6 +333,10 @@ class LanguageModel(Model):
         module = self._tree.root
         is_decoder = callable(getattr(module, "can_generate", None)) and module.can_generate()
         return "left" if is_decoder and not module.config.is_encoder_decoder else "right"
+
+
+def _chosen(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in ("use_cache",) if name in kwargs}
 
 
 @final

@@ -38,7 +38,7 @@ def fit_padding(inputs: dict[str, Any], module: Any, for_generate: bool) -> dict
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return inputs
-    _refuse_what_is_wrong(module, mask, for_generate)
+    refuse_what_is_wrong(module, mask, for_generate)
     return inputs if for_generate else with_positions(inputs, module)
 
 
@@ -51,13 +51,14 @@ def with_positions(inputs: dict[str, Any], module: Any) -> dict[str, Any]:
         return inputs
     if hasattr(getattr(module, "model", module), "get_rope_index"):
         return inputs  # its positions have three axes, and it derives them from the mask
-    return {**inputs, "position_ids": _positions(module, mask)}
+    return {**inputs, "position_ids": positions_of(module, mask)}
 
 
-def _refuse_what_is_wrong(module: Any, mask: Tensor, for_generate: bool) -> None:
+def refuse_what_is_wrong(module: Any, mask: Tensor, for_generate: bool) -> None:
+    """PaddingError for padding with which a row would not be what it is alone."""
     config = module.config
     family = config.model_type
-    if family in READS_PADDING or (family in READS_PADDING_BEFORE_5 and _is_before_5()):
+    if family in READS_PADDING or (family in READS_PADDING_BEFORE_5 and is_before_5()):
         raise PaddingError(
             f"{family} reads its padding: in a padded batch its rows would not be what each is "
             f"alone. Trace the rows one by one, or give rows of equal length."
@@ -75,7 +76,7 @@ def _refuse_what_is_wrong(module: Any, mask: Tensor, for_generate: bool) -> None
         )
 
 
-def _positions(module: Any, mask: Tensor) -> Tensor:
+def positions_of(module: Any, mask: Tensor) -> Tensor:
     """Each token's place in its own row, from 0, or from where the family's positions begin."""
     counted = mask.long().cumsum(-1)
     for part in module.modules():
@@ -84,7 +85,8 @@ def _positions(module: Any, mask: Tensor) -> Tensor:
     return torch.clamp(counted - 1, min=0)
 
 
-def _is_before_5() -> bool:
+def is_before_5() -> bool:
+    """Whether this is transformers 4."""
     import transformers
 
     return int(transformers.__version__.partition(".")[0]) < 5

@@ -8,24 +8,26 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tracekit.core.quirks import hides_the_chunks_of_a_prompt
 from tracekit.core.tree import Tree
 from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
 from tracekit.models.recompute import end_tokens, up_to_end, valid_tokens
-from tracekit.models.signatures import by_name_of_forward, is_transformers
+from tracekit.models.signatures import accepts, by_name_of_forward, is_transformers
 from tracekit.models.stops import Stops
 from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
 
 _KV_CACHES: Final = ("past_key_values", "cache_params")
+_LOOP: Final = str(Path(__file__).with_name("generation.py"))  # nobody calls it but us
 # Who calls the model from these files does it for other tokens (transformers 4.57 to 5.23).
 _SIDE_BRANCHES: Final = ("logits_process.py", "candidate_generator.py")
-_OUTERMOST: Final = __file__.replace("passes.py", "generation.py")  # nobody calls it but us
 
 
 @final
@@ -45,14 +47,18 @@ class Passes:
         self._is_finished = False
         self._rows = 0  # of the first forward
         self._ids: Tensor | None = None  # at the end of the last step
+        self._embedded = 0  # columns of the prompt that these have not: given as embeddings
         self._generating: Any = None  # what the decoding loop calls
         self._modules = [each for each in tree.modules.values() if is_transformers(each)]
+        self._called_within: dict[Any, Any] = {}  # in the place of a model whose hooks are passed
+        if asked(self._root, given, "prefill_chunk_size") and hides_the_chunks_of_a_prompt():
+            self._called_within = {each.base_model: each for each in self._modules}
         self._handles: list[RemovableHandle] = []
         timeline.is_generation = True
         timeline.prompt, timeline.prompt_mask = self._known_prompt()
 
     def __enter__(self) -> Passes:
-        for module in self._modules:
+        for module in {*self._modules, *self._called_within}:
             begin: Any = self._begin
             before = module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
             self._handles += [before, module.register_forward_hook(self._end, always_call=True)]
@@ -69,16 +75,23 @@ class Passes:
         self._given, self._root, self._generating = {}, None, None
 
     def _so_far(self) -> Transcript | None:
-        """The tokens at the end of the last step; of beams, nobody knows which will be left."""
-        if self._ids is None or self._has_beams:
+        """The tokens at the end of the last step, or the prompt; None while there are beams."""
+        if self._generating is None or self._has_beams:
             return None
-        return self._transcript(self._with_prompt(self._ids))
+        if self._ids is not None:
+            return self._transcript(self._with_prompt(self._ids))
+        prompt = self._given_ids() if is_own_generate(self._root) else None
+        if prompt is None or is_encoder_decoder(self._root):
+            return None
+        return self._transcript(prompt.repeat_interleave(self._rows // len(prompt), 0))
 
     def end_step(self, ids: Tensor) -> None:
         """A step has ended, with these sequences: `[rows, length]`, without what was embedded."""
         self._step += 1
         self._ids = ids
-        self._timeline.end_step(self._embedded(ids) + ids.shape[1])
+        if self._step == 1 and ids.shape[1] <= self._prompt():
+            self._embedded = self._prompt()
+        self._timeline.end_step(self._embedded + ids.shape[1])
 
     def finish(self, result: Any) -> None:
         """Generate has returned `result`, a dictionary where there are beams."""
@@ -100,6 +113,7 @@ class Passes:
         if self._depth > 1:
             return
         given = by_name_of_forward(module, args, kwargs or {})
+        module = self._called_within.get(module, module)
         size = _size(module, given)
         if size is None:
             return
@@ -108,6 +122,8 @@ class Passes:
             self._generating, self._rows = module, rows
             self._note_padding(given, length)
         kept = given.get("logits_to_keep")
+        if self._called_within and accepts(module, "logits_to_keep"):
+            kept = 1  # generate asks the model itself for no more
         is_main = not _is_side_branch() and module is self._generating
         start = self._start(given, length)
         kept = kept if isinstance(kept, int) else 0
@@ -134,7 +150,7 @@ class Passes:
     def _note_padding(self, given: dict[str, Any], length: int) -> None:
         """Where the prompt is made in a `generate` of its own, its first forward has the mask."""
         mask = given.get("attention_mask")
-        if is_own_generate(self._root) or self._root.config.is_encoder_decoder:
+        if is_own_generate(self._root) or is_encoder_decoder(self._root):
             return
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length:
             self._timeline.prompt_mask = None if bool(mask.all()) else mask.bool().cpu()
@@ -144,7 +160,7 @@ class Passes:
     def _known_prompt(self) -> tuple[int | None, Tensor | None]:
         """How many columns the prompt has, and which of them are tokens, where that is plain."""
         given = self._given
-        if not is_own_generate(self._root) or self._root.config.is_encoder_decoder:
+        if not is_own_generate(self._root) or is_encoder_decoder(self._root):
             mask = given.get("decoder_attention_mask")
             return None, None if mask is None else mask.cpu()
         ids = self._given_ids()
@@ -171,15 +187,10 @@ class Passes:
         passes = self._timeline.passes
         return max((each.stop for each in passes if each.is_main and each.step == 0), default=0)
 
-    def _embedded(self, ids: Tensor) -> int:
-        """How many columns of the prompt `ids` has not, as they were given embedded."""
-        prompt = self._prompt()
-        return 0 if ids.shape[1] > prompt else prompt
-
     def _with_prompt(self, ids: Tensor) -> Tensor:
-        embedded = self._embedded(ids) if self._step < 2 else self._timeline.lengths[0] - 1
-        embedded = embedded if self._timeline.lengths[-1] > ids.shape[1] else 0
-        if not embedded:
+        embedded = self._embedded
+        is_longer = self._ids is not None and ids.shape[1] > self._ids.shape[1]
+        if not embedded or is_longer:  # a `generate` of its own may have put it in front
             return ids
         known = self._given_ids()
         if known is None or known.shape[1] != embedded:
@@ -249,6 +260,11 @@ def asked(module: Any, given: dict[str, Any], name: str) -> Any:
     return None
 
 
+def is_encoder_decoder(module: Any) -> bool:
+    """Whether what it generates is read by a decoder, behind an encoder."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
 def is_own_generate(module: Any) -> bool:
     """Whether its `generate` is the one that all models of transformers have."""
     kinds = (kind for kind in type(module).__mro__ if "generate" in vars(kind))
@@ -258,7 +274,7 @@ def is_own_generate(module: Any) -> bool:
 def _size(module: Any, given: dict[str, Any]) -> tuple[int, int] | None:
     """How many rows and positions a forward has."""
     names = ["input_ids", "inputs_embeds"]
-    if module.config.is_encoder_decoder:
+    if is_encoder_decoder(module):
         names = ["decoder_input_ids", "decoder_inputs_embeds"]
     for name in names:
         tensor = given.get(name)
@@ -284,7 +300,7 @@ def _is_side_branch() -> bool:
         name = frame.f_code.co_filename
         if name.endswith(_SIDE_BRANCHES):
             return True
-        if name == _OUTERMOST:
+        if name == _LOOP:
             return False
         frame = frame.f_back
     return False

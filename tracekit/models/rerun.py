@@ -11,6 +11,7 @@ from torch import nn
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError
 from tracekit.models.eager import eager
+from tracekit.models.inputs import device_of
 from tracekit.models.recompute import forward_inputs
 from tracekit.tracing.timeline import NO_TOKEN, Transcript
 
@@ -53,7 +54,7 @@ class Rerun:
         inputs = forward_inputs(
             module,
             self._given,
-            tokens.to(_device_of(module)),
+            tokens.to(device_of(module)),
             new_tokens=transcript.is_real[:, transcript.prompt :].sum(1),
             include_last=include_last,
         )
@@ -68,7 +69,3 @@ class Rerun:
                 "again: keep it, and ask before you delete it."
             )
         return tree
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device

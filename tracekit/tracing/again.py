@@ -67,6 +67,10 @@ def with_last(sequence: TokenSequence, site: Site, call: int, changes: Changes) 
 
     CacheError if a block edited step by step: the last token had no step.
     """
+    transcript = changes.timeline.transcript
+    assert transcript is not None
+    if changes.timeline.total == transcript.tokens.shape[1]:
+        return sequence  # a plain trace, or a step that was left: it is there
     if changes.whole.made:
         raise CacheError(
             f"include_last=True runs the last token once more, and {changes.whole.made[0].site} "
@@ -84,8 +88,6 @@ def with_last(sequence: TokenSequence, site: Site, call: int, changes: Changes) 
         raise CacheError(f"{site.path} did not run for the last token.")
     last = found[0] if changes.span is None else found[0][changes.span.of(len(found[0]))]
     plain = sequence.as_subclass(Tensor)
-    transcript = changes.timeline.transcript
-    assert transcript is not None
     joined = torch.cat([plain, last.to(plain)], 1).as_subclass(TokenSequence)
     joined.columns = [*sequence.columns, transcript.tokens.shape[1] - 1]
     joined.tokens = torch.cat([sequence.tokens, transcript.tokens[:, -1:]], 1)

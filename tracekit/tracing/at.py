@@ -157,8 +157,9 @@ class PositionEdit:
         one = timeline.current
         if one is None:
             raise UnsupportedError(
-                f"{self.site}.at(...): it ran outside of the decoder's forwards (an encoder, for "
-                f"one), or what calls the model is none of transformers' ways; edit its .output."
+                f"{self.site}.at(...) ({self.line}): it ran outside of the decoder's forwards (an "
+                f"encoder, for one), or what calls the model is none of transformers' ways; edit "
+                f"its .output."
             )
         return self.apply(value, one, timeline) if one.is_main else value
 
@@ -174,6 +175,10 @@ class PositionEdit:
             return value
         self.has_fired = True
         laid = tensor.unflatten(0, (one.rows, count)) if axis == 0 else tensor.movedim(axis, 1)
+        if laid.shape[0] < one.rows:  # one value for all rows, which stays so if it can
+            is_one = bool((places == places[:1]).all())
+            places, mask = (places[:1], mask[:1]) if is_one else (places, mask)
+            laid = laid if is_one else laid.expand(one.rows, *laid.shape[1:])
         new = self._changed(laid, places)
         mask = mask.to(laid.device).reshape(*mask.shape, *[1] * (laid.dim() - 2))
         new = torch.where(mask, new, laid)
@@ -195,12 +200,16 @@ class PositionEdit:
 
     def _changed(self, value: Tensor, places: Tensor) -> Tensor:
         own = value.clone()
-        new = self._change(own, partial(_spread, own, places, self.chosen.count))
+        try:
+            new = self._change(own, partial(_spread, own, places, self.chosen.count))
+        except MisfitError as error:
+            where = f"{self.site} at {self.chosen!r} ({self.line})"
+            raise MisfitError(f"{where}: {error.args[0]}") from None
         new = own if new is None else new
         if not isinstance(new, Tensor) or new.shape != value.shape or new.dtype != value.dtype:
             raise MisfitError(
-                f"{self.site} at {self.chosen!r} was {describe(value)}, and the edit made "
-                f"{describe(new)} of it: it has to keep shape and dtype."
+                f"{self.site} at {self.chosen!r} was {describe(value)}, and the edit ({self.line}) "
+                f"made {describe(new)} of it: it has to keep shape and dtype."
             )
         return new
 
@@ -223,7 +232,12 @@ def _operated(
     if isinstance(operand, Tensor):
         operand = spread(operand.to(value.device))
     index = (..., *features)
-    value[index] = operation(value[index], operand)
+    try:
+        value[index] = operation(value[index], operand)
+    except (RuntimeError, IndexError) as error:
+        raise MisfitError(
+            f"{describe(operand)} can't be written at positions of {describe(value)}: {error}"
+        ) from None
     return value
 
 

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from torch import nn
 
+from tracekit.capture import user_traceback
 from tracekit.core.keep import Keep
 from tracekit.core.site import Slot
 from tracekit.core.tree import Tree
@@ -16,10 +17,22 @@ from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.passage import Passage
+from tracekit.interleave.protocol import Unwind
 from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.recorder import Recorder
+from tracekit.tracing.timeline import Timeline
+
+
+def _edited(edit: PositionEdit, mediator: Mediator, timeline: Timeline, value: Any) -> Any:
+    """`value`, with the edit made; an error of it is one of the block that wrote the edit."""
+    try:
+        return edit.apply_now(timeline, value)
+    except Exception as error:  # noqa: BLE001 - it is raised at the user's `with`
+        error.__traceback__ = user_traceback(error)
+        mediator.error = error
+        raise Unwind from None
 
 
 @final
@@ -101,7 +114,7 @@ class Fixtures:
         edit.span = None if rows is None or rows.is_all else rows.span
         self.changes.at_positions.append(edit)
         self.changes.timeline.is_wanted = True
-        self._hooks.edit(*edit.site, partial(edit.apply_now, self.changes.timeline))
+        self._hooks.edit(*edit.site, partial(_edited, edit, mediator, self.changes.timeline))
         if mediator.note is not None:
             mediator.note("edit", f"{edit.site}.at({edit.chosen!r})", None, line)
 

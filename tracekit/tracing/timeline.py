@@ -184,25 +184,31 @@ class Timeline:
         That which came to it first: with keys and values kept, there is no other.
         """
         found: list[tuple[int, int]] = []
-        covered, total = 0, self.total
-        # how many positions are certain when a step is over: its last token is the next's
-        accepted = [min(length - 1, total) for length in self.lengths]
-        for _, step, _, start, length, _, is_main in self.passes:
-            certain = accepted[step] if step < len(accepted) else total
-            stop = min(start + length, certain) if is_main else 0
-            first = max(start, covered)
+        covered = 0
+        certain = self._certain()
+        for one in self.passes:
+            stop = min(one.stop, certain[one.step]) if one.is_main else 0
+            start = max(one.start, covered)
+            found.append((start, max(start, stop)))
             covered = max(covered, stop)
-            found.append((first, max(first, stop)))
         return found
 
     @property
     def total(self) -> int:
         """How many positions ran: all but the last token, which nobody needs to go over."""
-        stops = max((one.start + one.length for one in self.passes if one.is_main), default=0)
-        if self.transcript is None:
-            return stops
-        length = self.transcript.tokens.shape[1]
-        return min(stops, length - 1 if self.lengths else length)
+        certain = self._certain()
+        stops = (min(one.stop, certain[one.step]) for one in self.passes if one.is_main)
+        return max(stops, default=0)
+
+    def _certain(self) -> list[int]:
+        """For each step, how many positions are certain when it is over.
+
+        The last token of a step is the next one's; in a step that was left, all were there before.
+        """
+        known = self.passes[-1].stop if self.passes else 0
+        if self.transcript is not None:
+            known = self.transcript.tokens.shape[1]
+        return [*(min(length - 1, known) for length in self.lengths), known]
 
     @property
     def first(self) -> int:

@@ -238,7 +238,8 @@ def _with_other_rows(entries: list[Entry], slot: Slot) -> Pass | None:
         one, tensor = entry.during, first_tensor(_value(entry, slot))
         if one is None or not one.is_main or tensor is None:
             continue
-        if tensor.dim() < 3 or tensor.shape[1] != one.length:
+        is_shared = tensor.dim() > 0 and tensor.shape[0] == 1  # by all rows
+        if tensor.dim() < 3 or tensor.shape[1] != one.length or is_shared:
             continue
         if rows not in (None, tensor.shape[0]):
             return one
