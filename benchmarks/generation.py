@@ -228,7 +228,8 @@ def _rows_of_visits(more: dict[tuple[str, str], Series]) -> list[Row]:
         theirs_whole = theirs + more["nnsight, empty", "plain"]
         rows += [
             Row("a visit: cache beyond the empty trace / nnsight", 0.35, ratio(cached, theirs)),
-            Row("the same with the trace / nnsight", 0.35, ratio(ours_whole, theirs_whole)),
+            Row("a visit: trace and cache / nnsight", 0.35, ratio(ours_whole, theirs_whole)),
+            Row("a visit: hooks / trace and cache of nnsight", None, ratio(by_hand, theirs_whole)),
         ]
     return rows
 

@@ -190,10 +190,10 @@ class Passes:
 
     def _prompt(self) -> int:
         """How many columns came before the first new token."""
+        if self._timeline.prompt is not None:
+            return self._timeline.prompt
         passes = self._timeline.passes
-        stops = [each.stop for each in passes if each.is_main and each.step == 0]
-        known = self._timeline.prompt
-        return max(stops, default=0) if known is None else known
+        return max((each.stop for each in passes if each.is_main and each.step == 0), default=0)
 
     def _with_prompt(self, ids: Tensor) -> Tensor:
         embedded = self._embedded

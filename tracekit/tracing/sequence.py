@@ -163,14 +163,14 @@ def _count(tensor: Tensor, one: Pass) -> int:
 
 
 def _check_whole(path: str, columns: list[int], timeline: Timeline) -> None:
-    total = timeline.total - timeline.first
-    if len(columns) == total:
+    ran = range(timeline.first, timeline.total)
+    if len(columns) == len(ran):
         return
-    missing = sorted(set(range(timeline.first, timeline.total)) - set(columns))
+    missing = sorted(set(ran) - set(columns))
     told = f"{missing[0]} to {missing[-1]}" if len(missing) > 1 else f"{missing[0]}"
     raise CacheError(
-        f"{path} has no value for {len(missing)} of {total} positions ({told}): it did not run for "
-        f"them, as a head does not for a prompt but its last token. Write "
+        f"{path} has no value for {len(missing)} of {len(ran)} positions ({told}): it did not run "
+        f"for them, as a head does not for a prompt but its last token. Write "
         f"cache.sequence(path, partial=True) for those it has; .positions tells which."
     )
 
