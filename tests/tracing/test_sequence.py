@@ -15,7 +15,7 @@ from tests.models.one_forward import run_plainly
 from tests.tiny_models import IS_TRANSFORMERS_5, make
 from tests.tracing.plain import state_of
 from tracekit import Cache, LanguageModel, Model, settings
-from tracekit.errors import CacheError
+from tracekit.errors import CacheError, UnknownPathError
 from tracekit.tracing.sequence import TokenSequence
 
 IDS = make("gpt2")[1]["input_ids"]  # two rows of eight
@@ -321,15 +321,16 @@ def test_a_run_that_is_stopped_has_what_it_went_over(net: Any, model: Model) -> 
     assert cache.verify()
 
 
-def test_a_run_that_is_stopped_in_its_first_step_has_no_tokens(model: Model) -> None:
+def test_a_run_that_is_stopped_in_its_first_step_has_the_prompt(model: Model) -> None:
     with model.generate(IDS, **GREEDY) as tracer:
         cache = tracer.cache("transformer.h.*")
-        model.transformer.h[0].output
+        h0 = model.transformer.h[0].output
         tracer.stop()
-    with pytest.raises(CacheError, match="the tokens of this run are not known"):
-        cache.sequence("transformer.h.0")
-    with pytest.raises(CacheError, match="stopped before its first step was over"):
-        cache.verify()
+    sequence = cache.sequence("transformer.h.0")
+    assert torch.equal(sequence.as_subclass(Tensor), h0)
+    assert torch.equal(sequence.tokens, IDS)
+    with pytest.raises(UnknownPathError, match="ended before the module was called"):
+        cache.sequence("transformer.h.1")
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2}], ids=str)
