@@ -79,6 +79,8 @@ def refuse_what_is_wrong(module: Any, mask: Tensor, for_generate: bool) -> None:
 def positions_of(module: Any, mask: Tensor) -> Tensor:
     """Each token's place in its own row, from 0, or from where the family's positions begin."""
     counted = mask.long().cumsum(-1)
+    if module.config.model_type == "paligemma":
+        return torch.clamp(counted, min=1)
     for part in module.modules():
         if hasattr(part, "padding_idx") and hasattr(part, "position_embeddings"):  # RoBERTa's heirs
             return counted * mask.long() + part.padding_idx

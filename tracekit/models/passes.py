@@ -53,7 +53,9 @@ class Passes:
         self._modules = [each for each in tree.modules.values() if is_transformers(each)]
         self._called_within: dict[Any, Any] = {}  # in the place of a model whose hooks are passed
         if asked(self._root, given, "prefill_chunk_size") and hides_the_chunks_of_a_prompt():
-            self._called_within = {each.base_model: each for each in self._modules}
+            self._called_within = {
+                part: each for each in self._modules for part in (each.base_model, _decoder(each))
+            }
         self._has_drafts = any(asked(self._root, given, option) for option in _DRAFTING)
         self._handles: list[RemovableHandle] = []
         timeline.is_generation = True
@@ -128,7 +130,7 @@ class Passes:
         rows, length = size
         if self._generating is None:
             self._generating, self._rows = module, rows
-            self._note_padding(given, length)
+            self._note_padding(length)
         kept = given.get("logits_to_keep")
         if self._called_within and accepts(module, "logits_to_keep"):
             kept = 1  # generate asks the model itself for no more
@@ -155,9 +157,9 @@ class Passes:
         known = self._timeline.lengths[self._step - 1]
         return 0 if length >= known else known - length
 
-    def _note_padding(self, given: dict[str, Any], length: int) -> None:
-        """Where the prompt is made in a `generate` of its own, its first forward has the mask."""
-        mask = given.get("attention_mask")
+    def _note_padding(self, length: int) -> None:
+        """In a `generate` of its own the prompt may be another; if it is as long, its mask is."""
+        mask = self._given.get("attention_mask")
         if is_own_generate(self._root) or is_encoder_decoder(self._root):
             return
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length:
@@ -277,6 +279,11 @@ def is_own_generate(module: Any) -> bool:
     """Whether its `generate` is the one that all models of transformers have."""
     kinds = (kind for kind in type(module).__mro__ if "generate" in vars(kind))
     return next(kinds).__name__ == "GenerationMixin"
+
+
+def _decoder(module: Any) -> Any:
+    """The part that is called in every forward, also where the model in between is passed by."""
+    return module.get_decoder() if hasattr(module, "get_decoder") else module.base_model
 
 
 def _size(module: Any, given: dict[str, Any]) -> tuple[int, int] | None:

@@ -1,6 +1,6 @@
 """What was changed in a run, and at which positions: enough to make the same changes again."""
 
-# A block's edit is kept as what it added to each value, so that a replay that meets other values
+# A block's edit is kept as the values before and after it, so that a replay that meets other values
 # (a fault) ends with other values, too; what stands in for a skipped module is kept as it is.
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Change(NamedTuple):
     call: int  # in that step
     leaf: int  # the how-manieth tensor of the value
     how: How
-    value: Tensor | None  # what was added to it, or stands in its place; None: of another shape
+    value: Tensor | None  # what stands in its place; None: of another shape, or no numbers
+    before: Tensor | None = None  # what was there; None where a module was skipped
 
 
 @final
@@ -91,23 +92,23 @@ class _Look:
         for leaf, (after, before) in enumerate(zip(tensors(value), self._before, strict=False)):
             changed = _change(after, *before, self.is_skipped)
             if changed is not None:
-                how, added = changed
                 visit = self._visit
                 self._owner.made.append(
-                    Change(visit.site, one, visit.step, visit.call, leaf, how, added)
+                    Change(visit.site, one, visit.step, visit.call, leaf, *changed)
                 )
 
 
 def _change(
     after: Tensor, was: Tensor, version: int, before: Tensor, is_skipped: bool
-) -> tuple[How, Tensor | None] | None:
+) -> tuple[How, Tensor | None, Tensor | None] | None:
     if is_skipped:
-        return How.SKIPPED, after.detach().clone()
+        return How.SKIPPED, after.detach().clone(), None
     is_same = after is was
     if is_same and changes(after) == version and version >= 0:
         return None
     how = How.IN_PLACE if is_same else How.REPLACED
+    if after.shape == before.shape and bool((after.detach() == before).all()):
+        return None  # a copy, as what is written beside a tensor of a tuple
     if after.shape != before.shape or not before.is_floating_point():
-        return how, None
-    added = after.detach() - before
-    return None if is_same and not bool(added.any()) else (how, added)
+        return how, None, None
+    return how, after.detach().clone(), before

@@ -199,6 +199,14 @@ def _rows(transcript: Transcript) -> int:
     return transcript.tokens.shape[0] if transcript.lineage is None else transcript.batch
 
 
+def _is_of_pairs(pieces: list[Piece]) -> bool:
+    """Whether the first two axes grow with the positions, so that neither has the rows."""
+    lengths = {piece.length for piece in pieces}
+    return len(lengths) > 1 and all(
+        piece.value.shape[:2] == (piece.length, piece.length) for piece in pieces
+    )
+
+
 def _axis(path: str, pieces: list[Piece], rows: int, is_flat: bool) -> int:
     """Where the positions are in every piece: axis 1 or 2, or 0 with rows and positions in one."""
     found = [
@@ -214,6 +222,12 @@ def _axis(path: str, pieces: list[Piece], rows: int, is_flat: bool) -> int:
         raise CacheError(
             f"{path} gave {describe(pieces[0].value)}, and two of its axes may be the positions; "
             f"run it on another number of tokens, or read its entries."
+        )
+    if _is_of_pairs(pieces):
+        raise CacheError(
+            f"{path} gave {describe(pieces[-1].value)} in a forward over {pieces[-1].length} "
+            f"positions, and less in those before: it has a value for each pair of positions; read "
+            f"its entries."
         )
     if found == [0] and not is_flat:
         raise CacheError(

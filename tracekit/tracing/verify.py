@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,17 +18,9 @@ from tracekit.errors import CacheError, TracekitError
 from tracekit.tracing.again import by_position, run_again
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import ABSENT, Entry
+from tracekit.tracing.replay import TOLERANCES
 from tracekit.tracing.sequence import TokenSequence, calls_in_forwards, stitch
 from tracekit.tracing.timeline import Pass
-
-# Largest deviation, over the largest value of the site, that steps under kept keys and values and
-# one forward may differ by: float32 was measured at 4e-7, bfloat16 at 5e-3.
-TOLERANCES: Final = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 2e-2,
-}
 
 
 @final
@@ -135,6 +127,8 @@ class _Comparison:
         if not recorded:
             return
         label = str(site) + (f" (call {call})" if call else "")
+        if site.slot is Slot.INPUT:
+            value = _of_same_name(value, recorded[0])
         try:
             check = self._compared(label, site, recorded, call, value, one)
         except TracekitError as error:
@@ -145,7 +139,7 @@ class _Comparison:
         self, label: str, site: Site, entries: list[Entry], call: int, value: Any, one: Pass
     ) -> Check:
         if all(entry.during is None for entry in entries):
-            return self._compared_as_it_is(label, site, entries[call : call + 1], value)
+            return self._compared_as_it_is(label, site, entries[call : call + 1], value, one)
         chosen = calls_in_forwards(entries, call)
         odd = _with_other_rows(chosen, site.slot)
         if odd is not None:
@@ -155,7 +149,7 @@ class _Comparison:
         except TracekitError:
             if len(chosen) > 1:
                 raise
-            return self._compared_as_it_is(label, site, chosen, value)
+            return self._compared_as_it_is(label, site, chosen, value, one)
 
     def _compared_by_position(
         self, label: str, site: Site, chosen: list[Entry], value: Any, one: Pass
@@ -178,7 +172,9 @@ class _Comparison:
         span = self._changes.span
         return laid if span is None else laid[span.of(laid.shape[0])]
 
-    def _compared_as_it_is(self, label: str, site: Site, entries: list[Entry], value: Any) -> Check:
+    def _compared_as_it_is(
+        self, label: str, site: Site, entries: list[Entry], value: Any, one: Pass
+    ) -> Check:
         """What runs once, outside the decoder's forwards: an encoder, for one."""
         recorded = first_tensor(_value(entries[0], site.slot)) if entries else None
         tensor = first_tensor(first_input(value) if site.slot is Slot.INPUT else value)
@@ -187,7 +183,10 @@ class _Comparison:
         again = self._rows(tensor).to(recorded.device)
         if again.shape != recorded.shape and recorded.shape[:1] and again.shape[:1]:
             repeats = max(1, again.shape[0] // max(1, recorded.shape[0]))
-            recorded = recorded.repeat_interleave(repeats, 0)
+            if recorded.shape[0] * repeats == one.rows:
+                recorded = recorded.repeat_interleave(repeats, 0)
+            else:  # the patches of all images in one axis, again for each of a row's sequences
+                recorded = recorded.repeat(repeats, *[1] * (recorded.dim() - 1))
         if again.shape != recorded.shape:
             raise CacheError("it runs over other rows or positions in one forward")
         return self._judged(label, recorded, again, None)
@@ -231,6 +230,17 @@ def _value(entry: Entry, slot: Slot) -> Any:
     return entry.input if slot is Slot.INPUT else entry.output
 
 
+def _of_same_name(inputs: Any, recorded: Entry) -> Any:
+    """`(args, kwargs)` with that input alone that was recorded as the first one.
+
+    An encoder is called in one way by generate, and in another by its model.
+    """
+    args, kwargs = recorded.inputs
+    name = next(iter(kwargs), None)
+    is_named = not args and not inputs[0] and name in inputs[1]
+    return ((inputs[1][name],), {}) if is_named else inputs
+
+
 def _with_other_rows(entries: list[Entry], slot: Slot) -> Pass | None:
     """The first forward in which what is laid out by position has other rows than before."""
     rows = None
@@ -238,8 +248,9 @@ def _with_other_rows(entries: list[Entry], slot: Slot) -> Pass | None:
         one, tensor = entry.during, first_tensor(_value(entry, slot))
         if one is None or not one.is_main or tensor is None:
             continue
-        is_shared = tensor.dim() > 0 and tensor.shape[0] == 1  # by all rows
-        if tensor.dim() < 3 or tensor.shape[1] != one.length or is_shared:
+        if tensor.dim() < 3 or tensor.shape[1] != one.length:
+            continue
+        if tensor.shape[0] in (1, one.length):  # for all rows, or for each pair of positions
             continue
         if rows not in (None, tensor.shape[0]):
             return one
