@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tracekit.core.quirks import asks_criteria_about_drafts, hides_the_chunks_of_a_prompt
+from tracekit.core.quirks import (
+    asks_criteria_about_drafts,
+    hides_the_chunks_of_a_prompt,
+    part_that_generates,
+)
 from tracekit.core.tree import Tree
 from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
-from tracekit.models.recompute import end_tokens, up_to_end, valid_tokens
+from tracekit.models.recompute import up_to_end, valid_tokens
 from tracekit.models.signatures import accepts, by_name_of_forward, is_transformers
 from tracekit.models.stops import Stops
 from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
@@ -175,9 +179,11 @@ class Passes:
             return None, None if mask is None else mask.cpu()
         ids = self._given_ids()
         if ids is not None:
-            none = ids.new_zeros(ids.shape[0])
-            mask = valid_tokens(self._root, given, ids, new_tokens=none)
-            return ids.shape[1], None if bool(mask.all()) else mask.cpu()
+            mask = given.get("attention_mask")
+            if not isinstance(mask, Tensor) or mask.shape != ids.shape:  # transformers makes one
+                none = ids.new_zeros(ids.shape[0])
+                mask = valid_tokens(self._root, given, ids, new_tokens=none)
+            return ids.shape[1], None if bool(mask.all()) else mask.bool().cpu()
         embeds: Any = given.get("inputs_embeds")
         mask = given.get("attention_mask")
         has_padding = mask is not None and not bool(mask.all())
@@ -225,7 +231,7 @@ class Passes:
 
     def _is_own(self, new: Tensor, prompt: int) -> Tensor:
         """Which of the new tokens are up to the end of their row."""
-        count = up_to_end(new, end_tokens(self._root, self._given))
+        count = up_to_end(new, _ends(self._root, self._given))
         if self._stops is not None and not self._has_beams:
             count = self._stops.new_tokens(prompt, count)
         return torch.arange(new.shape[1]) < count[:, None]
@@ -260,14 +266,24 @@ def tell_forward(module: Any, timeline: Timeline, given: dict[str, Any]) -> None
 
 
 def asked(module: Any, given: dict[str, Any], name: str) -> Any:
-    """What a generation goes by: what is given, over a given configuration, over the module's."""
-    if given.get(name) is not None:
+    """What a generation goes by: what is given, over a given configuration, over the module's.
+
+    As generation_settings has it, without what that costs.
+    """
+    if name in given:
         return given[name]
-    for config in (given.get("generation_config"), getattr(module, "generation_config", None)):
+    inner = part_that_generates(module)
+    for config in (given.get("generation_config"), getattr(inner, "generation_config", None)):
         found = getattr(config, name, None)
         if found is not None:
             return found
     return None
+
+
+def _ends(module: Any, given: dict[str, Any]) -> list[int]:
+    """The end-of-sequence tokens."""
+    ends = asked(module, given, "eos_token_id")
+    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
 
 def is_encoder_decoder(module: Any) -> bool:

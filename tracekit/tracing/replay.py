@@ -140,7 +140,7 @@ def _with(tensor: Tensor, again: _Again, one: Pass) -> Tensor:
     own = tensor if again.how is How.IN_PLACE else tensor.clone()
     if isinstance(again.laid, Tensor):
         return own.copy_(_as_before(own, again.laid, again.before))
-    value, columns, axis = again.laid
+    value, columns, _, axis = again.laid
     laid = own.unflatten(0, (one.rows, one.length)) if axis == 0 else own.movedim(axis, 1)
     index = torch.tensor(columns, device=own.device)
     laid.index_copy_(1, index, _as_before(laid.index_select(1, index), value, again.before))

@@ -87,8 +87,8 @@ def stitch(
             f"was stopped before its first step was over, or is no generation of transformers."
         )
     laid = lay_out(path, _tensors(entries, values), timeline, transcript, is_flat)
-    if not is_partial:
-        _check_whole(path, laid.columns, timeline)
+    if not is_partial and len(laid.columns) != laid.whole:
+        raise _not_whole(path, laid.columns, timeline)
     return _labelled(laid.value, transcript, laid.columns)
 
 
@@ -97,6 +97,7 @@ class Laid(NamedTuple):
 
     value: Tensor
     columns: list[int]
+    whole: int  # how many columns the run went over
     axis: int  # where the positions are in the site's own values; 0: in one with the rows
 
 
@@ -108,7 +109,8 @@ def lay_out(
     is_flat: bool = False,
 ) -> Laid:
     """What a site gave in these forwards, by position; CacheError for what is no such thing."""
-    pieces = _pieces(path, tensors, timeline)
+    spans = timeline.spans()
+    pieces = _pieces(path, tensors, spans)
     columns = [column for piece in pieces for column in range(piece.start, piece.stop)]
     shapes = list({(piece.value.shape, piece.length): piece for piece in pieces}.values())
     axis = _axis(path, shapes, _rows(transcript), is_flat)
@@ -118,7 +120,8 @@ def lay_out(
             f"{path} gave values of other sizes in each forward, {describe(pieces[0].value)} and "
             f"{describe(pieces[-1].value)}; read its entries."
         )
-    return Laid(_joined(pieces, axis, transcript), columns, axis)
+    whole = sum(stop - start for start, stop in spans)
+    return Laid(_joined(pieces, axis, transcript), columns, whole, axis)
 
 
 def _tensors(entries: Sequence[Entry], values: list[Any]) -> Iterator[tuple[Pass, Tensor]]:
@@ -131,9 +134,10 @@ def _tensors(entries: Sequence[Entry], values: list[Any]) -> Iterator[tuple[Pass
         yield entry.during, tensor
 
 
-def _pieces(path: str, tensors: Iterable[tuple[Pass, Tensor]], timeline: Timeline) -> list[Piece]:
+def _pieces(
+    path: str, tensors: Iterable[tuple[Pass, Tensor]], spans: list[tuple[int, int]]
+) -> list[Piece]:
     """Of each forward, the positions that no earlier one has, in order."""
-    spans = timeline.spans()
     pieces: list[Piece] = []
     for one, tensor in tensors:
         start, stop = spans[one.place]
@@ -162,15 +166,13 @@ def _count(tensor: Tensor, one: Pass) -> int:
     return one.kept if is_kept else one.length
 
 
-def _check_whole(path: str, columns: list[int], timeline: Timeline) -> None:
-    ran = range(timeline.first, timeline.total)
-    if len(columns) == len(ran):
-        return
-    missing = sorted(set(ran) - set(columns))
+def _not_whole(path: str, columns: list[int], timeline: Timeline) -> CacheError:
+    total = timeline.total - timeline.first
+    missing = sorted(set(range(timeline.first, timeline.total)) - set(columns))
     told = f"{missing[0]} to {missing[-1]}" if len(missing) > 1 else f"{missing[0]}"
-    raise CacheError(
-        f"{path} has no value for {len(missing)} of {len(ran)} positions ({told}): it did not run "
-        f"for them, as a head does not for a prompt but its last token. Write "
+    return CacheError(
+        f"{path} has no value for {len(missing)} of {total} positions ({told}): it did not run for "
+        f"them, as a head does not for a prompt but its last token. Write "
         f"cache.sequence(path, partial=True) for those it has; .positions tells which."
     )
 
