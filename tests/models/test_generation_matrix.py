@@ -209,6 +209,46 @@ def test_padding_is_refused_for_what_reads_it(name: str) -> None:
         fit_padding(given, module, for_generate=True)
 
 
+# What a way alone does not show: a prompt that is put together elsewhere, patches without rows,
+# positions that begin at 1, a model that is passed by.
+COMBINED: list[tuple[str, bool, dict[str, Any]]] = [
+    ("blip_2", True, {"cache_implementation": "static"}),
+    ("blip_2", True, {"num_beams": 3}),
+    ("qwen2_5_vl", False, {"do_sample": True, "num_return_sequences": 2}),
+    ("qwen2_5_vl", True, {"num_beams": 2, "num_return_sequences": 2}),
+    ("paligemma", True, {"use_cache": False}),
+    ("opt", True, {"num_beams": 2, "num_return_sequences": 2}),
+    ("opt", False, {"prefill_chunk_size": 3}),
+    ("llama", False, {"prefill_chunk_size": 3, "cache_implementation": "static"}),
+    ("t5", True, {"num_beams": 3, "use_cache": False}),
+    ("bart", True, {"num_return_sequences": 2, "do_sample": True}),
+    ("whisper", False, {"num_beams": 2, "cache_implementation": "static"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_padded", "options"), COMBINED, ids=[f"{n} {o}" for n, _, o in COMBINED]
+)
+def test_ways_and_models_combined_are_verified_with_all_their_modules(
+    name: str, is_padded: bool, options: dict[str, Any]
+) -> None:
+    if name not in SPECS:
+        pytest.skip("not before transformers 5")
+    module, inputs = make(name)
+    model = Model(module)
+    given = arguments(name, inputs, is_padded)
+    first = model.get(f"{blocks_of(name)}.0")
+    torch.manual_seed(0)
+    with torch.no_grad(), model.generate(**{**given, "max_new_tokens": NEW, **options}) as tracer:
+        cache = tracer.cache(include_inputs=True)
+        first.output.at("generated").edit(lambda hidden: hidden + V[: hidden.shape[-1]])
+    found = cache.verify()
+    assert found, found
+    assert len([check for check in found if check.is_right]) > 40
+    valid = cache.sequence(f"model.{blocks_of(name)}.1").valid
+    assert bool(valid.all()) == (not is_padded or is_double(name))
+
+
 # -- transformers held against itself -------------------------------------------------------------
 
 
