@@ -324,7 +324,7 @@ def test_a_run_that_is_stopped_has_what_it_went_over(net: Any, model: Model) -> 
 def test_a_run_that_is_stopped_in_its_first_step_has_the_prompt(model: Model) -> None:
     with model.generate(IDS, **GREEDY) as tracer:
         cache = tracer.cache("transformer.h.*")
-        h0 = model.transformer.h[0].output
+        h0 = model.transformer.h[0].hidden
         tracer.stop()
     sequence = cache.sequence("transformer.h.0")
     assert torch.equal(sequence.as_subclass(Tensor), h0)
