@@ -401,3 +401,30 @@ def test_a_tensor_that_the_user_changes_afterwards_is_found(model: Model) -> Non
     assert [(check.site, check.row, check.position) for check in wrong] == [
         (f"model.{H}.output", 0, 9)
     ]
+
+
+def test_a_cache_that_is_made_while_the_model_runs_is_verified(model: Model) -> None:
+    with model.generate(IDS, **GREEDY) as tracer:
+        model.transformer.h[0].output
+        cache = tracer.cache("transformer.h.1")
+        for _ in tracer.iter[:]:
+            model.transformer.h[1].mlp.output[:] += V
+    assert cache.sequence(H).shape == (2, 12, 32)
+    assert [entry.positions for entry in cache[H]][:2] == [range(8), range(8, 9)]
+    assert cache.verify()
+
+
+def test_an_edit_that_came_before_the_cache_is_not_known_and_so_refused(model: Model) -> None:
+    with model.generate(IDS, **GREEDY) as tracer:
+        model.transformer.h[0].output[:] += V
+        cache = tracer.cache("transformer.h.1")
+    with pytest.raises(CacheError, match=r"h\.0\.output .* was edited before there was a cache"):
+        cache.verify()
+
+
+def test_a_read_that_came_before_the_cache_is_no_edit(model: Model) -> None:
+    with model.generate(IDS, **GREEDY) as tracer:
+        seen = model.transformer.h[0].output
+        seen.sum()
+        cache = tracer.cache("transformer.h.1")
+    assert cache.verify()

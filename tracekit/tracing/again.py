@@ -39,6 +39,12 @@ def run_again(changes: Changes, paths: set[str], see: See, include_last: bool = 
             "transformers, or that was stopped before its first step was over, or the cache is a "
             "copy or from a file, and has left the model behind."
         )
+    missed = changes.whole.missed
+    if missed is not None:
+        raise CacheError(
+            f"this can't be run again in one forward: {missed} was edited before there was a "
+            f"cache, so it is not known how. Make the cache first in the block."
+        )
     length = timeline.total + include_last
     replay = Replay(changes.whole, timeline.transcript, length)
     modules = timeline.rerun.modules
@@ -71,7 +77,7 @@ def with_last(sequence: TokenSequence, site: Site, call: int, changes: Changes) 
     assert transcript is not None
     if changes.timeline.total == transcript.tokens.shape[1]:
         return sequence  # a plain trace, or a step that was left: it is there
-    if changes.whole.made:
+    if changes.whole.made and changes.whole.missed is None:
         raise CacheError(
             f"include_last=True runs the last token once more, and {changes.whole.made[0].site} "
             f"was edited step by step, of which the last token had none: edit tokens instead, "

@@ -46,6 +46,8 @@ class Changes:
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
         self.made: list[Change] = []
+        self.is_wanted = False  # a cache is being filled, which may be verified
+        self.missed: Visit | None = None  # the first that was changed before that
         self.at_positions: list[PositionEdit] = []
         self.span: Span | None = None  # of the rows of one block
         self._of: Changes | None = None  # those of all rows, if these are not
@@ -63,9 +65,11 @@ class Changes:
         known = ((each.site, each.line, repr(each.chosen)) for each in self.at_positions)
         return (edit.site, edit.line, repr(edit.chosen)) in known
 
-    def look(self, visit: Visit, value: object) -> list[_Look]:
+    def look(self, visit: Visit, value: object) -> list[_Look | _Glimpse]:
         """What becomes of `value`, if anybody will ask."""
-        return [_Look(self, visit, value)] if self.timeline.is_generation else []
+        if not self.timeline.is_generation:
+            return []
+        return [_Look(self, visit, value) if self.is_wanted else _Glimpse(self, visit, value)]
 
     def narrowed(self, span: Span) -> Changes:
         """Those of the rows of one block."""
@@ -96,6 +100,27 @@ class _Look:
                 self._owner.made.append(
                     Change(visit.site, one, visit.step, visit.call, leaf, *changed)
                 )
+
+
+@final
+class _Glimpse:
+    """Whether a value is changed, where nobody will ask how."""
+
+    def __init__(self, owner: Changes, visit: Visit, value: Any) -> None:
+        self._owner = owner
+        self._visit = visit
+        self.is_skipped = False
+        self._before = [(each, changes(each)) for each in tensors(value)]
+
+    def note(self, value: Any) -> None:
+        """The model goes on with `value`."""
+        now = [(each, changes(each)) for each in tensors(value)]
+        is_same = len(now) == len(self._before) and all(
+            one is was and version == then
+            for (one, version), (was, then) in zip(now, self._before, strict=True)
+        )
+        if self._owner.missed is None and (self.is_skipped or not is_same):
+            self._owner.missed = self._visit
 
 
 def _change(

@@ -94,6 +94,7 @@ class Fixtures:
         rows = mediator.rows if mediator is not None else None
         rows = None if rows is None or rows.is_all else rows
         recorder = Recorder(cache, self._tree, modules, named, keep, self._kind, self.changes, rows)
+        self.changes.is_wanted = True
         recorder.place(self._hooks, self._run, inputs, outputs, grads)
         self._recorders.append(recorder)
         return cache

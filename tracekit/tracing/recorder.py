@@ -89,6 +89,7 @@ class Recorder:
     def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool, grads: bool) -> None:
         """Put the hooks on; `run` tells the step."""
         self._thread, self._run = hooks.thread, run
+        self._marks = [0] * len(self._timeline.passes)  # those that began before
         self._timeline.subscribe(self._mark)
         if outputs:
             plain, copied = self._by_habit(Slot.OUTPUT)
