@@ -50,10 +50,8 @@ if not IS_TRANSFORMERS_5:
     REFUSED = {
         ("olmoe", "static kv_cache"): "max_batch_size|missing 1 required positional argument",
         ("lfm2", "beams"): "index out of range",  # when it re-orders the layer without keys
-        (
-            "rwkv",
-            "beams",
-        ): "no axis of 8 positions|rows and positions in one axis",  # rows are added to all
+        # a step adds its rows to all rows
+        ("rwkv", "beams"): "no axis of 8 positions|rows and positions in one axis",
     }
     del WRONG_UPSTREAM["recurrent_gemma", "beams"]
     WRONG_UPSTREAM |= {

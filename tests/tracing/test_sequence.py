@@ -50,6 +50,11 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(torch.Tensor(found), expected, atol=1e-4, rtol=1e-4)
 
 
+def causal(length: int) -> Tensor:
+    """The mask of attention that lets each position see itself and those before it."""
+    return torch.full((1, 1, length, length), -1e9).triu(1)
+
+
 def generated(model: Model, ids: Any = REPEATING, **options: Any) -> tuple[Cache, Tensor]:
     """A cache of all modules, and the tokens."""
     torch.manual_seed(0)
@@ -197,6 +202,29 @@ def test_a_kv_cache_that_is_given_is_gone_on_with(net: Any, model: Model) -> Non
     assert sequence.positions.tolist() == [[*range(6, 15)]]
     assert_close(sequence, plainly(net, tokens)[:, 6:])
     assert cache.verify()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+def test_a_kv_cache_that_lacks_its_first_layer_is_no_measure_of_positions(
+    options: dict[str, Any], net: Any, model: Model
+) -> None:
+    with model.edit() as without:
+        hidden = model.transformer.h[0].inputs[0][0]
+        model.transformer.h[0].skip(hidden if IS_TRANSFORMERS_5 else (hidden,))
+    with without.generate(IDS, **GREEDY, **options) as tracer:
+        model.transformer.h[1].output.at("generated").edit(lambda hidden: hidden * 2)
+        cache = tracer.cache("transformer.*")
+        tokens = tracer.result
+    sequence = cache.sequence(H)
+    assert torch.equal(sequence.tokens, tokens[:, :-1])
+    embedded = cache.sequence("transformer.drop")
+    seen: list[Any] = []
+    handle = net.transformer.h[1].register_forward_hook(lambda _m, _a, out: seen.append(out))
+    net.transformer.h[1](torch.Tensor(embedded), attention_mask=causal(13))
+    handle.remove()
+    expected = seen[0] if isinstance(seen[0], Tensor) else seen[0][0]
+    expected[:, 8:] *= 2
+    assert_close(sequence, expected)
 
 
 # -- which values ---------------------------------------------------------------------------------

@@ -151,15 +151,21 @@ class Passes:
         columns = given.get("cache_position")  # before 5, where a kv_cache may count wrongly
         if isinstance(columns, Tensor) and columns.shape == (length,):
             return int(columns[0])
+        known = self._known_columns()
         for name in _KV_CACHES:
             measured = _measured(given.get(name))
-            if measured is not None:
+            # a kv_cache is as long as its first layer, which a block may have skipped
+            if measured is not None and measured + length >= known:
                 return measured
         if self._step == 0:  # nothing kept, or what has no length: one chunk after the other
-            before = [each.stop for each in self._timeline.passes if each.is_main]
-            return before[-1] if before else 0
-        known = self._timeline.lengths[self._step - 1]
+            return known
         return 0 if length >= known else known - length
+
+    def _known_columns(self) -> int:
+        """How many columns the sequences have by now: in the first step, those that were run."""
+        if self._step:
+            return self._timeline.lengths[self._step - 1]
+        return max((each.stop for each in self._timeline.passes if each.is_main), default=0)
 
     def _note_padding(self, length: int) -> None:
         """In a `generate` of its own the prompt may be another; if it is as long, its mask is."""
