@@ -405,7 +405,7 @@ def test_a_tensor_that_the_user_changes_afterwards_is_found(model: Model) -> Non
 
 def test_a_cache_that_is_made_while_the_model_runs_is_verified(model: Model) -> None:
     with model.generate(IDS, **GREEDY) as tracer:
-        model.transformer.h[0].output
+        model.transformer.h[0].hidden
         cache = tracer.cache("transformer.h.1")
         for _ in tracer.iter[:]:
             model.transformer.h[1].mlp.output[:] += V
@@ -416,7 +416,7 @@ def test_a_cache_that_is_made_while_the_model_runs_is_verified(model: Model) -> 
 
 def test_an_edit_that_came_before_the_cache_is_not_known_and_so_refused(model: Model) -> None:
     with model.generate(IDS, **GREEDY) as tracer:
-        model.transformer.h[0].output[:] += V
+        model.transformer.h[0].hidden[:] += V
         cache = tracer.cache("transformer.h.1")
     with pytest.raises(CacheError, match=r"h\.0\.output .* was edited before there was a cache"):
         cache.verify()
@@ -424,7 +424,7 @@ def test_an_edit_that_came_before_the_cache_is_not_known_and_so_refused(model: M
 
 def test_a_read_that_came_before_the_cache_is_no_edit(model: Model) -> None:
     with model.generate(IDS, **GREEDY) as tracer:
-        seen = model.transformer.h[0].output
+        seen = model.transformer.h[0].hidden
         seen.sum()
         cache = tracer.cache("transformer.h.1")
     assert cache.verify()
