@@ -192,6 +192,16 @@ def test_a_step_that_is_missing_makes_no_sequence() -> None:
         recorded.cache.sequence("transformer.h.1")
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="what ran in some steps alone (inside a skipped block, an expert) misses others rightly",
+)
+def test_a_step_that_is_missing_makes_verify_false() -> None:
+    recorded = confirmed(Recorded("gpt2"))
+    del recorded.entries()[2]
+    assert not recorded.cache.verify()
+
+
 # -- edits ----------------------------------------------------------------------------------------
 
 
