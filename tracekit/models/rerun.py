@@ -37,6 +37,7 @@ class Rerun:
 
     def __init__(self, tree: Tree, given: dict[str, Any]) -> None:
         self._tree = weakref.ref(tree)
+        self._root, self._name = weakref.ref(tree.root), tree.name
         self._given = {name: value for name, value in given.items() if name not in _NOT_KEPT}
 
     @property
@@ -62,7 +63,9 @@ class Rerun:
             module(**inputs)
 
     def _model(self) -> Tree:
-        tree = self._tree()
+        tree, root = self._tree(), self._root()
+        if tree is None and root is not None:  # the Model was one for the run alone
+            tree = Tree(root, self._name)
         if tree is None:
             raise CacheError(
                 "the model that this cache was recorded from is gone, and it would have to run "
