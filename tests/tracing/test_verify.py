@@ -428,3 +428,11 @@ def test_a_read_that_came_before_the_cache_is_no_edit(model: Model) -> None:
         seen.sum()
         cache = tracer.cache("transformer.h.1")
     assert cache.verify()
+
+
+def test_the_report_says_how_much_of_a_run_a_site_has(model: Model) -> None:
+    with model.generate(IDS, **GREEDY) as tracer:
+        cache = tracer.cache(["lm_head", "transformer.h.1"])
+    verdicts = {check.site: check.verdict for check in cache.verify()}
+    assert verdicts["model.lm_head.output"] == "right (5 of 12 positions)"
+    assert verdicts["model.transformer.h.1.output"] == "right"

@@ -41,7 +41,7 @@ class Check:
     @property
     def is_right(self) -> bool | None:
         """Whether it agrees; None if nothing was compared."""
-        return None if self.deviation is None else self.verdict == "right"
+        return None if self.deviation is None else self.verdict.startswith("right")
 
 
 @final
@@ -218,7 +218,15 @@ class _Comparison:
         row = int(where[0]) if len(where) else None
         position = sequence.columns[int(where[1])] if sequence is not None else None
         verdict = "right" if deviation <= limit else "WRONG"
-        return Check(label, deviation, row, position, verdict)
+        return Check(label, deviation, row, position, verdict + self._part_of(sequence))
+
+    def _part_of(self, sequence: TokenSequence | None) -> str:
+        """How much of a run was compared, if not all: what runs in some steps alone has no more."""
+        timeline = self._changes.timeline
+        whole = timeline.total - timeline.first
+        if sequence is None or len(sequence.columns) == whole:
+            return ""
+        return f" ({len(sequence.columns)} of {whole} positions)"
 
 
 def _has(entry: Entry, slot: Slot) -> bool:
