@@ -76,7 +76,7 @@ class Chosen:
 def _numbers(given: Any) -> list[int]:
     if isinstance(given, Tensor):
         given = given.tolist()
-    if isinstance(given, bool) or given == []:
+    if isinstance(given, bool):
         raise _unknown(given)
     if isinstance(given, int):
         return [given]
