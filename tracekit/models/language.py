@@ -234,7 +234,8 @@ class LanguageModel(Model):
         inputs = returning.of_pass(output)
         if inputs is None:  # no cache is wanted
             return None
-        return self._tracer(self._forward(inputs), grad=False).run(returning.record)
+        call = TracedCall(lambda it: run_behind(self._tree, returning.told(it), (), inputs))
+        return self._tracer(call, grad=False).run(returning.record)
 
     def _texts(
         self, args: tuple[Any, ...], return_type: str | None, skip_special_tokens: bool
