@@ -158,7 +158,17 @@ class PositionEdit:
                 f"encoder, for one), or what calls the model is none of transformers' ways; edit "
                 f"its .output."
             )
+        if timeline.is_beginning:
+            self._check_beginning()
         return self.apply(value, one, timeline) if one.is_main else value
+
+    def _check_beginning(self) -> None:
+        if self.chosen.counts_back:
+            raise UnsupportedError(
+                f"{self.site}.at({self.chosen!r}) ({self.line}) counts from the end of the prompt, "
+                f"which is not known when its beginning is read for a prefix: count from 0."
+            )
+        self.has_fired = True  # or what is chosen comes behind the prefix
 
     def apply(self, value: Any, one: Pass, timeline: Timeline) -> Any:
         """`value`, that a module gave or was given in the forward `one`, with the edit made."""
