@@ -511,14 +511,14 @@ def test_what_is_written_is_laid_out_by_the_chosen_positions_and_not_by_columns(
     block = model.transformer.h[0]
     with model.trace(**batch):
         if kind == "positions":
-            block.output.at([2, 0, 4])[:] = values[0]
+            block.hidden.at([2, 0, 4])[:] = values[0]
         elif kind == "rows and positions":
-            block.output.at([2, 0, 4])[:] = values
+            block.hidden.at([2, 0, 4])[:] = values
         else:
-            block.output.at([2, 0, 4])[..., 3] = values[..., 3]
-        hidden = block.output.clone()
+            block.hidden.at([2, 0, 4])[..., 3] = values[..., 3]
+        hidden = block.hidden.clone()
     with model.trace(**batch):
-        expected = block.output.clone()
+        expected = block.hidden.clone()
     for row, first in enumerate([0, 3]):
         for place, position in enumerate([2, 0, 4]):
             value = values[0 if kind == "positions" else row, place]
@@ -553,13 +553,13 @@ def test_what_an_invoke_writes_has_its_rows(model: Model) -> None:
     values, seen = torch.randn(2, 3, WIDTH), []
     with model.trace() as tracer:
         with tracer.invoke(IDS[:1]):
-            first = model.transformer.h[0].output.clone()
+            first = model.transformer.h[0].hidden.clone()
         with tracer.invoke(IDS):
             model.transformer.h[0].output.at([0, 1, 2])[:] = values
             model.transformer.h[0].output.at("all").edit(lambda value: seen.append(len(value)))
-            hidden = model.transformer.h[0].output.clone()
+            hidden = model.transformer.h[0].hidden.clone()
     with model.trace(IDS):
-        plain = model.transformer.h[0].output.clone()
+        plain = model.transformer.h[0].hidden.clone()
     assert torch.equal(hidden[:, :3], values)
     assert seen == [2]
     torch.testing.assert_close(hidden[:, 3:], plain[:, 3:])
