@@ -1016,3 +1016,22 @@ def test_beams_behind_a_prefix_of_several_rows(side: str) -> None:
         text = torch.cat([row, rest[index : index + 1]], 1)
         plain = model.module.generate(text, attention_mask=torch.ones_like(text), **options)
         assert torch.equal(found[index, -5:], plain[0, -5:])
+
+
+def test_a_lasting_edit_from_the_end_of_the_prompt_has_no_prefix(model: LanguageModel) -> None:
+    with model.edit() as edited:
+        edited.transformer.h[0].output.at(-1)[:] *= 2
+    with pytest.raises(UnsupportedError, match="counts from the end of the prompt"):
+        edited.prefill(torch.tensor([[5, 6, 7]]))
+
+
+def test_a_lasting_edit_of_what_comes_behind_the_prefix_is_made_there(model: LanguageModel) -> None:
+    with model.edit() as edited:
+        edited.transformer.h[0].output.at("generated")[:] *= 2
+    text, rest = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = edited.generate(torch.cat([text, rest], 1), **options)
+    found = edited.generate(rest, prefix=edited.prefill(text), **options)
+    for one, other in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(one, other)

@@ -17,7 +17,7 @@ from tests.models.test_generation import of_characters
 from tests.tiny_models import IS_TRANSFORMERS_5, NAMES, SPECS, make
 from tests.tracing.plain import plain_hooks, state_of
 from tracekit import Cache, LanguageModel
-from tracekit.core.nest import tensors
+from tracekit.core.nest import first_tensor, tensors
 from tracekit.errors import InputError, UnknownPathError, UnsupportedError
 
 TEXT = "The Eiffel Tower is in the city of"
@@ -123,6 +123,24 @@ def test_lasting_edits_are_made_in_the_pass_as_in_any_run(tiny: LanguageModel) -
         assert all(map(torch.equal, tensors(cache[path][0].output), tensors(own[path][0].output)))
     _, clean = tiny.generate(TEXT, return_cache=True, **GREEDY)
     assert not torch.equal(cache["lm_head"].output, clean["lm_head"].output)
+
+
+@pytest.mark.parametrize("chosen", ["prompt", "generated", -1, slice(-2, None), [1, 9]])
+def test_lasting_edits_of_tokens_are_of_the_same_tokens_in_the_pass(
+    chosen: Any, tiny: LanguageModel
+) -> None:
+    with tiny.edit() as edited:
+        edited.transformer.h[1].output.at(chosen)[:] *= 3
+    texts = [TEXT, "The movie"]
+    _, cache = edited.generate(texts, return_cache=True, **GREEDY)
+    with edited.generate(texts, **GREEDY) as tracer:
+        steps = tracer.cache("transformer.h.*")
+    for path in steps:
+        sequence = steps.sequence(path)
+        value, valid = first_tensor(cache[path].output), sequence.valid
+        assert value is not None
+        value = value[:, sequence.columns]
+        torch.testing.assert_close(value[valid], sequence.as_subclass(Tensor)[valid])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -419,7 +420,20 @@ def test_an_edit_that_comes_too_late_is_an_error(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "positions", ["prompts", "", [], True, 1.5, None, [1, 2.5], [True], slice(4, 1, -1), {1}]
+    "positions",
+    [
+        "prompts",
+        "",
+        [],
+        True,
+        1.5,
+        None,
+        [1, 2.5],
+        [True],
+        slice(4, 1, -1),
+        {1},
+        numpy.array([1, 2]),
+    ],
 )
 def test_what_names_no_positions_is_refused(positions: Any, model: Model) -> None:
     with pytest.raises(InputError, match="positions are 'prompt'"):
@@ -478,3 +492,115 @@ def test_in_place_blocks_are_told_the_same(model: Model) -> None:
         with pytest.raises(NeverRanError, match="was never made"):
             with model.generate(IDS, **STEPS):
                 model.transformer.h[0].output.at(50)[:] += V
+
+
+# -- what a stranger tried ------------------------------------------------------------------------
+
+
+def padded_batch() -> dict[str, Tensor]:
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    return {"input_ids": IDS, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("kind", ["positions", "rows and positions", "a feature"])
+def test_what_is_written_is_laid_out_by_the_chosen_positions_and_not_by_columns(
+    kind: str, net: Any, model: Model
+) -> None:
+    batch, values = padded_batch(), torch.randn(2, 3, WIDTH)
+    block = model.transformer.h[0]
+    with model.trace(**batch):
+        if kind == "positions":
+            block.hidden.at([2, 0, 4])[:] = values[0]
+        elif kind == "rows and positions":
+            block.hidden.at([2, 0, 4])[:] = values
+        else:
+            block.hidden.at([2, 0, 4])[..., 3] = values[..., 3]
+        hidden = block.hidden.clone()
+    with model.trace(**batch):
+        expected = block.hidden.clone()
+    for row, first in enumerate([0, 3]):
+        for place, position in enumerate([2, 0, 4]):
+            value = values[0 if kind == "positions" else row, place]
+            if kind == "a feature":
+                expected[row, first + position, 3] = value[3]
+            else:
+                expected[row, first + position] = value
+    assert torch.equal(hidden, expected)
+
+
+def test_a_feature_may_have_a_value_for_every_row_and_new_token(net: Any, model: Model) -> None:
+    values = torch.randn(2, NEW - 1, WIDTH)
+    wide = torch.zeros_like(values)
+    wide[..., 5] = values[..., 5]
+    for options in WAYS.values():
+        with model.generate(IDS, **STEPS, **options) as tracer:
+            model.transformer.h[0].output.at("generated")[..., 5] += values[..., 5]
+            result = tracer.result
+        columns = [*range(PROMPT, RAN)]
+        assert_same(result, by_hand(net, columns, lambda value, place: value + wide[:, place]))
+
+
+def test_values_for_rows_or_positions_have_to_say_which(model: Model) -> None:
+    with (
+        pytest.raises(MisfitError, match=r"each of 2 rows, or of 2 positions"),
+        model.trace(IDS),
+    ):
+        model.transformer.h[0].output.at([0, 7])[:] = torch.randn(2, WIDTH)
+
+
+def test_what_an_invoke_writes_has_its_rows(model: Model) -> None:
+    values, seen = torch.randn(2, 3, WIDTH), []
+    with model.trace() as tracer:
+        with tracer.invoke(IDS[:1]):
+            first = model.transformer.h[0].hidden.clone()
+        with tracer.invoke(IDS):
+            model.transformer.h[0].output.at([0, 1, 2])[:] = values
+            model.transformer.h[0].output.at("all").edit(lambda value: seen.append(len(value)))
+            hidden = model.transformer.h[0].hidden.clone()
+    with model.trace(IDS):
+        plain = model.transformer.h[0].hidden.clone()
+    assert torch.equal(hidden[:, :3], values)
+    assert seen == [2]
+    torch.testing.assert_close(hidden[:, 3:], plain[:, 3:])
+    torch.testing.assert_close(first, plain[:1])
+
+
+def test_lasting_edits_of_one_line_are_all_made(net: Any, model: Model) -> None:
+    expected = by_hand(net, [*range(PROMPT, RAN)], lambda value, _: value + 3 * V)
+    with model.edit() as steered:
+        for vector in (V, 2 * V):
+            steered.transformer.h[0].output.at("generated")[:] += vector
+    twice = model
+    for vector in (V, 2 * V):
+        with twice.edit() as twice:
+            twice.transformer.h[0].output.at("generated")[:] += vector
+    for edited in (steered, twice):
+        with edited.generate(IDS, **STEPS) as tracer:
+            cache = tracer.cache("transformer.h.*")
+            result = tracer.result
+        assert_same(result, expected)
+        assert cache.verify()
+
+
+def test_declared_edits_of_one_place_are_all_made(net: Any, model: Model) -> None:
+    at = model.transformer.h[0].output.at(-1)
+    outcome = model.run(IDS, edits=[(at, lambda value: value + V), (at, lambda value: value - V)])
+    torch.testing.assert_close(outcome.result.logits, net(IDS).logits)
+
+
+def test_an_edit_behind_the_end_of_the_run_says_so(model: Model) -> None:
+    with pytest.raises(SiteOrderError, match="had passed"), model.trace(IDS) as tracer:
+        tracer.result  # it waits for the end
+        model.transformer.h[0].output.at(0)[:] = 0
+
+
+def test_what_is_written_is_written_as_it_was(net: Any, model: Model) -> None:
+    vector = V.clone()
+    with model.generate(IDS, **STEPS) as tracer:
+        cache = tracer.cache("transformer.h.*")
+        model.transformer.h[0].output.at("generated")[:] += vector
+        vector.zero_()
+        result = tracer.result
+    assert_same(result, by_hand(net, [*range(PROMPT, RAN)], lambda value, _: value + V))
+    assert cache.verify()

@@ -457,3 +457,9 @@ def test_fifty_generations_with_sequences_and_edits_leave_nothing() -> None:
         run()
     assert living() == before
     assert state_of(net) == untouched
+
+
+def test_a_cache_that_is_made_behind_the_end_of_the_run_says_so(model: Model) -> None:
+    with pytest.raises(CacheError, match="had passed"), model.generate(IDS, **GREEDY) as tracer:
+        tracer.result  # it waits for the end
+        tracer.cache()

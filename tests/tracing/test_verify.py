@@ -223,6 +223,7 @@ def test_a_tolerance_that_is_given_is_used(model: Model) -> None:
         cache = tracer.cache("transformer.h.*")
     assert not cache.verify(tolerance=1e-12)
     assert cache.verify(tolerance=1e-4).tolerance == 1e-4
+    assert not cache.verify(tolerance=0)  # which is no None
 
 
 def test_a_cache_in_lower_precision_is_held_to_that(model: Model) -> None:

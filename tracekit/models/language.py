@@ -31,7 +31,7 @@ from tracekit.models.lengths import count_steps
 from tracekit.models.model import Model, is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
-from tracekit.models.prefill import extended, prefill
+from tracekit.models.prefill import beginning, extended, prefill
 from tracekit.models.prefix import Prefix
 from tracekit.models.prefix_files import load_prefix
 from tracekit.models.returned import Returning, wanted_of
@@ -211,7 +211,7 @@ class LanguageModel(Model):
     def _run_apart(self, inputs: dict[str, Any]) -> Any:
         """The outputs of a forward pass with the lasting edits, and no gradients."""
         with torch.inference_mode(False), torch.no_grad():
-            call = self._forward(inputs)
+            call = TracedCall(lambda it: run_behind(self._tree, beginning(it), (), inputs))
             return self._edited(call, grad=False) if self._edits else call.make(None)
 
     def _forward(self, inputs: dict[str, Any]) -> TracedCall:
@@ -234,7 +234,8 @@ class LanguageModel(Model):
         inputs = returning.of_pass(output)
         if inputs is None:  # no cache is wanted
             return None
-        return self._tracer(self._forward(inputs), grad=False).run(returning.record)
+        call = TracedCall(lambda it: run_behind(self._tree, returning.told(it), (), inputs))
+        return self._tracer(call, grad=False).run(returning.record)
 
     def _texts(
         self, args: tuple[Any, ...], return_type: str | None, skip_special_tokens: bool

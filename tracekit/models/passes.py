@@ -244,7 +244,9 @@ class Passes:
 
 
 def tell_forward(module: Any, timeline: Timeline, given: dict[str, Any]) -> None:
-    """Write one forward of a decoder or an encoder into `timeline`: all of it is prompt.
+    """Write one forward of a decoder or an encoder into `timeline`.
+
+    All of it is prompt, unless `timeline` was told how much.
 
     An encoder-decoder has positions of two kinds in one forward: of it nothing is told.
     """
@@ -259,7 +261,7 @@ def tell_forward(module: Any, timeline: Timeline, given: dict[str, Any]) -> None
     rows, length = size
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     is_plain = isinstance(mask, Tensor) and mask.shape == (rows, before + length)
-    timeline.prompt = before + length
+    timeline.prompt = before + length if timeline.prompt is None else timeline.prompt
     timeline.prompt_mask = mask.bool().cpu() if is_plain and mask is not None else None
     tokens = torch.full((rows, before + length), NO_TOKEN)
     if isinstance(ids, Tensor):

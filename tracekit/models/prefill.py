@@ -16,6 +16,7 @@ from tracekit.models.kv_layers import WITH_STATES, check_shareable, kind_of, lay
 from tracekit.models.prefix import Prefix, Source, empty_mask
 from tracekit.models.probing import check_continues
 from tracekit.models.signatures import accepts
+from tracekit.tracing.call import Follower
 
 # Families with states that were found to go on rightly from a filled cache (transformers 5.23).
 # Mamba-1 and Jamba do not, behind which more than one token is wrong; nor does Bamba. How far they
@@ -92,6 +93,13 @@ def extended(prefix: Prefix, inputs: dict[str, Any], run: Run) -> Prefix:
     if prefix.is_plain and prefix.source is None and prefix.rows == rows:
         prefix.share(found)
     return found
+
+
+def beginning(follower: Follower | None) -> Follower | None:
+    """`follower`, that knows that the end of this prompt is not that of the texts behind it."""
+    if follower is not None:
+        follower.timeline.is_beginning = True
+    return follower
 
 
 def _check_prompt(module: Any, inputs: dict[str, Any]) -> None:

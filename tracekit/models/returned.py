@@ -21,6 +21,7 @@ from tracekit.models.recompute import (
     prompt_length,
 )
 from tracekit.models.stops import Stops, watching
+from tracekit.tracing.call import Follower
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.select import Selector, select
 
@@ -94,6 +95,7 @@ class Returning:
         self._is_one_text = isinstance(source, str)
         self._given = given
         self._stops: Stops | None = None
+        self._prompt: int | None = None  # columns of the pass
         self._check(tree)
 
     def _check(self, tree: Tree) -> None:
@@ -132,7 +134,17 @@ class Returning:
         count = count_new_tokens(module, given, sequences)
         if end_tokens(module, given) and not is_beam_search(module, given):
             count = self._stops.new_tokens(prompt_length(module, given, sequences), count)
+        if given.get("inputs_embeds") is None:
+            self._prompt = prompt_length(module, given, sequences)
+        else:
+            self._prompt = given["inputs_embeds"].shape[1]
         return forward_inputs(module, given, sequences, new_tokens=count)
+
+    def told(self, follower: Follower | None) -> Follower | None:
+        """`follower`, that knows where the prompt ends in that pass: edits of tokens ask for it."""
+        if follower is not None:
+            follower.timeline.prompt = self._prompt
+        return follower
 
     def _with_start(self, sequences: Tensor) -> Tensor:
         assert self._stops is not None

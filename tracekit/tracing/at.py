@@ -24,8 +24,9 @@ from tracekit.tracing.timeline import PADDING, Pass, Timeline, axis_of
 if TYPE_CHECKING:
     from tracekit.interleave.mediator import Mediator
 
-# Takes the value of all positions of a forward, and which places of the chosen ones they are.
-Change = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
+# Takes the value of all positions of a forward, and what lays out a tensor that is written at the
+# chosen ones, which has as many axes as is said, for all of them.
+Change = Callable[[Tensor, Callable[[Tensor, int], Tensor]], Any]
 
 
 @final
@@ -94,6 +95,8 @@ class At:
             raise InputError(
                 f"what is written at positions is a tensor or a number, not {describe(operand)}."
             )
+        if isinstance(operand, Tensor):
+            operand = operand.clone()  # the edit is made later, and with what was written
         self._make(partial(_operated, features, operation, operand))
 
     def _make(self, change: Change) -> None:
@@ -155,7 +158,17 @@ class PositionEdit:
                 f"encoder, for one), or what calls the model is none of transformers' ways; edit "
                 f"its .output."
             )
+        if timeline.is_beginning:
+            self._check_beginning()
         return self.apply(value, one, timeline) if one.is_main else value
+
+    def _check_beginning(self) -> None:
+        if self.chosen.counts_back:
+            raise UnsupportedError(
+                f"{self.site}.at({self.chosen!r}) ({self.line}) counts from the end of the prompt, "
+                f"which is not known when its beginning is read for a prefix: count from 0."
+            )
+        self.has_fired = True  # or what is chosen comes behind the prefix
 
     def apply(self, value: Any, one: Pass, timeline: Timeline) -> Any:
         """`value`, that a module gave or was given in the forward `one`, with the edit made."""
@@ -179,7 +192,7 @@ class PositionEdit:
             is_one = bool((places == places[:1]).all())
             places, mask = (places[:1], mask[:1]) if is_one else (places, mask)
             laid = laid if is_one else laid.expand(one.rows, *laid.shape[1:])
-        new = self._changed(laid, places)
+        new = self._changed_rows(laid, places, one.rows)
         mask = mask.to(laid.device).reshape(*mask.shape, *[1] * (laid.dim() - 2))
         new = torch.where(mask, new, laid)
         new = new.flatten(0, 1) if axis == 0 else new.movedim(1, axis)
@@ -197,6 +210,14 @@ class PositionEdit:
         own, found = self.span.of(one.rows), torch.full_like(places, PADDING)
         found[own] = places[own]
         return found
+
+    def _changed_rows(self, value: Tensor, places: Tensor, rows: int) -> Tensor:
+        """`value` with the edit made of the rows of its block."""
+        if self.span is None or value.shape[0] != rows:
+            return self._changed(value, places)
+        own, new = self.span.of(rows), value.clone()
+        new[own] = self._changed(value[own], places[own])
+        return new
 
     def _changed(self, value: Tensor, places: Tensor) -> Tensor:
         own = value.clone()
@@ -227,13 +248,14 @@ def _operated(
     operation: Any,
     operand: Any,
     value: Tensor,
-    spread: Callable[[Tensor], Tensor],
+    spread: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    if isinstance(operand, Tensor):
-        operand = spread(operand.to(value.device))
     index = (..., *features)
     try:
-        value[index] = operation(value[index], operand)
+        part = value[index]
+        if isinstance(operand, Tensor):
+            operand = spread(operand.to(value.device), part.dim())
+        value[index] = operation(part, operand)
     except (RuntimeError, IndexError) as error:
         raise MisfitError(
             f"{describe(operand)} can't be written at positions of {describe(value)}: {error}"
@@ -241,9 +263,20 @@ def _operated(
     return value
 
 
-def _spread(value: Tensor, places: Tensor, count: int | None, written: Tensor) -> Tensor:
-    """`written`, whose axis 1 may be the chosen positions, for all positions of a forward."""
-    if written.dim() < value.dim() or written.shape[1] == 1:
+def _spread(value: Tensor, places: Tensor, count: int | None, written: Tensor, dim: int) -> Tensor:
+    """`written` at the chosen positions, as it is to be at all positions of a forward.
+
+    Beside a value with `dim` axes its last axes are those of the value, as everywhere in torch.
+    """
+    rows = value.shape[0]
+    if written.dim() == dim - 1:
+        if 1 < written.shape[0] == rows:
+            raise MisfitError(
+                f"{describe(written)} may have a value for each of {rows} rows, or of {rows} "
+                f"positions: write value[:, None] or value[None]."
+            )
+        written = written[None]
+    if written.dim() < dim or written.shape[1] == 1:
         return written
     given = written.shape[1]
     if given != count and (count is not None or bool((places >= given).any())):
@@ -252,8 +285,8 @@ def _spread(value: Tensor, places: Tensor, count: int | None, written: Tensor) -
             f"{describe(written)} was written at {wanted}: axis 1 has to be as many, or 1."
         )
     place = places.clamp(min=0).to(written.device)
-    rows = torch.arange(value.shape[0], device=written.device)[:, None]
-    return written.expand(value.shape[0], *written.shape[1:])[rows, place]
+    own = torch.arange(rows, device=written.device)[:, None]
+    return written.expand(rows, *written.shape[1:])[own, place]
 
 
 def _features(index: object) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import Enum
 from typing import Any, NamedTuple, final
 
@@ -60,11 +61,6 @@ class Changes:
         """Those of all rows."""
         return self if self._of is None else self._of
 
-    def has(self, edit: PositionEdit) -> bool:
-        """Whether the same line has made this edit before."""
-        known = ((each.site, each.line, repr(each.chosen)) for each in self.at_positions)
-        return (edit.site, edit.line, repr(edit.chosen)) in known
-
     def look(self, visit: Visit, value: object) -> list[_Look | _Glimpse]:
         """What becomes of `value`, if anybody will ask."""
         if not self.timeline.is_generation:
@@ -76,6 +72,26 @@ class Changes:
         other = Changes(self.timeline.narrowed(span))
         other._of, other.span = self, span
         return other
+
+
+@final
+class Rounds:
+    """Which edits of tokens a block that runs anew in each step has made in earlier ones."""
+
+    def __init__(self) -> None:
+        self._made: Counter[tuple[Site, str, str]] = Counter()
+        self._now: Counter[tuple[Site, str, str]] = Counter()
+        self._round: object = None
+
+    def has(self, edit: PositionEdit, now: object) -> bool:
+        """Whether an earlier round made this edit, as often as the round `now` has come to it."""
+        if now is not self._round:
+            self._round = now
+            self._now.clear()
+        key = (edit.site, edit.line, repr(edit.chosen))
+        self._now[key] += 1
+        self._made[key] = max(was := self._made[key], self._now[key])
+        return self._now[key] <= was
 
 
 @final

@@ -20,7 +20,7 @@ from tracekit.interleave.passage import Passage
 from tracekit.interleave.protocol import Unwind
 from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
-from tracekit.tracing.changes import Changes
+from tracekit.tracing.changes import Changes, Rounds
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.timeline import Timeline
 
@@ -55,6 +55,7 @@ class Fixtures:
         self._run: Any = run
         self._kind = kind
         self._recorders: list[Recorder] = []
+        self._rounds: dict[Mediator, Rounds] = {}
 
     def __bool__(self) -> bool:
         return bool(self._recorders or self.changes.at_positions)
@@ -102,7 +103,7 @@ class Fixtures:
     def edit(self, mediator: Mediator, edit: PositionEdit, line: str) -> None:
         """Make an edit of tokens in all forwards to come; SiteOrderError if its module ran."""
         edit.line = line
-        if mediator.rounds is not None and self.changes.has(edit):
+        if mediator.rounds is not None and self._has(mediator, mediator.rounds, edit):
             return  # a lasting edit runs anew in each step
         passed = self._passed([edit.site.path], edit.site.slot is Slot.INPUT)
         if passed is not None:
@@ -118,6 +119,10 @@ class Fixtures:
         self._hooks.edit(*edit.site, partial(_edited, edit, mediator, self.changes.timeline))
         if mediator.note is not None:
             mediator.note("edit", f"{edit.site}.at({edit.chosen!r})", None, line)
+
+    def _has(self, mediator: Mediator, rounds: list[Any], edit: PositionEdit) -> bool:
+        known = self._rounds.setdefault(mediator, Rounds())
+        return known.has(edit, rounds[-1] if rounds else None)
 
     def copy_what_shares(self, value: object) -> None:
         """Give every record that shares memory with `value` its own copy, while it is right."""
@@ -139,6 +144,7 @@ class Fixtures:
     def let_go(self) -> None:
         """The model is done: what knows the run is not needed any more."""
         self._run = self._passage = None
+        self._rounds.clear()
 
     def clear(self) -> None:
         """Let go of the recorders."""
@@ -146,6 +152,8 @@ class Fixtures:
 
     def _passed(self, paths: Iterable[str], inputs: bool) -> str | None:
         """The first of these modules that the model has passed in the run."""
+        if self._run.has_ended:
+            return next(iter(paths), None)
         if not self._run.has_begun:
             return None
         step = self._run.step

@@ -39,6 +39,12 @@ class Chosen:
         """How many positions of a row are meant, where that is plain."""
         return len(self._numbers) or None
 
+    @property
+    def counts_back(self) -> bool:
+        """Whether it is counted from the end of the prompt."""
+        ends = [self._slice.start or 0, self._slice.stop or 0] if self._slice is not None else []
+        return any(number < 0 for number in [*self._numbers, *ends])
+
     def places(self, own: Tensor, start: int, prompt: int, own_prompt: Tensor) -> Tensor:
         """`[rows, length]`: the how-manieth of the chosen ones each position is; PADDING: none.
 
@@ -76,7 +82,7 @@ class Chosen:
 def _numbers(given: Any) -> list[int]:
     if isinstance(given, Tensor):
         given = given.tolist()
-    if isinstance(given, bool) or given == []:
+    if isinstance(given, bool):
         raise _unknown(given)
     if isinstance(given, int):
         return [given]

@@ -101,7 +101,8 @@ def verify(
     for path in entries:
         if path not in reached:
             checks.append(Check(path, float("inf"), None, None, "it did not run in one forward"))
-    return Verification(checks, comparison.tolerance or TOLERANCES[torch.float32])
+    limit = comparison.tolerance
+    return Verification(checks, TOLERANCES[torch.float32] if limit is None else limit)
 
 
 @final
@@ -119,7 +120,7 @@ class _Comparison:
         self._changes = changes
         self._given = tolerance
         self._found = found
-        self.tolerance = tolerance or 0.0
+        self.tolerance = tolerance
 
     def see(self, site: Site, call: int, value: Any, one: Pass) -> None:
         """The recompute has come to the `call`-th visit of a site."""
@@ -196,8 +197,10 @@ class _Comparison:
     ) -> Check:
         if recorded.shape != again.shape:
             raise CacheError(f"it has another shape in one forward, {tuple(again.shape)}")
-        limit = self._given or max(_tolerance(recorded.dtype), _tolerance(again.dtype))
-        self.tolerance = max(self.tolerance, limit)
+        limit = self._given
+        if limit is None:
+            limit = max(_tolerance(recorded.dtype), _tolerance(again.dtype))
+        self.tolerance = max(self.tolerance or 0.0, limit)
         own, other = recorded.detach().double(), again.detach().to(recorded.dtype).double()
         distance = torch.where(own == other, 0.0, (own - other).abs())
         distance = torch.where(own.isnan() & other.isnan(), 0.0, distance)
