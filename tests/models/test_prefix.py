@@ -1035,3 +1035,33 @@ def test_a_lasting_edit_of_what_comes_behind_the_prefix_is_made_there(model: Lan
     found = edited.generate(rest, prefix=edited.prefill(text), **options)
     for one, other in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("positions", ["prompt", "all", "generated", slice(0, 5)], ids=str)
+def test_a_run_behind_a_prefix_is_verified_with_the_lasting_edits_of_both(positions: Any) -> None:
+    tiny = LanguageModel("tracekit/tiny")
+    direction = torch.randn(128, generator=torch.Generator().manual_seed(5))
+    with tiny.edit() as edited:
+        edited.transformer.h[1].hidden.at(positions)[:] += direction
+    prefix = edited.prefill("The Eiffel Tower is in")
+    with edited.generate(" the city of", prefix=prefix, max_new_tokens=4) as tracer:
+        cache = tracer.cache("transformer.h.*")
+    with edited.generate("The Eiffel Tower is in the city of", max_new_tokens=4) as tracer:
+        whole = tracer.cache("transformer.h.*")
+    expected = whole.sequence("transformer.h.3")[:, len(prefix) :]
+    torch.testing.assert_close(
+        cache.sequence("transformer.h.3").as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-4
+    )
+    assert whole.verify()
+    assert cache.verify()
+
+
+def test_a_model_that_steers_what_it_generates_can_be_traced() -> None:
+    tiny = LanguageModel("tracekit/tiny")
+    with tiny.edit() as edited:
+        edited.transformer.h[1].hidden.at("generated")[:] += 1.0
+    with edited.trace("The Eiffel Tower"):
+        hidden = edited.transformer.h[1].hidden
+    with tiny.trace("The Eiffel Tower"):
+        expected = tiny.transformer.h[1].hidden
+    assert torch.equal(hidden, expected)

@@ -21,6 +21,7 @@ from tracekit.errors import (
     SiteOrderError,
     UnsupportedError,
 )
+from tracekit.tracing.positions import Chosen
 
 IDS = make("gpt2")[1]["input_ids"]  # two rows of eight
 PROMPT, NEW, WIDTH = 8, 5, 32
@@ -604,3 +605,10 @@ def test_what_is_written_is_written_as_it_was(net: Any, model: Model) -> None:
         result = tracer.result
     assert_same(result, by_hand(net, [*range(PROMPT, RAN)], lambda value, _: value + V))
     assert cache.verify()
+
+
+def test_a_slice_from_before_the_first_token_begins_with_it_as_in_python() -> None:
+    own, prompt = torch.arange(6)[None], torch.tensor([6])
+    places = Chosen(slice(-20, None, 2)).places(own, 0, 6, prompt)
+    assert [at for at, place in enumerate(places[0].tolist()) if place >= 0] == [0, 2, 4]
+    assert list(range(6))[-20::2] == [0, 2, 4]

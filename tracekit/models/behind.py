@@ -103,6 +103,8 @@ def generate_behind(
     tree: Tree, follower: Follower | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What `generate` returns, behind a prefix if there is one among its inputs."""
+    if follower is not None and isinstance(kwargs.get("prefix"), Behind):
+        follower.timeline.is_behind_prefix = True
     with _begun(tree, kwargs, for_generate=True) as inputs:
         return generation.generate(tree, follower, args, inputs)
 

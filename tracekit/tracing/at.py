@@ -147,6 +147,7 @@ class PositionEdit:
         self.span: Span | None = None  # of the rows of one block
         self.line = ""
         self.has_fired = False
+        self.is_lasting = False  # it is made in every run, also where nothing of what is chosen is
         self._change = change
 
     def apply_now(self, timeline: Timeline, value: Any) -> Any:
@@ -204,7 +205,8 @@ class PositionEdit:
         own = timeline.own_positions(one)[:, one.length - count :]
         own_prompt = timeline.own_prompt(prompt, one.rows)
         places = self.chosen.places(own, one.stop - count, prompt, own_prompt)
-        places[:, : max(0, timeline.untouched - (one.stop - count))] = PADDING
+        if not (self.is_lasting and timeline.is_behind_prefix):  # which was read with it, too
+            places[:, : max(0, timeline.untouched - (one.stop - count))] = PADDING
         if self.span is None:
             return places
         own, found = self.span.of(one.rows), torch.full_like(places, PADDING)
@@ -236,7 +238,7 @@ class PositionEdit:
 
     def check(self) -> None:
         """NeverRanError if no forward went over what was chosen."""
-        if not self.has_fired:
+        if not self.has_fired and not self.is_lasting:
             raise NeverRanError(
                 f"the edit of {self.site} at {self.chosen!r} ({self.line}) was never made: no "
                 f"forward of the module went over these positions. The last new token is never run."

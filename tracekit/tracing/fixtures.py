@@ -102,7 +102,7 @@ class Fixtures:
 
     def edit(self, mediator: Mediator, edit: PositionEdit, line: str) -> None:
         """Make an edit of tokens in all forwards to come; SiteOrderError if its module ran."""
-        edit.line = line
+        edit.line, edit.is_lasting = line, mediator.is_lasting
         if mediator.rounds is not None and self._has(mediator, mediator.rounds, edit):
             return  # a lasting edit runs anew in each step
         passed = self._passed([edit.site.path], edit.site.slot is Slot.INPUT)

@@ -62,7 +62,8 @@ class Chosen:
         elif self._name == "generated":
             is_chosen, first = is_chosen & (columns >= prompt), own_prompt[:, None]
         elif self._slice is not None:
-            first, step = _bound(self._slice.start or 0, own_prompt), self._slice.step or 1
+            first = _bound(self._slice.start or 0, own_prompt).clamp(min=0)  # as Python's slices
+            step = self._slice.step or 1
             is_chosen = is_chosen & (own >= first) & ((own - first) % step == 0)
             if self._slice.stop is not None:
                 is_chosen = is_chosen & (own < _bound(self._slice.stop, own_prompt))

@@ -51,6 +51,7 @@ class Replay:
         self._timeline.passes.append(self.one)
         self._timeline.prompt = transcript.prompt
         self._timeline.untouched = changes.timeline.first
+        self._timeline.is_behind_prefix = changes.timeline.is_behind_prefix
         prompt = transcript.is_real[:, : transcript.prompt]
         self._timeline.prompt_mask = None if bool(prompt.all()) else prompt
         self._again: defaultdict[Site, list[_Again]] = defaultdict(list)

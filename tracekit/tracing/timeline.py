@@ -95,6 +95,7 @@ class Timeline:
         self.tell: Callable[[], Transcript | None] | None = None  # while it runs: so far
         self._transcript: Transcript | None = None
         self.is_generation = False
+        self.is_behind_prefix = False  # which was made with the lasting edits of the run
         self.is_beginning = False  # of a prompt whose end is not known yet
         self.untouched = 0  # so many positions are not to be edited: a prefix was there before
         self.rerun: Rerunning | None = None
