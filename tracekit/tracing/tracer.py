@@ -92,7 +92,9 @@ class Tracer:
         is not needed to move them: for modules that work in place. `include_grads=True` adds the
         gradients of outputs: `.grad`, once a backward pass has run, in the block or after it.
 
-        In the block of an invoke, its rows alone are recorded.
+        In the block of an invoke, its rows alone are recorded. Of a generation there is an entry
+        for each step; `cache.sequence(path)` puts them together, and `cache.verify()` holds them
+        against one forward over the final tokens, if the cache was made before the block edits.
 
         Raises UnknownPathError for a module that the model does not have, CacheError if the
         model has passed one, and, when the trace ends, NeverRanError for one that did not run.
