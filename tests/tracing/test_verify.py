@@ -437,3 +437,15 @@ def test_the_report_says_how_much_of_a_run_a_site_has(model: Model) -> None:
     verdicts = {check.site: check.verdict for check in cache.verify()}
     assert verdicts["model.lm_head.output"] == "right (5 of 12 positions)"
     assert verdicts["model.transformer.h.1.output"] == "right"
+
+
+def test_a_run_under_autocast_is_verified_as_it_ran(model: Model) -> None:
+    with torch.autocast("cpu", torch.bfloat16), model.generate(IDS, **GREEDY) as tracer:
+        cache = tracer.cache("transformer.h.1.*")
+    with model.generate(IDS, **GREEDY) as tracer:
+        plain = tracer.cache("transformer.h.1.*")
+    assert cache["transformer.h.1.mlp.c_fc"][0].output.dtype == torch.bfloat16
+    assert cache.verify()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cache.verify()
+        assert plain.verify()

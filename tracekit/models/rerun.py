@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager
 from typing import Any, Final, final
 
 import torch
@@ -38,6 +39,9 @@ class Rerun:
     def __init__(self, tree: Tree, given: dict[str, Any]) -> None:
         self._tree = weakref.ref(tree)
         self._root, self._name = weakref.ref(tree.root), tree.name
+        kind = _device_type(tree.root)
+        is_cast = torch.is_autocast_enabled(kind)
+        self._autocast = (kind, torch.get_autocast_dtype(kind)) if is_cast else None
         self._given = {name: value for name, value in given.items() if name not in _NOT_KEPT}
 
     @property
@@ -59,8 +63,15 @@ class Rerun:
             new_tokens=transcript.is_real[:, transcript.prompt :].sum(1),
             include_last=include_last,
         )
-        with torch.no_grad(), eager(tree):
+        with torch.no_grad(), eager(tree), self._as_it_ran():
             module(**inputs)
+
+    def _as_it_ran(self) -> AbstractContextManager[Any]:
+        """The casting of the run, whatever casts now."""
+        if self._autocast is None:
+            return torch.autocast(_device_type(self._model().root), enabled=False)
+        kind, dtype = self._autocast
+        return torch.autocast(kind, dtype)
 
     def _model(self) -> Tree:
         tree, root = self._tree(), self._root()
@@ -72,3 +83,8 @@ class Rerun:
                 "again: keep it, and ask before you delete it."
             )
         return tree
+
+
+def _device_type(module: nn.Module) -> str:
+    device = device_of(module)
+    return "cpu" if device is None else device.type
