@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -39,3 +40,12 @@ def _old_objects_rest() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def without_gradients() -> Iterator[None]:
+    """The test runs as generation does."""
+    import torch
+
+    with torch.no_grad():
+        yield

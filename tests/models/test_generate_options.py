@@ -29,10 +29,7 @@ LENGTH = 6
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": LENGTH}
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture(scope="module")

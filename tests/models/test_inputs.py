@@ -21,20 +21,12 @@ TEXT = "The Eiffel Tower is in the city of"
 ROW = [11, 12, 13]
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(WEIGHTS)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> LanguageModel:
-    return LanguageModel("tracekit/tiny")
 
 
 @pytest.fixture(scope="module")

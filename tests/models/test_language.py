@@ -23,15 +23,7 @@ OF_IMAGES = [name for name, spec in SPECS.items() if spec.family == "vlm"]
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def tiny() -> LanguageModel:
-    return LanguageModel("tracekit/tiny")
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def result_of(model: LanguageModel, given: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -19,20 +19,7 @@ END = 19  # an end-of-sequence token
 LOGITS = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def net() -> Any:
-    return make("gpt2")[0]
-
-
-@pytest.fixture(scope="module")
-def model(net: nn.Module) -> Model:
-    return Model(net)
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def ending(net: Any) -> int:

@@ -24,10 +24,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 NAMES = ["gpt2", "llama", "bert", "t5"]
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,7 @@ if not IS_TRANSFORMERS_5:
 REPORT = {"output_logits": True, "return_dict_in_generate": True}
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def padded(name: str, inputs: dict[str, Any]) -> dict[str, Any]:

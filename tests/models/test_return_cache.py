@@ -24,15 +24,7 @@ TEXT = "The Eiffel Tower is in the city of"
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def tiny() -> LanguageModel:
-    return LanguageModel("tracekit/tiny")
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def assert_close(found: Any, expected: Any) -> None:

@@ -32,25 +32,7 @@ PROMPTS = [PROMPT, "Paris"]
 H0 = "model.transformer.h.0"
 
 
-@pytest.fixture(autouse=True)
-def without_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def net() -> Any:
-    return make("gpt2")[0]
-
-
-@pytest.fixture(scope="module")
-def model(net: nn.Module) -> Model:
-    return Model(net)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> LanguageModel:
-    return LanguageModel("tracekit/tiny")
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def ways() -> dict[str, dict[str, Any]]:
