@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tests.tiny_models import make
 from tracekit import LanguageModel, Prefix
+from tracekit.core.quirks import is_before_5
 from tracekit.errors import (
     InputError,
     LoadingError,
@@ -29,7 +30,6 @@ from tracekit.errors import (
 )
 from tracekit.models.kv_layers import layers_of, tensors_of
 from tracekit.models.kv_work import Buffer
-from tracekit.models.padding import is_before_5
 
 PROMPT, REST = 9, 4
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}

@@ -82,8 +82,12 @@ def first_input(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
 
 def replace_first_tensor(nest: Nest, value: object) -> Nest:
     """`nest` with its first tensor replaced, in the same structure."""
-    found = first_tensor(nest)
-    return map_leaves(lambda leaf: value if leaf is found else leaf, nest)
+    return replace_tensor(nest, first_tensor(nest), value)
+
+
+def replace_tensor(nest: Nest, old: object, new: object) -> Nest:
+    """`nest` with `new` wherever `old` is, in the same structure."""
+    return map_leaves(lambda leaf: new if leaf is old else leaf, nest)
 
 
 def is_fake(value: object) -> bool:

@@ -67,28 +67,29 @@ def is_config(value: object) -> bool:
     return any(kind.__name__ in names for kind in type(value).__mro__)
 
 
-def infers_the_mask_of_an_encoder() -> bool:
-    """Whether `generate` makes a mask of the padding in ids, if none is given, for encoders too
-    (transformers 4.57; in 5 for decoders alone)."""
+def is_before_5() -> bool:
+    """Whether transformers 4 is installed."""
     import transformers
 
     return int(transformers.__version__.partition(".")[0]) < 5
+
+
+def infers_the_mask_of_an_encoder() -> bool:
+    """Whether `generate` makes a mask of the padding in ids, if none is given, for encoders too
+    (transformers 4.57; in 5 for decoders alone)."""
+    return is_before_5()
 
 
 def hides_the_chunks_of_a_prompt() -> bool:
     """Whether `generate(prefill_chunk_size=...)` runs a prompt by the model's `forward`, past the
     hooks of the model itself (transformers 4.57; in 5 it calls the model)."""
-    import transformers
-
-    return int(transformers.__version__.partition(".")[0]) < 5
+    return is_before_5()
 
 
 def asks_criteria_about_drafts() -> bool:
     """Whether assisted decoding asks the stopping criteria twice in each iteration: first about the
     draft, before the model has run (transformers 4.57)."""
-    import transformers
-
-    return int(transformers.__version__.partition(".")[0]) < 5
+    return is_before_5()
 
 
 def type_of_new_tokens(module: Any, name: str) -> int | None:

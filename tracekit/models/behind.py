@@ -12,13 +12,13 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from tracekit.core.quirks import generation_config_of
+from tracekit.core.quirks import generation_config_of, is_before_5
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models import generation
 from tracekit.models.kv_cache import KeyValueCache
 from tracekit.models.kv_layers import end_run, layers_of, settle
-from tracekit.models.padding import is_before_5, positions_of
+from tracekit.models.padding import positions_of
 from tracekit.models.prefix import Prefix
 from tracekit.models.rests import (
     check_gap,
@@ -29,7 +29,7 @@ from tracekit.models.rests import (
     of_decoder,
 )
 from tracekit.models.scanning import run_dry
-from tracekit.models.signatures import accepts, is_transformers
+from tracekit.models.signatures import accepts, owner_of_generate
 from tracekit.tracing.call import Follower
 
 MOST_NEW: Final = 1024  # positions that a generation gets room for at once; it may end much earlier
@@ -172,8 +172,8 @@ def _of_generation(
 
 def _check_generates(module: Any, found: Behind, rest: dict[str, Any], name: str) -> None:
     kind = type(module).__name__
-    owner = next(kind for kind in type(module).__mro__ if "generate" in vars(kind)).__name__
-    if not is_transformers(module) or owner != "GenerationMixin":
+    owner = owner_of_generate(module)
+    if owner != "GenerationMixin":
         raise UnsupportedError(
             f"{kind} generates in a way of its own ({owner}.generate), which takes no prefix. "
             f"Trace behind the prefix, or generate from the whole text."

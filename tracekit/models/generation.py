@@ -13,7 +13,7 @@ from tracekit.core.nest import tensors
 from tracekit.core.tree import Tree
 from tracekit.models.eager import eager
 from tracekit.models.lengths import count_steps
-from tracekit.models.passes import Passes, asked, tell_forward
+from tracekit.models.passes import Passes, asked, has_beams, tell_forward
 from tracekit.models.rerun import Rerun
 from tracekit.models.signatures import accepts, by_name, by_name_of_forward, is_transformers
 from tracekit.models.stops import as_list, watching
@@ -81,9 +81,7 @@ def _generate(
 
 def _needs_lineage(module: Any, given: dict[str, Any]) -> bool:
     """Whether it is to be told which beam each token came from, though nobody asked for that."""
-    if (asked(module, given, "num_beams") or 1) < 2:
-        return False
-    return not asked(module, given, "return_dict_in_generate")
+    return has_beams(module, given) and not asked(module, given, "return_dict_in_generate")
 
 
 def forward(

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tracekit.core.quirks import generation_config_of
 from tracekit.errors import StepError
-from tracekit.models.signatures import by_name
+from tracekit.models.signatures import by_name, owner_of_generate
 
 _ONE_TOKEN_A_STEP: Final = ("greedy_search", "sample", "beam_search", "beam_sample")
 
@@ -19,8 +19,7 @@ def count_steps(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
 
     StepError, with the reason, if it may end earlier, or takes steps of more than one token.
     """
-    kinds = (kind for kind in type(module).__mro__ if "generate" in vars(kind))
-    if next(kinds).__name__ != "GenerationMixin":
+    if owner_of_generate(module) != "GenerationMixin":
         raise _unknown(f"{type(module).__name__} generates in a way of its own")
     given = by_name(module, args, kwargs)
     if given.get("custom_generate") is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tracekit.core.quirks import is_before_5
 from tracekit.errors import PaddingError
 from tracekit.models.signatures import accepts
 
@@ -85,10 +86,3 @@ def positions_of(module: Any, mask: Tensor) -> Tensor:
         if hasattr(part, "padding_idx") and hasattr(part, "position_embeddings"):  # RoBERTa's heirs
             return counted * mask.long() + part.padding_idx
     return torch.clamp(counted - 1, min=0)
-
-
-def is_before_5() -> bool:
-    """Whether this is transformers 4."""
-    import transformers
-
-    return int(transformers.__version__.partition(".")[0]) < 5

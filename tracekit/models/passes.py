@@ -24,7 +24,12 @@ from tracekit.core.tree import Tree
 from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
 from tracekit.models.recompute import up_to_end, valid_tokens
-from tracekit.models.signatures import accepts, by_name_of_forward, is_transformers
+from tracekit.models.signatures import (
+    accepts,
+    by_name_of_forward,
+    is_transformers,
+    owner_of_generate,
+)
 from tracekit.models.stops import Stops
 from tracekit.tracing.timeline import NO_TOKEN, Timeline, Transcript
 
@@ -44,6 +49,7 @@ class Passes:
     ) -> None:
         self._stops = stops  # told by the user's own criteria, if there are any
         self._root: Any = tree.root
+        self._is_plain = owner_of_generate(tree.root) == "GenerationMixin"  # none of its own
         self._timeline = timeline
         self._given = given
         self._thread = this_thread()
@@ -88,7 +94,7 @@ class Passes:
             return None
         if self._ids is not None:
             return self._transcript(self._with_prompt(self._ids))
-        prompt = self._given_ids() if is_own_generate(self._root) else None
+        prompt = self._given_ids() if self._is_plain else None
         if prompt is None or is_encoder_decoder(self._root):
             return None
         return self._transcript(prompt.repeat_interleave(self._rows // len(prompt), 0))
@@ -116,7 +122,7 @@ class Passes:
 
     @property
     def _has_beams(self) -> bool:
-        return (asked(self._root, self._given, "num_beams") or 1) > 1
+        return has_beams(self._root, self._given)
 
     # -- the hooks ------------------------------------------------------------------------------
 
@@ -170,7 +176,7 @@ class Passes:
     def _note_padding(self, length: int) -> None:
         """In a `generate` of its own the prompt may be another; if it is as long, its mask is."""
         mask = self._given.get("attention_mask")
-        if is_own_generate(self._root) or is_encoder_decoder(self._root):
+        if self._is_plain or is_encoder_decoder(self._root):
             return
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == length:
             self._timeline.prompt_mask = None if bool(mask.all()) else mask.bool().cpu()
@@ -180,7 +186,7 @@ class Passes:
     def _known_prompt(self) -> tuple[int | None, Tensor | None]:
         """How many columns the prompt has, and which of them are tokens, where that is plain."""
         given = self._given
-        if not is_own_generate(self._root) or is_encoder_decoder(self._root):
+        if not self._is_plain or is_encoder_decoder(self._root):
             mask = given.get("decoder_attention_mask")
             return None, None if mask is None else mask.cpu()
         ids = self._given_ids()
@@ -288,6 +294,11 @@ def asked(module: Any, given: dict[str, Any], name: str) -> Any:
     return None
 
 
+def has_beams(module: Any, given: dict[str, Any]) -> bool:
+    """Whether sequences are made of beams."""
+    return (asked(module, given, "num_beams") or 1) > 1
+
+
 def _ends(module: Any, given: dict[str, Any]) -> list[int]:
     """The end-of-sequence tokens."""
     ends = asked(module, given, "eos_token_id")
@@ -297,12 +308,6 @@ def _ends(module: Any, given: dict[str, Any]) -> list[int]:
 def is_encoder_decoder(module: Any) -> bool:
     """Whether what it generates is read by a decoder, behind an encoder."""
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
-
-
-def is_own_generate(module: Any) -> bool:
-    """Whether its `generate` is the one that all models of transformers have."""
-    kinds = (kind for kind in type(module).__mro__ if "generate" in vars(kind))
-    return next(kinds).__name__ == "GenerationMixin"
 
 
 def _decoder(module: Any) -> Any:

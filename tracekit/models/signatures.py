@@ -31,6 +31,11 @@ def is_transformers(module: Any) -> bool:
     return any(kind.__name__ == "GenerationMixin" for kind in type(module).__mro__)
 
 
+def owner_of_generate(module: Any) -> str:
+    """The name of the class whose `generate` it has: "GenerationMixin" for that of all models."""
+    return next(kind for kind in type(module).__mro__ if "generate" in vars(kind)).__name__
+
+
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of `module.generate(*args, **kwargs)`, by name."""
     names = list(inspect.signature(type(module).generate).parameters)[1:]

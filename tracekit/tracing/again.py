@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tracekit.core.nest import first_input, first_tensor
 from tracekit.core.site import Site, Slot
 from tracekit.errors import CacheError
 from tracekit.interleave.hooks import is_elsewhere
@@ -20,7 +19,7 @@ from tracekit.interleave.worker import this_thread
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.replay import Replay
 from tracekit.tracing.sequence import TokenSequence
-from tracekit.tracing.timeline import Pass, axis_of
+from tracekit.tracing.timeline import Pass, axis_of, by_rows, tensor_of
 
 # Takes a site, its how-manieth visit, the value that the model goes on with, and the forward.
 See: TypeAlias = Callable[[Site, int, Any, Pass], None]
@@ -58,13 +57,11 @@ def run_again(changes: Changes, paths: set[str], see: See, include_last: bool = 
 
 def by_position(site: Site, value: Any, one: Pass) -> tuple[int, Tensor]:
     """Where the positions are in a value of that forward, and it as `[rows, positions, ...]`."""
-    tensor = first_tensor(first_input(value) if site.slot is Slot.INPUT else value)
+    tensor = tensor_of(site.slot, value)
     if tensor is None:
         raise CacheError(f"{site} has no tensor.")
     axis, _ = axis_of(site, tensor, one)
-    if axis == 0:
-        return 0, tensor.unflatten(0, (one.rows, one.length))
-    laid = tensor.movedim(axis, 1)
+    laid = by_rows(tensor, axis, one.rows, one.length)
     return axis, laid if laid.shape[0] == one.rows else laid.expand(one.rows, *laid.shape[1:])
 
 

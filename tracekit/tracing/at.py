@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tracekit.capture import showing_own_lines
-from tracekit.core.nest import describe, first_input, first_tensor, map_leaves
-from tracekit.core.site import Site, Slot
+from tracekit.core.nest import describe, replace_tensor
+from tracekit.core.site import Site
 from tracekit.errors import InputError, MisfitError, NeverRanError, UnsupportedError
 from tracekit.interleave.duties import Span
 from tracekit.tracing.positions import Chosen, Positions
-from tracekit.tracing.timeline import PADDING, Pass, Timeline, axis_of
+from tracekit.tracing.timeline import PADDING, Pass, Timeline, axis_of, by_rows, tensor_of
 
 if TYPE_CHECKING:
     from tracekit.interleave.mediator import Mediator
@@ -173,7 +173,7 @@ class PositionEdit:
 
     def apply(self, value: Any, one: Pass, timeline: Timeline) -> Any:
         """`value`, that a module gave or was given in the forward `one`, with the edit made."""
-        tensor = first_tensor(first_input(value) if self.site.slot is Slot.INPUT else value)
+        tensor = tensor_of(self.site.slot, value)
         if tensor is None:
             raise MisfitError(f"{self.site} is {describe(value)}, with no tensor.")
         axis, count = axis_of(self.site, tensor, one)
@@ -188,7 +188,7 @@ class PositionEdit:
         if not bool(mask.any()):
             return value
         self.has_fired = True
-        laid = tensor.unflatten(0, (one.rows, count)) if axis == 0 else tensor.movedim(axis, 1)
+        laid = by_rows(tensor, axis, one.rows, count)
         if laid.shape[0] < one.rows:  # one value for all rows, which stays so if it can
             is_one = bool((places == places[:1]).all())
             places, mask = (places[:1], mask[:1]) if is_one else (places, mask)
@@ -197,7 +197,7 @@ class PositionEdit:
         mask = mask.to(laid.device).reshape(*mask.shape, *[1] * (laid.dim() - 2))
         new = torch.where(mask, new, laid)
         new = new.flatten(0, 1) if axis == 0 else new.movedim(1, axis)
-        return map_leaves(lambda leaf: new if leaf is tensor else leaf, value)
+        return replace_tensor(value, tensor, new)
 
     def _places(self, one: Pass, count: int, timeline: Timeline) -> Tensor:
         """`[rows, count]`: of what positions of a forward, the last so many, are chosen."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol, final
+from typing import Any, Literal, NamedTuple, Protocol, final
 from weakref import ReferenceType
 
 from tracekit.core.site import Site, Slot
@@ -26,6 +26,16 @@ class Filling(Protocol):
         ...
 
 
+class Recorded(NamedTuple):
+    """What a cache takes: the entries by path, other names of paths, what was to be recorded, and
+    how the run went."""
+
+    entries: dict[str, list[Entry]]
+    aliases: dict[str, str]
+    asked: list[str]
+    changes: Changes
+
+
 @final
 class Cache(Mapping[str, Entries]):
     """Recorded activations: `cache["model.transformer.h.0"]`, or `cache.model.transformer.h[0]`.
@@ -45,31 +55,16 @@ class Cache(Mapping[str, Entries]):
         self._root = ""
         self._is_complete = False
 
-    def _freeze(
-        self,
-        entries: dict[str, list[Entry]],
-        aliases: dict[str, str],
-        asked: list[str],
-        changes: Changes,
-    ) -> None:
+    def _freeze(self, recorded: Recorded) -> None:
         """Take what was recorded; a Recorder calls this once, at the end of its run."""
-        self._show(entries, aliases, asked, changes)
+        self._show(recorded)
         self._is_complete = True
         self._filling = self._is_standing = None
 
-    def _show(
-        self,
-        entries: dict[str, list[Entry]],
-        aliases: dict[str, str],
-        asked: list[str],
-        changes: Changes,
-    ) -> None:
+    def _show(self, recorded: Recorded) -> None:
         """Take what was recorded so far."""
-        self._changes = changes
-        self._entries = entries
-        self._aliases = aliases
-        self._asked = asked
-        self._root = next(iter(asked), "").partition(".")[0]
+        self._entries, self._aliases, self._asked, self._changes = recorded
+        self._root = next(iter(self._asked), "").partition(".")[0]
 
     def _open_early(self, is_standing: Callable[[], bool]) -> None:
         """Let it be read while it is filled, whenever the model stands still."""
@@ -221,7 +216,7 @@ class Cache(Mapping[str, Entries]):
 def empty_cache() -> Cache:
     """The complete cache of a run that recorded nothing."""
     cache = Cache()
-    cache._freeze({}, {}, [], Changes(Timeline()))  # pyright: ignore[reportPrivateUsage] - same file
+    cache._freeze(Recorded({}, {}, [], Changes(Timeline())))  # pyright: ignore[reportPrivateUsage] - same file
     return cache
 
 

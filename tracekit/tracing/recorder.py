@@ -30,7 +30,7 @@ from tracekit.errors import NeverRanError, OverwrittenError
 from tracekit.interleave.duties import Rows
 from tracekit.interleave.hooks import Hooks, is_elsewhere
 from tracekit.tracing.arrivals import await_gradients
-from tracekit.tracing.cache import Cache
+from tracekit.tracing.cache import Cache, Recorded
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import ABSENT, Entry
 
@@ -236,7 +236,7 @@ class Recorder:
         self._list()
         self._awaited.clear()
         self._nodes.clear()
-        self._cache._freeze(*self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        self._cache._freeze(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def list_so_far(self) -> None:
         """Put what was recorded until now into the cache, in memory of its own.
@@ -250,14 +250,11 @@ class Recorder:
             self._records[index] = self._with_own(self._records[index])
         self._list()
         self._read = self._listed
-        self._cache._show(*self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        self._cache._show(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
-    def _told(
-        self,
-    ) -> tuple[dict[str, list[Entry]], dict[str, str], list[str], Changes]:
-        """What a cache takes."""
+    def _told(self) -> Recorded:
         changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
-        return self._found, self._tree.aliases, list(self._modules), changes
+        return Recorded(self._found, self._tree.aliases, list(self._modules), changes)
 
     def _refuse_overwritten(self) -> None:
         errors: list[OverwrittenError] = []

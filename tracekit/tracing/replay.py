@@ -9,12 +9,12 @@ from typing import Any, Final, NamedTuple, final
 import torch
 from torch import Tensor
 
-from tracekit.core.nest import map_leaves
+from tracekit.core.nest import replace_tensor, tensors
 from tracekit.core.site import Site
 from tracekit.errors import CacheError, TracekitError
 from tracekit.tracing.changes import Change, Changes, How
 from tracekit.tracing.sequence import Laid, lay_out
-from tracekit.tracing.timeline import Pass, Timeline, Transcript
+from tracekit.tracing.timeline import Pass, Timeline, Transcript, by_rows
 
 # Largest deviation, over the largest value of the site, that steps under kept keys and values and
 # one forward may differ by: float32 was measured at 4e-7, bfloat16 at 5e-3.
@@ -118,23 +118,12 @@ def _call_in_forward(made: Change, timeline: Timeline) -> int:
 
 def _changed(value: Any, again: _Again, one: Pass) -> Any:
     """`value`, with one of its tensors changed."""
-    following = iter(range(10**9))
-    found: list[Tensor] = []
-
-    def look(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and next(following) == again.leaf:
-            found.append(leaf)
-        return leaf
-
-    map_leaves(look, value)
-    if not found:
+    found = list(tensors(value))
+    if again.leaf >= len(found):
         return value
-    new = _with(found[0], again, one)
-    return (
-        value
-        if new is found[0]
-        else map_leaves(lambda leaf: new if leaf is found[0] else leaf, value)
-    )
+    old = found[again.leaf]
+    new = _with(old, again, one)
+    return value if new is old else replace_tensor(value, old, new)
 
 
 def _with(tensor: Tensor, again: _Again, one: Pass) -> Tensor:
@@ -142,7 +131,7 @@ def _with(tensor: Tensor, again: _Again, one: Pass) -> Tensor:
     if isinstance(again.laid, Tensor):
         return own.copy_(_as_before(own, again.laid, again.before))
     value, columns, _, axis = again.laid
-    laid = own.unflatten(0, (one.rows, one.length)) if axis == 0 else own.movedim(axis, 1)
+    laid = by_rows(own, axis, one.rows, one.length)
     index = torch.tensor(columns, device=own.device)
     laid.index_copy_(1, index, _as_before(laid.index_select(1, index), value, again.before))
     return own

@@ -16,7 +16,7 @@ from torch import Tensor
 from tracekit.core.nest import describe, first_tensor
 from tracekit.errors import CacheError
 from tracekit.tracing.entries import Entry
-from tracekit.tracing.timeline import PADDING, Pass, Timeline, Transcript, fits
+from tracekit.tracing.timeline import PADDING, Pass, Timeline, Transcript, by_rows, fits
 
 
 @final
@@ -254,10 +254,8 @@ def _size_without(axis: int, shape: torch.Size) -> tuple[int, ...]:
 def _part(piece: Piece, axis: int, rows: int) -> Tensor:
     """`[rows, positions, ...]`: what of a piece is in the result."""
     value, length = piece.value, piece.length
-    if axis == 0:
-        value = value.unflatten(0, (rows, length))
-    elif axis == 2:
-        value = value.movedim(2, 1)
+    if axis != 1:
+        value = by_rows(value, axis, rows, length)
     if value.shape[0] != rows:
         value = value.expand(rows, *value.shape[1:])
     taken = piece.stop - piece.start

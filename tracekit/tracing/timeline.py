@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
-from tracekit.core.nest import describe
-from tracekit.core.site import Site
+from tracekit.core.nest import describe, first_input, first_tensor
+from tracekit.core.site import Site, Slot
 from tracekit.errors import UnsupportedError
 from tracekit.interleave.duties import Span
 
@@ -103,12 +103,8 @@ class Timeline:
         self._subscribers: list[Callable[[], None]] = []
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            **vars(self),
-            "rerun": None,
-            "tell": None,
-            "_subscribers": [],
-        }  # a model is not copied along
+        of_the_run = {"rerun": None, "tell": None, "_subscribers": []}  # no model is copied along
+        return {**vars(self), **of_the_run}
 
     @property
     def transcript(self) -> Transcript | None:
@@ -219,6 +215,16 @@ class Timeline:
     def first(self) -> int:
         """The first position that ran: not 0 where keys and values of a prefix were there."""
         return min((one.start for one in self.passes if one.is_main), default=0)
+
+
+def tensor_of(slot: Slot, value: Any) -> Tensor | None:
+    """The tensor whose positions are meant: the first of an output, or of the first input."""
+    return first_tensor(first_input(value) if slot is Slot.INPUT else value)
+
+
+def by_rows(value: Tensor, axis: int, rows: int, count: int) -> Tensor:
+    """`[rows, count, ...]`, a view of `value`, which has its positions in `axis`."""
+    return value.unflatten(0, (rows, count)) if axis == 0 else value.movedim(axis, 1)
 
 
 def axis_of(site: Site, value: Tensor, one: Pass) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from tracekit.core.nest import first_input, first_tensor
+from tracekit.core.nest import first_tensor
 from tracekit.core.site import Site, Slot
 from tracekit.errors import CacheError, TracekitError
 from tracekit.tracing.again import by_position, run_again
@@ -20,7 +20,7 @@ from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import ABSENT, Entry
 from tracekit.tracing.replay import TOLERANCES
 from tracekit.tracing.sequence import TokenSequence, calls_in_forwards, stitch
-from tracekit.tracing.timeline import Pass
+from tracekit.tracing.timeline import Pass, tensor_of
 
 
 @final
@@ -93,11 +93,10 @@ def verify(
 
     CacheError where the run can't be made again.
     """
-    found: dict[tuple[str, Slot, int], Check] = {}
-    comparison = _Comparison(entries, changes, tolerance, found)
+    comparison = _Comparison(entries, changes, tolerance)
     run_again(changes, set(entries), comparison.see)
-    checks = list(found.values())
-    reached = {path for path, _, _ in found}
+    checks = list(comparison.found.values())
+    reached = {path for path, _, _ in comparison.found}
     for path in entries:
         if path not in reached:
             checks.append(Check(path, float("inf"), None, None, "it did not run in one forward"))
@@ -114,12 +113,11 @@ class _Comparison:
         entries: dict[str, list[Entry]],
         changes: Changes,
         tolerance: float | None,
-        found: dict[tuple[str, Slot, int], Check],
     ) -> None:
         self._entries = entries
         self._changes = changes
         self._given = tolerance
-        self._found = found
+        self.found: dict[tuple[str, Slot, int], Check] = {}
         self.tolerance = tolerance
 
     def see(self, site: Site, call: int, value: Any, one: Pass) -> None:
@@ -134,7 +132,7 @@ class _Comparison:
             check = self._compared(label, site, recorded, call, value, one)
         except TracekitError as error:
             check = Check(label, None, None, None, f"not compared: {error.args[0]:.90}")
-        self._found[site.path, site.slot, call] = check
+        self.found[site.path, site.slot, call] = check
 
     def _compared(
         self, label: str, site: Site, entries: list[Entry], call: int, value: Any, one: Pass
@@ -178,7 +176,7 @@ class _Comparison:
     ) -> Check:
         """What runs once, outside the decoder's forwards: an encoder, for one."""
         recorded = first_tensor(_value(entries[0], site.slot)) if entries else None
-        tensor = first_tensor(first_input(value) if site.slot is Slot.INPUT else value)
+        tensor = tensor_of(site.slot, value)
         if recorded is None or tensor is None:
             raise CacheError("it ran more often in one forward, or has no tensor")
         again = self._rows(tensor).to(recorded.device)
