@@ -52,6 +52,11 @@ def a_misspelled_value() -> None:
     MODEL[0].ouput
 
 
+def a_name_that_an_architecture_lacks() -> None:
+    net, _ = make("gptj")
+    Model(net).layers[0].resid_mid
+
+
 def a_name_that_is_taken() -> None:
     Model(nn.Sequential(nn.ReLU()), rename={"0": "forward"})
 
@@ -220,6 +225,12 @@ CASES = [
         a_misspelled_value,
         errors.UnknownModuleError,
         "'ouput' is not in Linear (model.0); did you mean 'output' or 'input'? [unknown-module]",
+    ),
+    Case(
+        a_name_that_an_architecture_lacks,
+        errors.MissingNameError,
+        "model.transformer.h.0 (GPTJBlock) has no 'resid_mid': attention and MLP are added in one "
+        "sum: there is nothing between them. [missing-name]",
     ),
     Case(
         a_name_that_is_taken,

@@ -45,6 +45,12 @@ class UnknownPathError(TracekitError, KeyError):
         return f"{self.args[0]} [{self.slug}]"
 
 
+class MissingNameError(UnknownModuleError):
+    """A standard name that this architecture, or this layer of it, has nothing for."""
+
+    slug = "missing-name"
+
+
 class AliasError(TracekitError, ValueError):
     """Another name for a module that can't be one, or a name for what there is not."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from torch import nn
 
@@ -12,6 +12,17 @@ from tracekit.core.quirks import own_children
 from tracekit.core.renames import Renames, spellings
 from tracekit.core.site import Site, Slot
 from tracekit.errors import UnknownModuleError, did_you_mean
+
+
+class StandardNames(Protocol):
+    """What a model's architecture calls its modules and values; paths are below the root."""
+
+    stacks: dict[str, tuple[tuple[str, int], ...]]
+
+    def module(self, owner: str, name: str) -> str | None: ...
+    def point(self, owner: str, name: str) -> Any: ...
+    def why_not(self, owner: str, name: str) -> str | None: ...
+    def words(self, owner: str) -> list[str]: ...
 
 
 @final
@@ -29,6 +40,8 @@ class Tree:
         self._depth = name.count(".") + 1
         self.load_first: Callable[[], None] | None = None  # brings weights that were left out
         self.original: Tree | None = None  # whose twin this is, if it is one
+        self.naming: Callable[[nn.Module], StandardNames | None] | None = None
+        self._names: tuple[StandardNames | None] | None = None  # None: nobody asked
         self.mode: AbstractContextManager[object] = nullcontext()  # entered while `root` runs
         self.modules: dict[str, nn.Module] = {}  # every path, aliases included, in tree order
         self._canonical: dict[str, str] = {}
@@ -64,6 +77,7 @@ class Tree:
         self.proven.clear()
         self.layouts.clear()
         self.continues = None
+        self._names = None
         self.sites.clear()
         first: dict[int, str] = {}
         for relative, module in self.root.named_modules(remove_duplicate=False):
@@ -134,10 +148,40 @@ class Tree:
         """The first path of the module at `path`, which may be given without the root's name."""
         full = path if path in self._canonical else f"{self.name}.{path}"
         if full not in self._canonical:
+            full = self._by_standard_names(path)
+        if full not in self._canonical:
             raise UnknownModuleError(
                 f"{path!r} is not a module of {self._kind()}{did_you_mean(path, self._canonical)}"
             )
         return self._canonical[full]
+
+    def _by_standard_names(self, path: str) -> str:
+        """The path that `path` is, with standard names in it; "" if it is none."""
+        found = self.name
+        for part in path.removeprefix(f"{self.name}.").split("."):
+            inside = f"{found}.{part}"
+            known = inside in self._canonical
+            inside = inside if known else self.named_module(found, part) or ""
+            if not inside:
+                return ""
+            found = inside
+        return found
+
+    @property
+    def names(self) -> StandardNames | None:
+        """The standard names of this model; None if its architecture is not known."""
+        if self._names is None:
+            self._names = (self.naming(self.root) if self.naming is not None else None,)
+        return self._names[0]
+
+    def below(self, path: str) -> str:
+        """`path` without the root's name, as standard names have it."""
+        return path[len(self.name) + 1 :]
+
+    def named_module(self, owner: str, name: str) -> str | None:
+        """The path of the module that a standard name means in the module at `owner`."""
+        found = self.names.module(self.below(owner), name) if self.names is not None else None
+        return None if found is None else f"{self.name}.{found}"
 
     def renamed(self, path: str) -> dict[str, str]:
         """The aliases that the module at `path` has for modules in it, and their paths."""

@@ -48,7 +48,7 @@ def twin(
             kept = ((key, hook) for key, hook in hooks.items() if key >= 0 and keeps(hook))
             memo[id(hooks)] = OrderedDict(kept)
     found = Tree(copied(tree.root, exchange, memo), tree.name, tree.renames)
-    found.original = tree
+    found.original, found.naming = tree, tree.naming
     return found
 
 

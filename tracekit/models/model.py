@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast, final, overload
 
 from torch import nn
 
+from tracekit.architectures import names_of
 from tracekit.capture import caller_frame, is_with_item, showing_own_lines
 from tracekit.core.nest import tensors
 from tracekit.core.renames import Rename, Renames
@@ -53,6 +54,7 @@ class Model(Envoy):
             )
         renames = Renames(rename, frozenset(dir(type(self)))) if rename else None
         super().__init__(Tree(module, name, renames), name)
+        self._tree.naming = names_of
         object.__setattr__(self, "_edits", [])
 
     @showing_own_lines

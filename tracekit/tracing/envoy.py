@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
@@ -10,11 +11,14 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from tracekit.architectures import Bound
+from tracekit.capture import showing_own_lines, takes_next
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import (
     LoadingError,
+    MissingNameError,
     NeverRanError,
     OutsideTraceError,
     UnknownModuleError,
@@ -24,6 +28,7 @@ from tracekit.errors import (
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.at import Spot
+from tracekit.tracing.named import read_named, write_named
 from tracekit.tracing.slots import Calls, Slots, mediator_of, path_in
 from tracekit.tracing.source import Source, source_of
 
@@ -169,6 +174,7 @@ class Envoy(Slots):
             tree.load_first()
         return tree.module(self._path)(*args, **kwargs)
 
+    @showing_own_lines
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or hasattr(type(self), name):  # half-made, in copy or pickle
             raise AttributeError(name)
@@ -183,8 +189,15 @@ class Envoy(Slots):
         try:
             value = getattr(module, name)
         except AttributeError:
+            if self._tree.names is not None and name in self._words():
+                return self._named(name)
             children = [*own_children(module), *aliases]
-            near = did_you_mean(name, [*children, *module._parameters, *_VALUES])
+            why = self._why_not(name)
+            if why is not None:
+                raise MissingNameError(
+                    f"{self._path} ({type(module).__name__}) has no {name!r}: {why}."
+                ) from None
+            near = did_you_mean(name, [*children, *module._parameters, *_VALUES, *self._words()])
             is_near = not children or any(repr(child) in near for child in children)
             there = "" if is_near else f" (there: {', '.join(children[:8])})"
             raise UnknownModuleError(
@@ -206,6 +219,45 @@ class Envoy(Slots):
             )
         return value
 
+    # -- standard names -------------------------------------------------------------------------
+
+    def _words(self) -> list[str]:
+        """The standard names that there are in this module."""
+        names = self._tree.names
+        return names.words(self._tree.below(self._path)) if names is not None else []
+
+    def _why_not(self, name: str) -> str | None:
+        names = self._tree.names
+        return names.why_not(self._tree.below(self._path), name) if names is not None else None
+
+    def _named(self, name: str) -> Any:
+        """The module, the layers or the value that a standard name means here."""
+        tree = self._tree
+        assert tree.names is not None
+        path = tree.named_module(self._path, name)
+        if path is not None:
+            return Envoy(tree, path, self._call)
+        bound = tree.names.point(tree.below(self._path), name)
+        if bound is None:
+            places = tree.names.stacks[name]
+            return tuple(Envoy(tree, f"{tree.name}.{path}", call) for path, call in places)
+        at = Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), self._call)
+        if takes_next(sys._getframe(3), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
+            return at._spot_of(bound)
+        return read_named(*at._at(bound.slot, name), self._call, bound)
+
+    def _spot_of(self, bound: Bound) -> Spot:
+        if not bound.is_plain:
+            raise UnsupportedError(
+                f"positions can't be chosen of {bound.name}, which is a part of {self._path}."
+                f"{bound.slot.value}, or shared with others: choose them there."
+            )
+        return self._spot(bound.slot)
+
+    def _write_named(self, bound: Bound, value: object) -> None:
+        at = Envoy(self._tree, f"{self._tree.name}.{bound.path}".rstrip("."), self._call)
+        write_named(*at._at(bound.slot, bound.name), self._call, bound, value)
+
     def _changed(self, name: str, *args: Any, **kwargs: Any) -> Envoy:
         """This Envoy, after `module.to(...)` or another method that returns its module."""
         if self._tree.load_first is not None:
@@ -213,11 +265,17 @@ class Envoy(Slots):
         getattr(self.module, name)(*args, **kwargs)
         return self
 
+    @showing_own_lines
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)
             return
         module = self.module
+        names = self._tree.names
+        bound = names.point(self._tree.below(self._path), name) if names is not None else None
+        if bound is not None and not hasattr(module, name):
+            self._write_named(bound, value)
+            return
         if isinstance(value, Envoy):
             value = value.module
         is_own = hasattr(type(self), name)
@@ -271,7 +329,7 @@ class Envoy(Slots):
 
     def __dir__(self) -> list[str]:
         aliases = self._tree.renamed(self._path)
-        return sorted({*object.__dir__(self), *own_children(self.module), *aliases})
+        return sorted({*object.__dir__(self), *own_children(self.module), *aliases, *self._words()})
 
     def __repr__(self) -> str:
         return f"{self._path}: {self.module!r}"

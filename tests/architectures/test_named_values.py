@@ -1,0 +1,89 @@
+"""Standard names in a trace: what is read and written is the model's own value of that meaning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.tiny_models import make
+from tracekit import LanguageModel
+from tracekit.errors import MisfitError, MissingNameError, UnknownModuleError
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
+
+def test_names_stand_for_the_modules_of_either_family() -> None:
+    for name, attn, o in (("gpt2", "attn", "c_proj"), ("llama", "self_attn", "o_proj")):
+        net, _ = make(name)
+        model = LanguageModel(net)
+        layer = model.layers[1]
+        assert layer.attn.path == f"{layer.path}.{attn}"
+        assert layer.attn.o.module is getattr(getattr(layer.module, attn), o)
+        assert model.get("layers.1.mlp.down") == layer.mlp.down
+        assert model.unembed.module is net.lm_head
+
+
+def test_the_residual_stream_adds_up() -> None:
+    net, inputs = make("llama")
+    model = LanguageModel(net)
+    with model.trace(**inputs):
+        pre = model.layers[0].resid_pre
+        attn = model.layers[0].attn_out
+        mid = model.layers[0].resid_mid
+        mlp = model.layers[0].mlp_out
+        post = model.layers[0].resid_post
+        after = model.layers[1].resid_pre
+    assert torch.equal(pre + attn, mid)
+    assert torch.equal(mid + mlp, post)
+    assert torch.equal(post, after)
+
+
+def test_a_write_in_the_middle_of_a_block_goes_on_in_the_residual_stream() -> None:
+    net, inputs = make("gpt2")
+    model = LanguageModel(net)
+    added = torch.randn(32)
+    with model.trace(**inputs):
+        before = model.layers[0].resid_mid.clone()
+        model.layers[0].resid_mid = before + added
+        mlp = model.layers[0].mlp_out
+        post = model.layers[0].resid_post
+    torch.testing.assert_close(post, before + added + mlp)
+
+
+def test_what_the_mlp_reads_is_changed_for_it_alone() -> None:
+    net, inputs = make("gpt2")
+    model = LanguageModel(net)
+    with model.trace(**inputs):
+        mid = model.layers[0].resid_mid.clone()
+        model.layers[0].mlp_in[:, 2] = 0
+        mlp = model.layers[0].mlp_out
+        post = model.layers[0].resid_post
+    assert torch.equal(mid + mlp, post)
+    block = net.transformer.h[0]
+    changed = mid.clone()
+    changed[:, 2] = 0
+    torch.testing.assert_close(mlp, block.mlp(block.ln_2(changed)))
+
+
+def test_the_queries_of_one_head_are_edited_in_place() -> None:
+    net, inputs = make("gpt2")
+    model = LanguageModel(net)
+    with model.trace(**inputs):
+        model.layers[0].q[:, :, 1] = 7
+        fused = model.transformer.h[0].attn.c_attn.output
+    assert (fused[..., 8:16] == 7).all()
+    assert not (fused[..., :8] == 7).any()
+
+
+def test_what_is_not_there_says_why() -> None:
+    net, inputs = make("gpt2")
+    model = LanguageModel(net)
+    with pytest.raises(MissingNameError, match="no 'cross_z': there is no module"):
+        with model.trace(**inputs):
+            model.layers[0].cross_z
+    with pytest.raises(UnknownModuleError, match="did you mean 'resid_mid'"):
+        with model.trace(**inputs):
+            model.layers[0].resid_mit
+    with pytest.raises(MisfitError, match="q was Tensor"):
+        with model.trace(**inputs):
+            model.layers[0].q = torch.zeros(3)

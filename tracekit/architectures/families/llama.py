@@ -1,0 +1,35 @@
+"""Llama and its heirs: pre-norm, rotary positions, a gated MLP."""
+
+from tracekit.architectures.schema import Block, Family, Stack
+
+FAMILY = Family(
+    "llama",
+    model_types=("llama", "mistral", "qwen2"),
+    modules={
+        "embed": "model.embed_tokens",
+        "final_norm": "model.norm",
+        "unembed": "lm_head",
+    },
+    stacks={
+        "layers": Stack(
+            "model.layers",
+            (
+                Block(
+                    {
+                        "norm1": "input_layernorm",
+                        "attn": "self_attn",
+                        "q": "self_attn.q_proj",
+                        "k": "self_attn.k_proj",
+                        "v": "self_attn.v_proj",
+                        "o": "self_attn.o_proj",
+                        "norm2": "post_attention_layernorm",
+                        "mlp": "mlp",
+                        "gate": "mlp.gate_proj",
+                        "up": "mlp.up_proj",
+                        "down": "mlp.down_proj",
+                    }
+                ),
+            ),
+        )
+    },
+)

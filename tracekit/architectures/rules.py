@@ -1,0 +1,95 @@
+"""Where activations are, by rule: from the words that a block has modules for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from tracekit.architectures.layouts import Chunk, Heads, HeadsFirst
+from tracekit.architectures.schema import (
+    Block,
+    Declared,
+    Lacks,
+    Point,
+    Residual,
+    Sharing,
+    attended,
+    given,
+    output,
+)
+
+_SHARED, _APART = Sharing.SHARED, Sharing.APART
+_ONE_SUM = Lacks("attention and MLP are added in one sum: there is nothing between them")
+_ALONE = Lacks("the block has one mixer or MLP alone: there is nothing in the middle")
+
+_EVERYWHERE: Final[Mapping[str, Declared]] = {
+    "resid_pre": given(""),
+    "resid_post": output(""),
+    "q": output("q", Heads("heads")),
+    "k": output("k", Heads("kv_heads")),
+    "v": output("v", Heads("kv_heads")),
+    "attn_q": attended("q", HeadsFirst()),
+    "attn_k": attended("k", HeadsFirst()),
+    "attn_v": attended("v", HeadsFirst()),
+    "scores": attended("scores"),
+    "pattern": attended("pattern"),
+    "z": given("o", Heads("heads")),
+    "head_result": Point("o", output("").slot, inside="head_result"),
+    "attn_out": (output("norm1_post"), output("attn")),
+    "ssm_out": output("ssm"),
+    "ssm_in": output("in_proj"),
+    "ssm_inner": given("out_proj"),
+    "conv_out": output("conv"),
+    "cross_q": output("cross_q", Heads("heads")),
+    "cross_attn_q": attended("q", HeadsFirst(), "cross_core"),
+    "cross_attn_k": attended("k", HeadsFirst(), "cross_core"),
+    "cross_attn_v": attended("v", HeadsFirst(), "cross_core"),
+    "cross_scores": attended("scores", core="cross_core"),
+    "cross_pattern": attended("pattern", core="cross_core"),
+    "cross_z": given("cross_o", Heads("heads")),
+    "cross_attn_out": output("cross_attn"),
+    "mlp_pre": (output("gate"), output("gate_up", Chunk(0)), output("up")),
+    "mlp_post": given("down"),
+    "router_logits": output("router"),
+    "experts_out": output("experts"),
+    "shared_expert_out": output("shared_expert"),
+    "mlp_out": (output("norm2_post"), output("mlp"), output("down")),
+}
+_BY_RESIDUAL: Final[Mapping[Residual, Mapping[str, Declared]]] = {
+    Residual.SEQUENTIAL: {
+        "attn_in": (given("norm1", sharing=_APART), given("attn", sharing=_APART)),
+        "resid_cross": given("cross_norm", sharing=_SHARED),
+        "resid_mid": (given("norm2", sharing=_SHARED), given("mlp", sharing=_SHARED)),
+        "mlp_in": (given("norm2", sharing=_APART), given("mlp", sharing=_APART)),
+    },
+    Residual.PARALLEL: {
+        "attn_in": (given("norm1", sharing=_APART), given("attn", sharing=_APART)),
+        "mlp_in": (given("norm2", sharing=_APART), given("mlp", sharing=_APART)),
+        "resid_mid": _ONE_SUM,
+    },
+    Residual.POST_NORM: {
+        "attn_in": given("attn", sharing=_APART),
+        "resid_cross": output("norm1"),
+        "resid_mid": (output("cross_norm"), output("norm1")),
+        "mlp_in": (given("mlp", sharing=_APART), given("up", sharing=_APART)),
+        "attn_out": (output("attn"), output("o")),
+    },
+    Residual.SINGLE: {
+        "attn_in": (given("norm1", sharing=_APART), given("attn", sharing=_APART)),
+        "resid_mid": _ALONE,
+    },
+    Residual.OTHER: {},
+}
+
+
+def declared(block: Block) -> dict[str, Declared]:
+    """Where each activation of a block is, or why it is not there; those by rule, and its own."""
+    found = {**_EVERYWHERE, **_BY_RESIDUAL[block.residual]}
+    if block.fused is not None:
+        for place, name in enumerate(("q", "k", "v")):
+            found[name] = output("qkv", block.fused(place))
+    if "gate" in block.modules:
+        found["mlp_pre_linear"] = output("up")
+    elif "gate_up" in block.modules:
+        found["mlp_pre_linear"] = output("gate_up", Chunk(1))
+    return {**found, **block.activations}

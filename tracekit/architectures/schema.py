@@ -1,0 +1,117 @@
+"""What a family of models declares: where the standard names are found in them."""
+
+# A declaration is data. It names modules by their paths; where activations are follows from the
+# modules by rules (rules.py), and what a family has otherwise it says in `activations`.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from tracekit.architectures.layouts import Layout, Whole
+from tracekit.core.site import Slot
+
+
+class Residual(Enum):
+    """How a block adds to the residual stream; what proofs check, and decompositions rest on."""
+
+    SEQUENTIAL = "resid_mid = resid_pre + attn_out; resid_post = resid_mid + mlp_out"
+    PARALLEL = "resid_post = resid_pre + attn_out + mlp_out"
+    POST_NORM = "resid_mid = norm1(resid_pre + attn_out); resid_post = norm2(resid_mid + mlp_out)"
+    SINGLE = "resid_post = resid_pre + what the one mixer or MLP adds"
+    OTHER = "the block adds up in a way of its own"
+
+
+class Sharing(Enum):
+    """Who else the model gives the tensor of an activation to."""
+
+    OWN = "nobody: a write replaces it"
+    SHARED = "it is the residual stream itself, used again later: a write goes into the tensor"
+    APART = "it is used again later, and a write must not be seen there: a copy is handed out"
+
+
+@dataclass(frozen=True)
+class Point:
+    """An activation: a value of a module, and how its tensor lies in it."""
+
+    module: str  # a word of the block; "" for the block itself
+    slot: Slot
+    layout: Layout = field(default_factory=Whole)
+    sharing: Sharing = Sharing.OWN
+    key: int | None = None  # which tensor of a structure; None: the first
+    inside: str = ""  # a path below the module
+
+
+@dataclass(frozen=True)
+class Lacks:
+    """Why a family does not have a name."""
+
+    reason: str
+
+
+# What an activation is declared by; of several, the first whose module is there.
+Declared: TypeAlias = "Point | tuple[Point, ...] | Lacks"
+# Whether a layer is of a kind, by the module and the configuration of its stack.
+Condition: TypeAlias = Callable[[nn.Module, Any], bool]
+
+
+def output(module: str, layout: Layout | None = None, key: int | None = None) -> Point:
+    """What a module of the block returns."""
+    return Point(module, Slot.OUTPUT, layout or Whole(), key=key)
+
+
+def given(module: str, layout: Layout | None = None, sharing: Sharing = Sharing.OWN) -> Point:
+    """What a module of the block is called with."""
+    return Point(module, Slot.INPUT, layout or Whole(), sharing)
+
+
+def attended(name: str, layout: Layout | None = None, core: str = "attn_core") -> Point:
+    """A value of the attention function that `core` calls, under any backend."""
+    return Point(core, Slot.OUTPUT, layout or Whole(), inside=f"attention.{name}")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One kind of layer: its modules by word, as paths in the layer."""
+
+    modules: Mapping[str, str]
+    residual: Residual = Residual.SEQUENTIAL
+    # How q, k and v lie in the output of `qkv`, of each a layout by its place.
+    fused: Callable[[int], Layout] | None = None
+    activations: Mapping[str, Declared] = field(default_factory=dict[str, Declared])
+    # The attribute of the configuration that what is added to the residual stream is multiplied by.
+    scale: str | None = None
+    # Which layers are of this kind; None: those that have all the modules in `modules`.
+    when: Condition | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A list of layers, of one kind or several."""
+
+    # Of the list; with `*`, of the layers themselves. Of several, the first that is there.
+    path: str | tuple[str, ...]
+    blocks: tuple[Block, ...]
+    config: str = ""  # where the configuration of these layers is: "text_config", "vision_config"
+    # Under which attribute of the module that calls attention, or else of the configuration, the
+    # number of "heads" and "kv_heads" is, where it is not under the usual name.
+    sizes: Mapping[str, str] = field(default_factory=dict[str, str])
+    # The attribute that says how many layers there are, if modules are called several times.
+    repeats: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The declaration of one family: `model_types` as configurations have them."""
+
+    name: str
+    model_types: tuple[str, ...]
+    # Of the whole model, by word: paths below the root; of several, the first that is there.
+    modules: Mapping[str, str | tuple[str, ...]]
+    stacks: Mapping[str, Stack]  # by word: "layers", "encoder_layers", "vision_layers" …
+    activations: Mapping[str, Declared] = field(default_factory=dict[str, Declared])
+    lacks: Mapping[str, str] = field(default_factory=dict[str, str])  # names, and why

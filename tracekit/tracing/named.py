@@ -1,0 +1,62 @@
+"""Read and write the values that have standard names, where the model has them."""
+
+# What is handed out is a view of the model's own tensor, so an edit in place arrives in the model.
+# An assigned value goes into a tensor of the same structure. Where the model goes on with a tensor
+# in two ways, as with the residual stream in front of a norm, the name says which is meant:
+#   - SHARED: both; what is assigned is written into the tensor;
+#   - APART: this module's alone; a copy takes the tensor's place before it is handed out.
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tracekit.architectures import Bound, Sharing
+from tracekit.core.nest import describe, first_input, first_tensor, misfit, replace_tensor, tensors
+from tracekit.core.site import Site, Slot
+from tracekit.errors import MisfitError, NeverRanError
+from tracekit.interleave.mediator import Mediator
+
+
+def read_named(mediator: Mediator, site: Site, call: int, bound: Bound) -> Tensor:
+    """The activation, as a view of the tensor that the model goes on with."""
+    value = mediator.read(site, call)
+    found = tensor_of(bound, value)
+    if bound.sharing is Sharing.APART:
+        apart = found.clone()
+        mediator.write(site, replace_tensor(value, found, apart), call)
+        found = apart
+    return bound.view(found)
+
+
+def write_named(mediator: Mediator, site: Site, call: int, bound: Bound, new: object) -> None:
+    """Let the model go on with `new` as the activation; MisfitError if it does not fit."""
+    value = mediator.read(site, call)
+    old = tensor_of(bound, value)
+    part = bound.view(old)
+    wrong = misfit(new, part, f"{site.path.partition('.')[0]} … {bound.name}")
+    if wrong is not None or not isinstance(new, Tensor):
+        raise MisfitError(f"{wrong}.")
+    if bound.sharing is Sharing.SHARED:
+        part.copy_(new)
+        return
+    whole = new
+    if part is not old:
+        whole = old.clone()
+        bound.view(whole).copy_(new)
+    mediator.write(site, replace_tensor(value, old, whole), call)
+
+
+def tensor_of(bound: Bound, value: Any) -> Tensor:
+    """The tensor of a module's value that the activation lies in."""
+    if bound.slot is Slot.INPUT:
+        found = first_input(value)
+        found = found if isinstance(found, Tensor) else first_tensor(value)
+    elif bound.key is None:
+        found = first_tensor(value)
+    else:
+        found = list(tensors(value))[bound.key]
+    if found is None:
+        raise NeverRanError(f"{bound.name} is no tensor here, but {describe(value)}.")
+    return found
