@@ -119,7 +119,7 @@ class Interleaver:
         self._check_not_skipped(mediator, visit)
         if visit.step == self.step and watch.has_passed(visit):
             skipped = self._passage.skipped_above(visit.site.path, self.step)
-            if skipped is not None:
+            if skipped is not None and not self._passage.was_called_again(skipped):
                 raise unserved.was_skipped(visit, skipped)
             if visit.call and watch.missed_in == self.step:
                 raise unserved.uncounted(visit)

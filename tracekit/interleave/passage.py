@@ -120,6 +120,10 @@ class Passage:
                 return above
         return None
 
+    def was_called_again(self, path: str) -> bool:
+        """Whether the module at `path` was called more than once in this step."""
+        return self._watches[path].started > 1
+
     def is_in(self, path: str, above: str) -> bool:
         """Whether the module at `above` contains that at `path`, in one way or another."""
         return above in self._modules.ancestors(path)
