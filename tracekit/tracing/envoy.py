@@ -16,6 +16,7 @@ from tracekit.capture import showing_own_lines, takes_next
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
+from tracekit.core.words import ACTIVATIONS
 from tracekit.errors import (
     LoadingError,
     MissingNameError,
@@ -237,11 +238,11 @@ class Envoy(Slots):
         path = tree.named_module(self._path, name)
         if path is not None:
             return Envoy(tree, path, self._call)
-        bound = tree.names.point(tree.below(self._path), name)
-        if bound is None:
+        found = activation_of(self, name)
+        if found is None:
             places = tree.names.stacks[name]
             return tuple(Envoy(tree, f"{tree.name}.{path}", call) for path, call in places)
-        at = Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), self._call)
+        at, bound = found
         if takes_next(sys._getframe(3), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
             return at._spot_of(bound)
         return read_named(*at._at(bound.slot, name), self._call, bound)
@@ -253,10 +254,6 @@ class Envoy(Slots):
                 f"{bound.slot.value}, or shared with others: choose them there."
             )
         return self._spot(bound.slot)
-
-    def _write_named(self, bound: Bound, value: object) -> None:
-        at = Envoy(self._tree, f"{self._tree.name}.{bound.path}".rstrip("."), self._call)
-        write_named(*at._at(bound.slot, bound.name), self._call, bound, value)
 
     def _changed(self, name: str, *args: Any, **kwargs: Any) -> Envoy:
         """This Envoy, after `module.to(...)` or another method that returns its module."""
@@ -271,10 +268,10 @@ class Envoy(Slots):
             object.__setattr__(self, name, value)
             return
         module = self.module
-        names = self._tree.names
-        bound = names.point(self._tree.below(self._path), name) if names is not None else None
-        if bound is not None and not hasattr(module, name):
-            self._write_named(bound, value)
+        found = activation_of(self, name)
+        if found is not None:
+            place, bound = found
+            write_named(*place._at(bound.slot, name), self._call, bound, value)
             return
         if isinstance(value, Envoy):
             value = value.module
@@ -345,6 +342,24 @@ def child_of(envoy: Envoy, name: str) -> Envoy | None:
     """What stands for the child of that name; None if there is none."""
     child = own_children(envoy.module).get(name)
     return envoy._child(name) if child is not None else None  # pyright: ignore[reportPrivateUsage] - a friend
+
+
+def named_child_of(envoy: Envoy, name: str) -> Envoy | None:
+    """What stands for the module that a standard name means; None if there is none."""
+    if hasattr(envoy.module, name) or name in envoy._tree.renamed(envoy._path):  # pyright: ignore[reportPrivateUsage] - a friend
+        return None
+    path = envoy._tree.named_module(envoy._path, name)  # pyright: ignore[reportPrivateUsage] - a friend
+    return None if path is None else Envoy(envoy._tree, path, envoy._call)  # pyright: ignore[reportPrivateUsage] - a friend
+
+
+def activation_of(envoy: Envoy, name: str) -> tuple[Envoy, Bound] | None:
+    """The module that has the value of that standard name, and how; None if there is none."""
+    tree: Tree = envoy._tree  # pyright: ignore[reportPrivateUsage] - a friend
+    names = tree.names if name in ACTIVATIONS and not hasattr(envoy.module, name) else None
+    bound = names.point(tree.below(envoy.path), name) if names is not None else None
+    if bound is None:
+        return None
+    return Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), envoy._call), bound  # pyright: ignore[reportPrivateUsage] - a friend
 
 
 def place_of(envoy: Envoy, tree: Tree, slot: Slot) -> tuple[Site, int]:
