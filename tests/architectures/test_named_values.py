@@ -112,11 +112,11 @@ def test_stored_reads_by_name_need_no_hand_over(monkeypatch: pytest.MonkeyPatch)
 def test_an_attribute_that_only_has_the_name_of_a_value_is_left_alone() -> None:
     net, inputs = make("llama")
     model = LanguageModel(net)
-    chosen = SimpleNamespace(k=1, pattern=[0])
+    chosen = SimpleNamespace(k=0, pattern=[1])
     with model.trace(**inputs):
         one = model.layers[chosen.k].resid_post
         other = model.layers[chosen.pattern[0]].resid_post
     with model.trace(**inputs):
         expected = [layer.output.clone() for layer in model.model.layers]
-    assert torch.equal(one, expected[1])
-    assert torch.equal(other, expected[0])
+    assert torch.equal(one, expected[0])
+    assert torch.equal(other, expected[1])
