@@ -10,6 +10,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from tracekit.capture import showing_own_lines
+from tracekit.core.annex import ANNEX
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -22,6 +24,7 @@ from tracekit.errors import (
     did_you_mean,
 )
 from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.tapped import check_tappable
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.at import Spot
 from tracekit.tracing.slots import Calls, Slots, mediator_of, path_in
@@ -178,6 +181,8 @@ class Envoy(Slots):
         aliases = self._tree.renamed(self._path)
         if name in aliases:
             return Envoy(self._tree, aliases[name])
+        if name == ANNEX and not hasattr(module, name):
+            return self._annex()
         if name in _CHANGES:
             return partial(self._changed, name)
         try:
@@ -205,6 +210,13 @@ class Envoy(Slots):
                 f"garbage. Call the module instead, as in {self._path}(x)."
             )
         return value
+
+    @showing_own_lines
+    def _annex(self) -> Envoy:
+        """The values inside this attention, as modules."""
+        path = self._tree.canonical(self._path)
+        check_tappable(self._tree, path)
+        return Envoy(self._tree, self._tree.attach(path))
 
     def _changed(self, name: str, *args: Any, **kwargs: Any) -> Envoy:
         """This Envoy, after `module.to(...)` or another method that returns its module."""
