@@ -5,7 +5,7 @@
 #     model.transformer.h.3.attn.attention.pattern
 #
 # No module of the model refers to them. While a run has a hook on one, the call of the attention
-# function is intercepted for that run, and the value goes through it (interleave/taps.py).
+# function is intercepted for that run, and the value goes through it (interleave/attend.py).
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ class Annex(nn.Module):
         self.owner = owner
         for name in PIECES:
             self.add_module(name, Piece(owner, name))
+
+
+def axis_of_positions(path: str, dims: int) -> int | None:
+    """The axis of the positions (the queries, where there are keys as well) in a value at `path`.
+
+    None where that is not known: it is no value of an attention.
+    """
+    if dims != 4 or path.rpartition(".")[2] not in PIECES or owner_of(path) is None:
+        return None
+    return 1 if path.endswith(".z") else 2
 
 
 def owner_of(path: str) -> str | None:

@@ -159,6 +159,11 @@ class Hooks:
             held.clear()
         self.subscriber = self.tap = None
 
+    def leave(self) -> None:
+        """Let go of all that was put on, which stays: the model is thrown away."""
+        self._rewritten.clear()
+        self.tap = None
+
     def _reached(self, module: nn.Module) -> nn.Module:
         """`module`, which is called in this run also if it only stands for a value."""
         if type(module) is Piece and self.tap is not None:

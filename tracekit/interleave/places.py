@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast, final
 
@@ -27,7 +27,7 @@ from tracekit.errors import AttentionError, SourceError, UnsupportedError
 from tracekit.interleave.forwards import own_forward
 from tracekit.interleave.hooks import Hooks, Subscriber, is_elsewhere
 from tracekit.interleave.passage import Watch
-from tracekit.interleave.tapped import Tap, Wrap
+from tracekit.interleave.taps import Tap, Wrap
 
 
 @final
@@ -43,7 +43,7 @@ class Places:
         self._watches: dict[str, Watch] = {}  # of operations
         self._callees: dict[str, Callable[..., Any]] = {}  # of operations that are being called
         self._taps: dict[str, Tap] = {}  # by the path of the attention
-        hooks.tap = self._tap
+        hooks.tap = self.tap
 
     # -- what Passage needs to know -------------------------------------------------------------
 
@@ -84,10 +84,10 @@ class Places:
         """Report the end of every call at the path of `watch`."""
         if watch.path in self._around:
             self._watches[watch.path] = watch
-        else:
-            if type(self._tree.modules.get(watch.path)) is Piece:  # its calls are counted by its Tap
-                self._watches[watch.path] = watch
-            self._hooks.watch_ends(watch)
+            return
+        if type(self._tree.modules.get(watch.path)) is Piece:
+            self._watches[watch.path] = watch  # its Tap counts its calls
+        self._hooks.watch_ends(watch)
 
     def watch_begins(self, watch: Watch) -> None:
         """Report the beginning of every call at the path of `watch`; operations always do."""
@@ -125,7 +125,12 @@ class Places:
             self._hooks.rewrite(path, partial(self._rewritten, path))
         return found
 
-    def _tap(self, piece: Piece) -> None:
+    def untapped(self, path: str) -> str | None:
+        """The attention that `path` is a value in, if no value of it was asked for so far."""
+        piece = self._tree.modules.get(path)
+        return piece.owner if type(piece) is Piece and piece.owner not in self._taps else None
+
+    def tap(self, piece: Piece) -> None:
         """Let the values of an attention go through its annex; AttentionError if that can't be."""
         owner = piece.owner
         if owner in self._taps:
@@ -216,6 +221,21 @@ class Places:
             return self._rewritten(path, call)
         except SourceError:
             return call
+
+
+def tapped(tree: Tree, paths: Iterable[str]) -> Hooks:
+    """Lets values inside attentions go through those of these modules that stand for them.
+
+    In forward passes on this thread, until what is returned is removed.
+    """
+    hooks = Hooks(tree.module)
+    places = Places(tree, hooks)
+    for path in paths:
+        module = tree.module(path)
+        if type(module) is Piece:
+            places.tap(module)
+    hooks.tap = None
+    return hooks
 
 
 def _path(around: str, name: str) -> str:

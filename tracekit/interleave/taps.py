@@ -1,185 +1,111 @@
-"""Calls of attention functions with q, k, v, scores, pattern and z led through modules of their own."""
-
-# Guarantees:
-#   - only what somebody asks for is computed, and only in the attention that it is asked of;
-#   - as long as nobody writes, the attention gives what it gives untapped, bit for bit.
-#
-# Fused attention has no scores and no pattern. Where they are asked for, the model's own eager
-# function runs beside it, on the same q, k, v and mask, and its softmax is stopped at. What it
-# returns counts only if something was written.
+"""Where an attention makes the call that its values are taken from, and who wants them in a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol, cast, final
+from functools import partial
+from types import FunctionType
+from typing import Any, TypeAlias, final
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from tracekit.core.versions import UNKNOWN, version
-from tracekit.interleave.masks import additive_mask
+from tracekit.capture.functions import unwrap
+from tracekit.capture.operations import Listing, operations_of
+from tracekit.core.annex import ANNEX
+from tracekit.core.tree import Tree
+from tracekit.errors import AttentionError, SourceError
+from tracekit.interleave.attend import attend
+from tracekit.interleave.forwards import own_forward
+from tracekit.interleave.hooks import Hooks, Subscriber, is_elsewhere
+from tracekit.interleave.passage import Watch
 
-_SOFTMAX: Final = (F.softmax, torch.softmax, Tensor.softmax)
-_GIVEN: Final = ("module", "query", "key", "value", "attention_mask")
+# Makes of what is called, and of what runs in its place, what is to be called.
+Wrap: TypeAlias = "Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]"
 
 
-class Pieces(Protocol):
-    """The modules that stand for the values of one attention, in one run."""
+@final
+class Tap:
+    """The attention at the path `owner`, in one run; AttentionError if it can't be tapped."""
+
+    def __init__(self, tree: Tree, owner: str, hooks: Hooks, watches: dict[str, Watch]) -> None:
+        check_tappable(tree, owner)
+        self._annex = f"{owner}.{ANNEX}"
+        self._modules = tree.modules
+        self._hooks = hooks
+        self._watches = watches
+
+    def wraps(self, function: FunctionType, known: Listing) -> dict[int, Wrap]:
+        """By the index of the call of an attention function in `known`, what is put around it."""
+        eager = _eager_of(function)
+        return {index: partial(self._wrapped, eager) for index in _attention_calls(known)}
+
+    def _wrapped(
+        self, eager: Callable[..., Any], call: Callable[..., Any], runs: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            if is_elsewhere(self._hooks.thread):
+                return runs(*args, **kwargs)
+            return attend(self, eager, call, runs, args, kwargs)
+
+        return tapped
+
+    # -- as Pieces ------------------------------------------------------------------------------
 
     def is_wanted(self, name: str) -> bool:
-        """Whether anybody has a hook on it."""
-        ...
+        """Whether anybody has a hook on it, besides the run that counts its calls."""
+        path = f"{self._annex}.{name}"
+        piece, watch = self._modules[path], self._watches.get(path)
+        placed = len(piece._forward_hooks) + len(piece._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage] - see hooks.py
+        return placed > (0 if watch is None or watch.is_asked else 1 + watch.is_full)
 
     def passed(self, name: str, value: Any) -> Any:
-        """What came out of the module, or `value` if nobody wants it."""
-        ...
+        """What came out of the module; `value`, if nobody wants it: the call is counted alone."""
+        path = f"{self._annex}.{name}"
+        if self.is_wanted(name):
+            return self._modules[path](value)
+        watch, subscriber = self._watches.get(path), self._hooks.subscriber
+        if watch is not None and subscriber is not None:
+            counted: Subscriber = subscriber
+            counted.before(watch, None)
+            counted.after(watch, None)
+        return value
 
 
-class _Enough(BaseException):
-    """What was asked for has been seen; the rest of the eager function is not needed."""
+def is_attention(module: nn.Module) -> bool:
+    """Whether it calls itself one."""
+    name = type(module).__name__.lower()
+    return ("attention" in name or "attn" in name) and not hasattr(module, ANNEX)
 
 
-def attend(
-    pieces: Pieces,
-    eager: Callable[..., Any],
-    call: Callable[..., Any],
-    runs: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """One call of the attention function `call`, which is made by `runs`, led through `pieces`."""
-    others = dict(kwargs)
-    given = [*args[: len(_GIVEN)], *(others.pop(name) for name in _GIVEN[len(args) :])]
-    for place, name in enumerate("qkv", 1):
-        given[place] = pieces.passed(name, given[place])
-    more = args[len(_GIVEN) :]
-    output = _with_pattern(pieces, eager, call, runs, (*given, *more), others)
-    z = pieces.passed("z", _own(output[0]) if pieces.is_wanted("z") else output[0])
-    return output if z is output[0] else (z, *output[1:])
-
-
-def _with_pattern(
-    pieces: Pieces,
-    eager: Callable[..., Any],
-    call: Callable[..., Any],
-    runs: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    if not (pieces.is_wanted("scores") or pieces.is_wanted("pattern")):
-        pieces.passed("scores", None)
-        pieces.passed("pattern", None)
-        return runs(*args, **kwargs)
-    module, query, key, value, mask, *more = args
-    tap = SoftmaxTap(pieces, query, key.shape[-2])
-    if call is eager:
-        with tap:
-            return runs(*args, **kwargs)
-    tap.is_beside, tap.is_random = True, bool(kwargs.get("dropout"))
-    mask = additive_mask(module, query, key, mask, kwargs)
-    output: Any = None
+def is_tappable(tree: Tree, path: str) -> bool:
+    """Whether the module at `path` is an attention whose values can be had."""
     try:
-        with tap:
-            output = eager(module, query, key, value, mask, *more, **kwargs)
-    except _Enough:
-        return runs(*args, **kwargs)
-    if tap.is_written:
-        return output
-    with torch.no_grad():
-        real = runs(*args, **kwargs)
-    return (_with_gradients_of(output[0], real[0]), *real[1:])
+        check_tappable(tree, path)
+    except AttentionError:
+        return False
+    return f"{path}.{ANNEX}" not in tree.called
 
 
-@final
-class SoftmaxTap(TorchFunctionMode):
-    """Leads what goes into the first softmax, and what comes out, through the pieces.
-
-    Of a function that runs beside the real one, the rest is left out if nothing was written and no
-    gradient can come.
-    """
-
-    def __init__(self, pieces: Pieces, query: Tensor, keys: int) -> None:
-        super().__init__()
-        self._pieces = pieces
-        self._dtype = query.dtype
-        self._keys = keys
-        self.is_beside = False
-        self.is_random = False  # by dropout: its gradients are not those of another call
-        self.has_come = False
-        self.is_written = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.dropout and self.has_come and self.is_beside and not self.is_written:
-            return args[0] if args else kwargs["input"]  # the random numbers are the model's
-        if func not in _SOFTMAX or self.has_come:
-            return func(*args, **kwargs)
-        self.has_come = True
-        scores, *others = args or (kwargs.pop("input"),)
-        scores = self._passed("scores", scores)
-        pattern = self._passed("pattern", func(scores, *others, **kwargs))
-        is_done = self.is_beside and not self.is_written
-        if is_done and not (pattern.requires_grad and not self.is_random):
-            raise _Enough
-        return pattern
-
-    def _passed(self, name: str, whole: Tensor) -> Tensor:
-        if not self._pieces.is_wanted(name):
-            self._pieces.passed(name, None)
-            return whole
-        given = whole if whole.shape[-1] == self._keys else whole[..., : self._keys]  # no sink
-        given = given.to(self._dtype)
-        given = _own(given) if name == "pattern" else given
-        was = _Was(given)
-        new = self._pieces.passed(name, given)
-        if new is given and not was.changed():
-            return _put_back(given, whole) if given.requires_grad else whole
-        self.is_written = True
-        return _put_back(new, whole)
+def check_tappable(tree: Tree, path: str) -> None:
+    """Raise AttentionError if the module at `path` makes no call of an attention function."""
+    module = tree.module(path)
+    try:
+        function, _ = unwrap(own_forward(module))
+        calls = _attention_calls(operations_of(function))
+    except SourceError as error:
+        raise AttentionError(f"{path}.{ANNEX} can't be had: {error.args[0]}") from error
+    if not calls or _eager_of(function) is None:
+        raise AttentionError(
+            f"{path}.{ANNEX} can't be had: the forward of {type(module).__name__} makes no call of "
+            f"an attention function; ask the module that does, as in "
+            f"model.transformer.h[0].attn.{ANNEX}.pattern."
+        )
 
 
-@final
-class _Was:
-    """What a tensor was, to tell whether it was written into."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._version = version(tensor)
-        self._copy = tensor.clone() if self._version == UNKNOWN else None
-
-    def changed(self) -> bool:
-        """Whether it is something else now."""
-        if self._copy is not None:
-            return not torch.equal(self._copy, self._tensor)
-        return version(self._tensor) != self._version
+def _attention_calls(known: Listing) -> list[int]:
+    calls = enumerate(known.calls)
+    return [index for index, call in calls if call.text.startswith("attention_interface(")]
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if the operation that made it will want it unchanged in backward."""
-    return tensor.clone() if tensor.requires_grad else tensor
-
-
-def _put_back(new: Tensor, whole: Tensor) -> Tensor:
-    """`new` as the model had it: in its dtype, and with the column of a sink."""
-    new = new.to(whole.dtype)
-    keys = new.shape[-1]
-    return new if keys == whole.shape[-1] else torch.cat([new, whole[..., keys:]], -1)
-
-
-@final
-class _RealWithGradients(torch.autograd.Function):
-    """The value that the model computed, with the gradient through the pattern."""
-
-    @staticmethod
-    def forward(ctx: Any, eager: Tensor, real: Tensor) -> Tensor:
-        return real.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-def _with_gradients_of(eager: Tensor, real: Tensor) -> Tensor:
-    return cast("Tensor", _RealWithGradients.apply(eager, real))
+def _eager_of(function: FunctionType) -> Any:
+    return function.__globals__.get("eager_attention_forward")

@@ -24,7 +24,7 @@ from tracekit.errors import (
     did_you_mean,
 )
 from tracekit.interleave.mediator import Mediator
-from tracekit.interleave.tapped import check_tappable
+from tracekit.interleave.taps import check_tappable, is_attention
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.at import Spot
 from tracekit.tracing.slots import Calls, Slots, mediator_of, path_in
@@ -181,7 +181,7 @@ class Envoy(Slots):
         aliases = self._tree.renamed(self._path)
         if name in aliases:
             return Envoy(self._tree, aliases[name])
-        if name == ANNEX and not hasattr(module, name):
+        if name == ANNEX and is_attention(module):
             return self._annex()
         if name in _CHANGES:
             return partial(self._changed, name)
@@ -214,9 +214,11 @@ class Envoy(Slots):
     @showing_own_lines
     def _annex(self) -> Envoy:
         """The values inside this attention, as modules."""
-        path = self._tree.canonical(self._path)
-        check_tappable(self._tree, path)
-        return Envoy(self._tree, self._tree.attach(path))
+        for tree in {self._tree, self._here()}:
+            path = path_in(tree, self._tree, self._path)
+            check_tappable(tree, path)
+            tree.attach(path)
+        return Envoy(self._tree, self._tree.attach(self._tree.canonical(self._path)))
 
     def _changed(self, name: str, *args: Any, **kwargs: Any) -> Envoy:
         """This Envoy, after `module.to(...)` or another method that returns its module."""
@@ -298,6 +300,8 @@ class Envoy(Slots):
 def child_of(envoy: Envoy, name: str) -> Envoy | None:
     """What stands for the child of that name; None if there is none."""
     child = own_children(envoy.module).get(name)
+    if child is None and name == ANNEX and is_attention(envoy.module):
+        return envoy._annex()  # pyright: ignore[reportPrivateUsage] - a friend
     return envoy._child(name) if child is not None else None  # pyright: ignore[reportPrivateUsage] - a friend
 
 
