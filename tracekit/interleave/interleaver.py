@@ -114,6 +114,9 @@ class Interleaver:
         """Watch for `visit`; SiteOrderError if it has passed."""
         if visit.site.slot is Slot.RESULT or visit == self._serving:
             return
+        around = self._passage.runs_untapped(visit, self.step, self._serving, self._entering)
+        if around is not None:
+            raise unserved.tapped_too_late(visit, around, mediator.last)
         watch = self._passage.expect(visit.site.path, self.step)
         watch.is_asked = True
         self._check_not_skipped(mediator, visit)

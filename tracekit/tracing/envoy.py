@@ -13,6 +13,7 @@ from torch import nn
 
 from tracekit.architectures import Bound
 from tracekit.capture import showing_own_lines, takes_next
+from tracekit.core.annex import ANNEX
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -27,6 +28,7 @@ from tracekit.errors import (
     did_you_mean,
 )
 from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.taps import check_tappable, is_attention
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.at import Spot
 from tracekit.tracing.named import read_named, write_named
@@ -185,6 +187,8 @@ class Envoy(Slots):
         aliases = self._tree.renamed(self._path)
         if name in aliases:
             return Envoy(self._tree, aliases[name])
+        if name == ANNEX and is_attention(module):
+            return self._annex()
         if name in _CHANGES:
             return partial(self._changed, name)
         try:
@@ -254,6 +258,15 @@ class Envoy(Slots):
                 f"{bound.slot.value}, or shared with others: choose them there."
             )
         return self._spot(bound.slot)
+
+    @showing_own_lines
+    def _annex(self) -> Envoy:
+        """The values inside this attention, as modules."""
+        for tree in {self._tree, self._here()}:
+            path = path_in(tree, self._tree, self._path)
+            check_tappable(tree, path)
+            tree.attach(path)
+        return Envoy(self._tree, self._tree.attach(self._tree.canonical(self._path)))
 
     def _changed(self, name: str, *args: Any, **kwargs: Any) -> Envoy:
         """This Envoy, after `module.to(...)` or another method that returns its module."""
@@ -341,6 +354,8 @@ class Envoy(Slots):
 def child_of(envoy: Envoy, name: str) -> Envoy | None:
     """What stands for the child of that name; None if there is none."""
     child = own_children(envoy.module).get(name)
+    if child is None and name == ANNEX and is_attention(envoy.module):
+        return envoy._annex()  # pyright: ignore[reportPrivateUsage] - a friend
     return envoy._child(name) if child is not None else None  # pyright: ignore[reportPrivateUsage] - a friend
 
 
