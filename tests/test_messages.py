@@ -264,7 +264,8 @@ CASES = [
         an_attention_that_can_not_be_tapped,
         errors.AttentionError,
         "model.attention can't be had: the forward of OwnAttention makes no call of an attention "
-        "function; ask the module that does, as in model.transformer.h[0].attn.attention.pattern. "
+        "function, nor of a softmax; ask the module that does, as in "
+        "model.transformer.h[0].attn.attention.pattern. "
         "[attention]",
     ),
     Case(
