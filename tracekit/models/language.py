@@ -28,7 +28,7 @@ from tracekit.models.behind import (
 from tracekit.models.generate_options import refuse_in_header, translated
 from tracekit.models.generation import generate
 from tracekit.models.lengths import count_steps
-from tracekit.models.model import Model, is_without_input
+from tracekit.models.model import is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
 from tracekit.models.prefill import beginning, extended, prefill
@@ -38,11 +38,12 @@ from tracekit.models.returned import Returning, wanted_of
 from tracekit.models.scanning import fake_twin
 from tracekit.models.signatures import accepts
 from tracekit.models.texts import Texts, is_list_of_texts
+from tracekit.models.tokenized import Tokenized
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
 
 
-class LanguageModel(Model):
+class LanguageModel(Tokenized):
     """A Hugging Face model, by Hub id, by directory, packaged (`"tracekit/tiny"`), or live.
 
     `dtype` (default: the checkpoint's), `device_map`, `revision`, `attn_implementation` and all
@@ -51,7 +52,7 @@ class LanguageModel(Model):
     "right"), with positions such that every row is computed as it would be alone.
     """
 
-    __slots__ = ("_empty_from", "_padding_side", "_tokenizer")
+    __slots__ = ("_empty_from",)
 
     def __init__(
         self,
@@ -87,11 +88,6 @@ class LanguageModel(Model):
         if empty_from is not None:
             self._tree.load_first = self.dispatch
 
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer; None for a live model that was given none."""
-        return self._tokenizer
-
     def dispatch(self) -> None:
         """Load the weights now, if they were left out. Envoys made before stay valid."""
         if self._tree.load_first is None:  # nothing was left out, or a copy has brought it
@@ -108,10 +104,10 @@ class LanguageModel(Model):
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
-        `input` is a string, a list of strings, token ids, or an encoding; `prepend_bos` and
-        `padding_side` say how text becomes tokens (None: as the tokenizer and the model do), and
-        all other keyword arguments go to the model's forward. No keys and values are kept unless
-        `use_cache=True` says so.
+        `input` is a string, a list of strings, the messages of a conversation, token ids, or an
+        encoding; `prepend_bos`, `append_eos` and `padding_side` say how text becomes tokens (None:
+        as the tokenizer and the model do), and all other keyword arguments go to the model's
+        forward. No keys and values are kept unless `use_cache=True` says so.
         Without input, each `with tracer.invoke(input):` in the block has rows of its own.
         With `prefix=model.prefill(prompt)` the pass is of `input` alone, behind that prompt.
         Raises InputError for what is no input, PaddingError for a padded batch in which a row would
@@ -147,7 +143,7 @@ class LanguageModel(Model):
         everything that `transformers.generate` takes, with its defaults.
         With `prefix=model.prefill(prompt)` it goes on from that prompt and `input` behind it.
 
-        `prepend_bos` and `padding_side` say, as for `trace`, how text becomes tokens.
+        `prepend_bos`, `append_eos` and `padding_side` say, as for `trace`, how text becomes tokens.
         `freq_penalty` takes that much off a token's logit for each time it has come (before the
         temperature is applied). `temperature=0` is greedy; `stop_at_eos=False` never stops at a
         token. `stop_strings` need no tokenizer, `output_logits=True` no return_dict_in_generate.
@@ -195,6 +191,7 @@ class LanguageModel(Model):
         on from what it kept.
         """
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
+        self._warn_of_an_end(args[0] if args else None, kwargs)
         inputs.pop("use_cache", None)
         return prefill(self, self._tree, {**inputs, **_chosen(kwargs)}, self._run_apart)
 
@@ -279,21 +276,13 @@ class LanguageModel(Model):
             self.dispatch()
         given = {name: value for name, value in kwargs.items() if name != "prefix"}
         prefix = kwargs.get("prefix")
-        inputs = self._read(args, given, is_rest=goes_on(prefix))
+        inputs = self._read(args, given, is_rest=goes_on(prefix), is_prompt=for_generate)
         return self._fitted(inputs, prefix, for_generate)
 
     def _fitted(self, inputs: dict[str, Any], prefix: Any, for_generate: bool) -> dict[str, Any]:
         if prefix is None:
             return fit_padding(inputs, self._tree.root, for_generate)
         return behind(self, prefix, inputs, for_generate)
-
-    def _read(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_rest: bool = False
-    ) -> dict[str, Any]:
-        reading, kwargs = feeding.reading_of(kwargs)
-        side, bos = partial(self._side, reading), reading.get("prepend_bos")
-        encoded = feeding.encode(args[0], self.tokenizer, side, bos, is_rest) if args else {}
-        return feeding.on_device({**encoded, **kwargs}, feeding.device_of(self._tree.root))
 
     def _completed(self, inputs: dict[str, Any], for_generate: bool) -> dict[str, Any]:
         """`inputs`, and what else a traced call is told."""
@@ -314,7 +303,8 @@ class LanguageModel(Model):
         call = generate_behind if call is generate else call
 
         def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-            return self._read(args, {**reading, **kwargs}, is_rest=goes_on(prefix))
+            merged, is_rest = {**reading, **kwargs}, goes_on(prefix)
+            return self._read(args, merged, is_rest, is_prompt=kind == "generate")
 
         def fitted(inputs: dict[str, Any]) -> dict[str, Any]:
             for_generate = kind == "generate"
@@ -326,14 +316,6 @@ class LanguageModel(Model):
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
         padded = _Padded(read, fitted, pad, self._side(reading))
         return Batch(padded, twin or self._tree, call, kind)
-
-    def _side(self, reading: dict[str, Any]) -> str:
-        side = reading.get("padding_side") or self._padding_side
-        if side is not None:
-            return side
-        module = self._tree.root
-        is_decoder = callable(getattr(module, "can_generate", None)) and module.can_generate()
-        return "left" if is_decoder and not module.config.is_encoder_decoder else "right"
 
 
 def _chosen(kwargs: dict[str, Any]) -> dict[str, Any]:
