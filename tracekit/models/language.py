@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from tracekit.core.tree import Tree
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
-from tracekit.models.batching import Batch, Inputs, join_inputs
+from tracekit.models.answers import Answer, labels_of
+from tracekit.models.batching import Batch, Padded
 from tracekit.models.behind import (
     behind,
     generate_behind,
@@ -28,6 +29,7 @@ from tracekit.models.behind import (
 from tracekit.models.generate_options import refuse_in_header, translated
 from tracekit.models.generation import generate
 from tracekit.models.lengths import count_steps
+from tracekit.models.losses import loss_of
 from tracekit.models.model import is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
@@ -249,8 +251,59 @@ class LanguageModel(Tokenized):
         return Texts(self.tokenizer, is_listed=is_listed, skip_special_tokens=skip_special_tokens)
 
     @showing_own_lines
+    def forward(
+        self,
+        *args: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What one pass over `input` says: takes what `trace` takes, and makes the lasting edits.
+
+        `return_type` is "logits", `[batch, pos, vocabulary]`; "loss"; "both", as `(logits, loss)`;
+        "predictions"; or None, for who only wants it to run.
+
+        The loss, in nats, is the mean over all tokens that have a token in front of them: padding
+        counts for nothing, the first token of a row is not foretold, and placeholders of images
+        and sounds are no targets. `loss_per_token=True`: `[batch, pos - 1]`, 0 at padding. With
+        `labels=`, for encoder-decoders and masked models, it is the model's own loss; of the
+        former they may be texts. Refused where a model sees the token that it is to foretell.
+        "predictions" are the likeliest next token of each row as text, or, of a masked model, a
+        list for each row, one for each mask.
+        """
+        answer = Answer(return_type, loss_per_token, labels)
+        module = self._tree.root
+        answer.check(module, self.tokenizer)
+        if labels is not None:
+            kwargs = {**kwargs, "labels": labels_of(labels, module, self.tokenizer)}
+        inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
+        call = self._forward(inputs)
+        outputs = self._edited(call) if self._edits else call.make(None)
+        return answer.of(outputs, inputs, self._tree.root, self.tokenizer)
+
+    @showing_own_lines
+    def loss_fn(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        per_token: bool = False,
+    ) -> torch.Tensor:
+        """The loss of logits, as from a trace, on their own next tokens: what `forward` computes.
+
+        The mean, or with `per_token` `[batch, pos - 1]`, 0 where attention_mask has padding.
+        """
+        return loss_of(logits, tokens, attention_mask, per_token)
+
+    @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on tensors as PyTorch would, or on text, with its lasting edits."""
+        """Run the model on tensors as PyTorch would, or on text, with its lasting edits.
+
+        With `return_type=` it is `forward`.
+        """
+        if "return_type" in kwargs:
+            return self.forward(*args, **kwargs)
         self.dispatch()
         if (args and not isinstance(args[0], torch.Tensor)) or kwargs.get("prefix") is not None:
             args, kwargs = (), self._prepared(args, kwargs)
@@ -314,41 +367,9 @@ class LanguageModel(Tokenized):
         if twin is None:
             self.dispatch()
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
-        padded = _Padded(read, fitted, pad, self._side(reading))
+        padded = Padded(read, fitted, pad, self._side(reading))
         return Batch(padded, twin or self._tree, call, kind)
 
 
 def _chosen(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in ("use_cache",) if name in kwargs}
-
-
-@final
-class _Padded:
-    """Inputs of a language model, padded to one length."""
-
-    def __init__(
-        self,
-        read: Callable[..., dict[str, Any]],
-        fitted: Callable[[dict[str, Any]], dict[str, Any]],
-        pad: int,
-        side: str,
-    ) -> None:
-        self._read = read
-        self._fitted = fitted
-        self._pad = pad
-        self._side = side
-
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        if len(args) > 1:
-            raise InputError(
-                f"an invoke takes one input, or a list of rows, and {len(args)} were given."
-            )
-        inputs = self._read(args, kwargs)
-        ids = inputs.get("input_ids")
-        if isinstance(ids, torch.Tensor) and "attention_mask" not in inputs:
-            inputs["attention_mask"] = torch.ones_like(ids)
-        return (), inputs
-
-    def joined(self, inputs: list[Inputs]) -> Inputs:
-        _, kwargs = join_inputs(inputs, self._pad, self._side)
-        return (), self._fitted(kwargs)
