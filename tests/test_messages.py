@@ -91,6 +91,10 @@ def a_stream_that_is_gone_through_twice() -> None:
     list(stream)
 
 
+def a_text_of_two_tokens() -> None:
+    LanguageModel("tracekit/tiny").to_single_token("Eiffel Tower")
+
+
 def the_wrong_order() -> None:
     with MODEL.trace(X):
         MODEL[1].output
@@ -216,6 +220,12 @@ def line(function: Callable[[], object], number: int) -> str:
 
 
 CASES = [
+    Case(
+        a_text_of_two_tokens,
+        errors.TokenError,
+        "'Eiffel Tower' is 2 tokens ('Eiffel', 'Tower'), not one. model.to_str_tokens(text) shows "
+        "the tokens of a text. [token]",
+    ),
     Case(
         return_in_a_block_that_must_be_captured,
         errors.CaptureError,
