@@ -44,6 +44,7 @@ class Point:
     sharing: Sharing = Sharing.OWN
     key: int | None = None  # which tensor of a structure; None: the first
     inside: str = ""  # a path below the module
+    shape: str = ""  # where it is not the word's
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,26 @@ Declared: TypeAlias = "Point | tuple[Point, ...] | Lacks"
 Condition: TypeAlias = Callable[[nn.Module, Any], bool]
 
 
-def output(module: str, layout: Layout | None = None, key: int | None = None) -> Point:
+def output(
+    module: str,
+    layout: Layout | None = None,
+    key: int | None = None,
+    inside: str = "",
+    shape: str = "",
+) -> Point:
     """What a module of the block returns."""
-    return Point(module, Slot.OUTPUT, layout or Whole(), key=key)
+    return Point(module, Slot.OUTPUT, layout or Whole(), key=key, inside=inside, shape=shape)
 
 
-def given(module: str, layout: Layout | None = None, sharing: Sharing = Sharing.OWN) -> Point:
+def given(
+    module: str,
+    layout: Layout | None = None,
+    sharing: Sharing = Sharing.OWN,
+    inside: str = "",
+    shape: str = "",
+) -> Point:
     """What a module of the block is called with."""
-    return Point(module, Slot.INPUT, layout or Whole(), sharing)
+    return Point(module, Slot.INPUT, layout or Whole(), sharing, inside=inside, shape=shape)
 
 
 def attended(name: str, layout: Layout | None = None, core: str = "attn_core") -> Point:
@@ -76,9 +89,10 @@ def attended(name: str, layout: Layout | None = None, core: str = "attn_core") -
 
 @dataclass(frozen=True)
 class Block:
-    """One kind of layer: its modules by word, as paths in the layer."""
+    """One kind of layer."""
 
-    modules: Mapping[str, str]
+    # By word: paths in the layer; of several, the first that is there.
+    modules: Mapping[str, str | tuple[str, ...]]
     residual: Residual = Residual.SEQUENTIAL
     # How q, k and v lie in the output of `qkv`, of each a layout by its place.
     fused: Callable[[int], Layout] | None = None
@@ -87,6 +101,8 @@ class Block:
     scale: str | None = None
     # Which layers are of this kind; None: those that have all the modules in `modules`.
     when: Condition | None = None
+    # Axes that are others here, in the shape of every word: {"batch pos": "batch*pos"}.
+    axes: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -100,8 +116,19 @@ class Stack:
     # Under which attribute of the module that calls attention, or else of the configuration, the
     # number of "heads" and "kv_heads" is, where it is not under the usual name.
     sizes: Mapping[str, str] = field(default_factory=dict[str, str])
-    # The attribute that says how many layers there are, if modules are called several times.
+    # The attribute that says how many layers there are, if modules are called several times: with
+    # fewer lists (in a path with `*`) than that, each stands for as many in a row.
     repeats: str = ""
+
+
+@dataclass(frozen=True)
+class SubModel:
+    """A model inside a model, of the family that its own configuration says."""
+
+    path: str | tuple[str, ...]  # of several, those that are there
+    config: str  # the attribute that its configuration is: "text_config"
+    # Which of its words are taken over, and what they are called in the whole; None: all, as is.
+    words: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,3 +142,8 @@ class Family:
     stacks: Mapping[str, Stack]  # by word: "layers", "encoder_layers", "vision_layers" …
     activations: Mapping[str, Declared] = field(default_factory=dict[str, Declared])
     lacks: Mapping[str, str] = field(default_factory=dict[str, str])  # names, and why
+    # Models inside it that have families of their own; what is declared here goes before.
+    parts: tuple[SubModel, ...] = ()
+    # Which configurations it is the declaration of, and what is that of the others.
+    when: Callable[[Any], bool] | None = None
+    otherwise: Family | None = None
