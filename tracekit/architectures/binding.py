@@ -105,7 +105,7 @@ class Names:
 
     def __init__(self, family: Family, root: nn.Module) -> None:
         self.family = family
-        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self.modules = dict(root.named_modules(remove_duplicate=False))
         self._prefix = getattr(root, "base_model_prefix", "")
         self.stacks: dict[str, tuple[Place, ...]] = {}
         self.layers: dict[str, Layer] = {"": self._root()}
@@ -175,7 +175,7 @@ class Names:
         """The first of `paths` that is there, in a base model without its prefix."""
         for path in (paths,) if isinstance(paths, str) else paths:
             for each in (path, path.removeprefix(f"{self._prefix}.")):
-                if each in self._modules:
+                if each in self.modules:
                     return each
         return None
 
@@ -214,11 +214,11 @@ class Names:
         return [
             f"{path}.{name}" if path else name
             for path in paths
-            for name in own_children(self._modules[path])
+            for name in own_children(self.modules[path])
         ]
 
     def _layer(self, path: str, stack: Stack, config: Any) -> Layer | None:
-        module = self._modules[path]
+        module = self.modules[path]
         for block in stack.blocks:
             modules = self._modules_of(path, block)
             is_whole = len(stack.blocks) == 1 or len(modules) == len(block.modules)
@@ -226,13 +226,13 @@ class Names:
                 modules.setdefault("attn_core", modules.get("attn", ""))
                 modules.setdefault("cross_core", modules.get("cross_attn", ""))
                 known = {word: at for word, at in modules.items() if at}
-                sizes = _sizes(stack, self._modules.get(modules["attn_core"]), config)
+                sizes = _sizes(stack, self.modules.get(modules["attn_core"]), config)
                 return Layer({"": path, **known}, declared(block), sizes, block)
         return None
 
     def _modules_of(self, path: str, block: Block) -> dict[str, str]:
         full = {word: f"{path}.{inside}" for word, inside in block.modules.items()}
-        return {word: each for word, each in full.items() if each in self._modules}
+        return {word: each for word, each in full.items() if each in self.modules}
 
     def _layer_around(self, owner: str) -> Layer | None:
         while owner:
