@@ -123,7 +123,7 @@ class Names:
 
     def __init__(self, family: Family, root: nn.Module) -> None:
         self.family = family
-        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self.modules = dict(root.named_modules(remove_duplicate=False))
         self._prefix = getattr(root, "base_model_prefix", "")
         self.stacks: dict[str, tuple[Place, ...]] = {}
         self.layers: dict[str, Layer] = {"": self._root()}
@@ -192,7 +192,7 @@ class Names:
         """The first of `paths` that is there, in a base model without its prefix."""
         for path in _several(paths):
             for each in (path, path.removeprefix(f"{self._prefix}.")):
-                if each in self._modules:
+                if each in self.modules:
                     return each
         return None
 
@@ -211,14 +211,14 @@ class Names:
 
     def _calls(self, layer: str, before: Counter[nn.Module]) -> dict[str, int]:
         """How often each module of a layer was called by layers before it, if it was."""
-        inside = dict(self._modules[layer].named_modules(remove_duplicate=False))
+        inside = dict(self.modules[layer].named_modules(remove_duplicate=False))
         found = {f"{layer}.{path}": before[each] for path, each in inside.items() if before[each]}
         before.update(set(inside.values()))
         return found
 
     def _is_called(self, path: str) -> bool:
         """Whether there is a module with a forward at `path`; a list of modules has none."""
-        module = self._modules.get(path)
+        module = self.modules.get(path)
         return module is not None and type(module).forward is not nn.Module.forward
 
     def _paths(self, word: str, stack: Stack) -> list[str]:
@@ -244,11 +244,11 @@ class Names:
         return [
             f"{path}.{name}" if path else name
             for path in paths
-            for name in own_children(self._modules[path])
+            for name in own_children(self.modules[path])
         ]
 
     def _layer(self, path: str, stack: Stack, config: Any) -> Layer | None:
-        module = self._modules[path]
+        module = self.modules[path]
         for block in stack.blocks:
             modules = self._modules_of(path, block)
             is_whole = len(stack.blocks) == 1 or len(modules) == len(block.modules)
@@ -262,8 +262,8 @@ class Names:
         modules.setdefault("attn_core", modules.get("attn", ""))
         modules.setdefault("cross_core", modules.get("cross_attn", ""))
         known = {word: at for word, at in modules.items() if at}
-        sizes = _sizes(stack, self._modules.get(modules["attn_core"]), config)
-        mixer = self._modules.get(modules.get("ssm", ""))
+        sizes = _sizes(stack, self.modules.get(modules["attn_core"]), config)
+        mixer = self.modules.get(modules.get("ssm", ""))
         for name, attributes in block.sizes.items() if "ssm" in modules else ():
             sizes[name] = math.prod(getattr(mixer, each) for each in attributes)
         return Layer({"": path, **known}, declared(block), sizes, self._is_called, block)
@@ -271,7 +271,7 @@ class Names:
     def _modules_of(self, path: str, block: Block) -> dict[str, str]:
         found: dict[str, str] = {}
         for word, inside in block.modules.items():
-            there = [each for each in _several(inside) if f"{path}.{each}" in self._modules]
+            there = [each for each in _several(inside) if f"{path}.{each}" in self.modules]
             if there:
                 found[word] = f"{path}.{there[0]}"
         return found

@@ -155,7 +155,7 @@ BLOCK_ACTIVATIONS: Final = {
     "shared_expert_out": Word("what the shared expert gives", _RESIDUAL),
     "mlp_out": Word("what the MLP adds to the residual stream, before a scale", _RESIDUAL),
     "resid_post": Word("residual stream behind the block", _RESIDUAL),
-    "ssm_in": Word("what a mixer's input projection gives", "batch pos inner"),
+    "ssm_in": Word("what a mixer's input projection gives", "batch pos projected"),
     "ssm_x": Word("what is written into the state, as projected: a value", _INNER),
     "ssm_b": Word("where it is written, as projected: Mamba's B, a key", "batch pos state"),
     "ssm_c": Word("where the state is read, as projected: Mamba's C, a query", "batch pos state"),
