@@ -76,6 +76,29 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of several parts of the last axis, whose widths are sizes."""
+
+    index: int
+    widths: tuple[str, ...]
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        widths = [sizes[each] for each in self.widths]
+        return tensor.narrow(-1, sum(widths[: self.index]), widths[self.index])
+
+
+@dataclass(frozen=True)
+class OfEachHead:
+    """A part of each head: `[..., heads, part]`."""
+
+    part: Layout
+    count: str = "heads"
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        return self.part.view(tensor.unflatten(-1, (sizes[self.count], -1)), sizes)
+
+
+@dataclass(frozen=True)
 class OneBehindTheOther:
     """Queries, keys and values of all heads, one behind the other: GPT-2, Phi-3."""
 
@@ -100,7 +123,10 @@ class HeadByHead:
 
 @dataclass(frozen=True)
 class GroupByGroup:
-    """Of each group of heads that share a key: their queries, the key, the value (Falcon)."""
+    """Of each group of heads that share a key: their queries, the key, the value (Falcon).
+
+    Queries are `[..., groups, heads of a group, head_dim]`: no view has them in one axis.
+    """
 
     part: int
 
@@ -109,8 +135,7 @@ class GroupByGroup:
         each = tensor.unflatten(-1, (groups, per_group + 2, -1))
         if self.part > 0:
             return each.select(-2, per_group + self.part - 1)
-        queries = each.narrow(-2, 0, per_group)
-        return queries.flatten(-3, -2) if groups == 1 or per_group == 1 else queries
+        return each.narrow(-2, 0, per_group)
 
 
 @dataclass(frozen=True)

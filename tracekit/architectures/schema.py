@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from torch import nn
 
@@ -54,8 +54,9 @@ class Lacks:
     reason: str
 
 
-# What an activation is declared by; of several, the first whose module is there.
-Declared: TypeAlias = "Point | tuple[Point, ...] | Lacks"
+# What an activation is declared by; of several, the first whose module is there, or is not asked
+# for: `Lacks` stands last, and says why there is none of them.
+Declared: TypeAlias = "Point | Lacks | tuple[Point | Lacks, ...]"
 # Whether a layer is of a kind, by the module and the configuration of its stack.
 Condition: TypeAlias = Callable[[nn.Module, Any], bool]
 
@@ -82,6 +83,10 @@ def given(
     return Point(module, Slot.INPUT, layout or Whole(), sharing, inside=inside, shape=shape)
 
 
+# Modules that stand beside those of a model, for values that no module has.
+ANNEXES: Final = ("attention", "head_result")
+
+
 def attended(name: str, layout: Layout | None = None, core: str = "attn_core") -> Point:
     """A value of the attention function that `core` calls, under any backend."""
     return Point(core, Slot.OUTPUT, layout or Whole(), inside=f"attention.{name}")
@@ -97,12 +102,23 @@ class Block:
     # How q, k and v lie in the output of `qkv`, of each a layout by its place.
     fused: Callable[[int], Layout] | None = None
     activations: Mapping[str, Declared] = field(default_factory=dict[str, Declared])
-    # The attribute of the configuration that what is added to the residual stream is multiplied by.
-    scale: str | None = None
-    # Which layers are of this kind; None: those that have all the modules in `modules`.
+    # The attribute of the configuration that what is added to the residual stream is multiplied by:
+    # all of it, or what has these names.
+    scale: str | Mapping[str, str] | None = None
+    # What is added behind resid_mid, if that is not mlp_out alone.
+    added_last: tuple[str, ...] = ("mlp_out",)
+    # Further sizes for its layouts: attributes of `ssm`, whose product the size is.
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    # Which layers are of this kind; None: those that have all the modules in `modules`. The first
+    # kind that fits a layer counts.
     when: Condition | None = None
     # Axes that are others here, in the shape of every word: {"batch pos": "batch*pos"}.
     axes: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def factor(self, name: str, config: Any) -> float:
+        """What the activation of that name is multiplied by when it is added."""
+        scale = self.scale if isinstance(self.scale, str) else (self.scale or {}).get(name)
+        return float(getattr(config, scale)) if scale is not None else 1.0
 
 
 @dataclass(frozen=True)
