@@ -112,7 +112,7 @@ class _Stream:
         self.where = where
         self.layer = names.layers[where.path]
         self.names, self.seen = names, seen
-        self.scale = _scale(names, where)
+        self.config = _config(names, where)
 
     def has(self, name: str) -> bool:
         return self.names.point(self.where.path, name) is not None
@@ -130,14 +130,26 @@ class _Stream:
             each = self[name]
             if found is None or each is None:
                 return None
-            found = found + _shaped(each, found) * self.scale
+            found = found + _shaped(each, found) * self.factor(name)
         return found
+
+    def factor(self, name: str) -> float:
+        """What a contribution is multiplied by."""
+        return self.layer.block.factor(name, self.config) if self.layer.block is not None else 1.0
+
+    def _term(self, name: str) -> str:
+        factor = self.factor(name)
+        return name if factor == 1 else f"{factor:g} * {name}"
+
+    @property
+    def added_last(self) -> tuple[str, ...]:
+        """What is added behind resid_mid."""
+        return self.layer.block.added_last if self.layer.block is not None else ()
 
     def claim(
         self, name: str, start: str, added: tuple[str, ...], norm: str = ""
     ) -> Iterator[Claim]:
-        scale = "" if self.scale == 1 else f"{self.scale:g} * "
-        terms = " + ".join([start, *(f"{scale}{each}" for each in added if self.has(each))])
+        terms = " + ".join([start, *map(self._term, filter(self.has, added))])
         total = self.sum(start, added)
         if norm and total is not None:
             total = self.norm(norm)(total)
@@ -155,7 +167,7 @@ def _sequential(stream: _Stream) -> Iterator[Claim]:
         yield from stream.claim("resid_cross", "resid_pre", MIXED)
         start, added = "resid_cross", ("cross_attn_out",)
     yield from stream.claim("resid_mid", start, added)
-    yield from stream.claim("resid_post", "resid_mid", ("mlp_out",))
+    yield from stream.claim("resid_post", "resid_mid", stream.added_last)
 
 
 def _one_sum(stream: _Stream) -> Iterator[Claim]:
@@ -168,7 +180,7 @@ def _post_norm(stream: _Stream) -> Iterator[Claim]:
         yield from stream.claim("resid_cross", start, added, norm)
         start, added, norm = "resid_cross", ("cross_attn_out",), "cross_norm"
     yield from stream.claim("resid_mid", start, added, norm)
-    yield from stream.claim("resid_post", "resid_mid", ("mlp_out",), "norm2")
+    yield from stream.claim("resid_post", "resid_mid", stream.added_last, "norm2")
 
 
 def _other(stream: _Stream) -> Iterator[Claim]:
@@ -190,13 +202,10 @@ _BY_RESIDUAL: Final = {
 }
 
 
-def _scale(names: Names, where: Where) -> float:
-    block = names.layers[where.path].block
+def _config(names: Names, where: Where) -> Any:
     config: Any = getattr(names.modules[""], "config", None)
     inside = names.family.stacks[where.stack].config
-    config = getattr(config, inside, config) if inside else config
-    found = getattr(config, block.scale, 1.0) if block is not None and block.scale else 1.0
-    return float(found)
+    return getattr(config, inside, config) if inside else config
 
 
 def _shaped(added: Tensor, stream: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def _projected(names: Names, where: Where, name: str, seen: Testimony) -> Iterat
         return
     found, given = (
         linear(names.modules[bound.path]),
-        seen.raw.get((bound.path, Slot.INPUT, where.call)),
+        seen.raw.get((bound.path, Slot.INPUT, where.call + bound.call)),
     )
     if found is None or given is None or bound.slot is not Slot.OUTPUT:
         return
@@ -80,7 +80,10 @@ def _heads_add_up(
     if layer is None or bound is None or z is None or o not in layer.modules:
         return
     path = layer.modules[o]
-    found, given = linear(names.modules[path]), seen.raw.get((path, Slot.OUTPUT, where.call))
+    found, given = (
+        linear(names.modules[path]),
+        seen.raw.get((path, Slot.OUTPUT, where.call + bound.call)),
+    )
     if found is None or given is None or bound.path != path:
         return
     weight, bias = found
@@ -112,14 +115,15 @@ def _reaches(
 
 def _down(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     layer, post = names.layers.get(where.path), seen.value(where, "mlp_post")
-    if layer is None or post is None or "down" not in layer.modules:
+    bound = names.point(where.path, "mlp_post")
+    if layer is None or post is None or bound is None or "down" not in layer.modules:
         return
     found = linear(names.modules[layer.modules["down"]])
     if found is None:
         return
     weight, bias = found
     total = post @ weight + (0 if bias is None else bias)
-    given = seen.raw[layer.modules["down"], Slot.OUTPUT, where.call]
+    given = seen.raw[bound.path, Slot.OUTPUT, where.call + bound.call]
     yield compared(
         str(where), "mlp_post", "through down's weights it is what down gives", given, total
     )

@@ -113,7 +113,7 @@ class _Watch:
         for where in [ROOT, *layers_of(names)]:
             for bound in names.points(where.path):
                 if is_hookable(names, bound):
-                    site = (bound.path, bound.slot, where.call)
+                    site = (bound.path, bound.slot, where.call + bound.call)
                     self._at.setdefault(site, []).append((where, bound))
         self.paths = {path for path, _, _ in self._at}
         if raw:

@@ -244,7 +244,7 @@ class Envoy(Slots):
         at = Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), self._call)
         if takes_next(sys._getframe(3), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
             return at._spot_of(bound)
-        return read_named(*at._at(bound.slot, name), self._call, bound)
+        return read_named(*at._at(bound.slot, name), self._call + bound.call, bound)
 
     def _spot_of(self, bound: Bound) -> Spot:
         if not bound.is_plain:
@@ -256,7 +256,7 @@ class Envoy(Slots):
 
     def _write_named(self, bound: Bound, value: object) -> None:
         at = Envoy(self._tree, f"{self._tree.name}.{bound.path}".rstrip("."), self._call)
-        write_named(*at._at(bound.slot, bound.name), self._call, bound, value)
+        write_named(*at._at(bound.slot, bound.name), self._call + bound.call, bound, value)
 
     def _changed(self, name: str, *args: Any, **kwargs: Any) -> Envoy:
         """This Envoy, after `module.to(...)` or another method that returns its module."""
