@@ -56,13 +56,19 @@ def _of_one(names: Names, run: Run, seen: Testimony, found: Seen, write: Write) 
     moved = observe(names, run, write, raw=True)
     yield _untouched(names, seen, found, moved, write)
     yield _arrives(seen, moved, write)
-    broken = [claim for claim in _after(names, moved, write) if claim.is_right is False]
+    known = {_key(claim) for claim in _after(names, seen, write) if claim.is_right is False}
+    found_now = (claim for claim in _after(names, moved, write) if claim.is_right is False)
+    broken = [claim for claim in found_now if _key(claim) not in known]
     for claim in broken:
         text = f"with a write to it, {claim.name} is still {claim.claim}"
         why = f"{claim.where}{': ' if claim.why else ''}{claim.why}"
         yield replace(claim, where=str(where), name=name, claim=text, why=why)
     if not broken:
         yield Claim(str(where), name, "with a write to it all identities hold", True)
+
+
+def _key(claim: Claim) -> tuple[str, str, str]:
+    return claim.where, claim.name, claim.claim
 
 
 def _after(names: Names, moved: Testimony, write: Write) -> Iterator[Claim]:
