@@ -44,6 +44,15 @@ def return_in_a_block_that_must_be_captured() -> Any:
         return 1
 
 
+class OwnAttention(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+def an_attention_that_can_not_be_tapped() -> None:
+    Model(OwnAttention()).attention
+
+
 def a_value_outside_a_trace() -> None:
     MODEL[0].output
 
@@ -250,6 +259,13 @@ CASES = [
         "'self_c_prj_0' is no operation of model.transformer.h.0.mlp.source (print it to see all "
         "of them); did you mean 'self_c_proj_0' or 'self_c_fc_0' or 'self_act_0'? "
         "[unknown-operation]",
+    ),
+    Case(
+        an_attention_that_can_not_be_tapped,
+        errors.AttentionError,
+        "model.attention can't be had: the forward of OwnAttention makes no call of an attention "
+        "function; ask the module that does, as in model.transformer.h[0].attn.attention.pattern. "
+        "[attention]",
     ),
     Case(
         the_operations_of_a_builtin,

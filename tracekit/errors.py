@@ -57,6 +57,12 @@ class AliasError(TracekitError, ValueError):
     slug = "alias"
 
 
+class AttentionError(TracekitError, AttributeError):
+    """The values inside an attention that computes them in a way that can't be tapped."""
+
+    slug = "attention"
+
+
 class UnknownOperationError(TracekitError, AttributeError):
     """A name that is no operation of a function's source."""
 

@@ -137,3 +137,5 @@ BLOCK_ACTIVATIONS: Final = {
     "ssm_in": Word("what a mixer's input projection gives", "batch pos inner"),
     "ssm_inner": Word("what a mixer's output projection is given", "batch pos inner"),
 }
+
+ACTIVATIONS: Final = frozenset({*ROOT_ACTIVATIONS, *BLOCK_ACTIVATIONS})
