@@ -8,12 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple, final
 
 from torch import Tensor, nn
 
-from tracekit.architectures.layouts import Rows, Sizes, View, Whole
+from tracekit.architectures.keys import Keys
+from tracekit.architectures.layouts import Layout, Rows, Sizes, View, Whole
 from tracekit.architectures.rules import declared
 from tracekit.architectures.schema import (
     ANNEXES,
@@ -71,6 +72,7 @@ class Bound:
     key: int | None  # which tensor of a structure; None: the first
     shape: str  # its axes, by name
     is_plain: bool  # the tensor itself, which nobody else is given
+    layout: Layout = field(default_factory=Whole)
     call: int = 0  # the how-manieth call of the module, where layers share it
 
 
@@ -117,8 +119,9 @@ class Layer:
     def _bound(self, name: str, path: str, point: Point, shape: str) -> Bound:
         view = partial(_view, point, self.sizes)
         is_plain = point.layout == Whole() and point.sharing is Sharing.OWN
+        at = (path, point.slot, view, point.sharing, point.key)
         call = self.calls.get(path, 0)
-        return Bound(name, path, point.slot, view, point.sharing, point.key, shape, is_plain, call)
+        return Bound(name, *at, shape, is_plain, point.layout, call)
 
 
 def _choices(declared: Declared | None) -> tuple[Point | Lacks, ...]:
@@ -193,6 +196,11 @@ class Names:
             found = self.point(owner, name)
             if found is not None:
                 yield found
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The keys of all activations: `layers.3.resid_post`."""
+        return Keys(self)
 
     # -- binding --------------------------------------------------------------------------------
 
