@@ -2,6 +2,17 @@
 
 from tracekit.architectures.binding import Bound, Names
 from tracekit.architectures.registry import family_of, known_families, names_of
-from tracekit.architectures.schema import Sharing
+from tracekit.architectures.schema import Lacks, Sharing
+from tracekit.architectures.weights import Stacked, is_weight
 
-__all__ = ["Bound", "Names", "Sharing", "family_of", "known_families", "names_of"]
+__all__ = [
+    "Bound",
+    "Lacks",
+    "Names",
+    "Sharing",
+    "Stacked",
+    "family_of",
+    "is_weight",
+    "known_families",
+    "names_of",
+]

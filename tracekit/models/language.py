@@ -28,7 +28,7 @@ from tracekit.models.behind import (
 from tracekit.models.generate_options import refuse_in_header, translated
 from tracekit.models.generation import generate
 from tracekit.models.lengths import count_steps
-from tracekit.models.model import Model, is_without_input
+from tracekit.models.model import is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
 from tracekit.models.prefill import beginning, extended, prefill
@@ -38,11 +38,12 @@ from tracekit.models.returned import Returning, wanted_of
 from tracekit.models.scanning import fake_twin
 from tracekit.models.signatures import accepts
 from tracekit.models.texts import Texts, is_list_of_texts
+from tracekit.models.weights import WithWeights
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
 
 
-class LanguageModel(Model):
+class LanguageModel(WithWeights):
     """A Hugging Face model, by Hub id, by directory, packaged (`"tracekit/tiny"`), or live.
 
     `dtype` (default: the checkpoint's), `device_map`, `revision`, `attn_implementation` and all

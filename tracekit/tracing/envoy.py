@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from tracekit.architectures import Bound
+from tracekit.architectures import Bound, Lacks, is_weight
 from tracekit.capture import showing_own_lines, takes_next
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
@@ -191,6 +191,9 @@ class Envoy(Slots):
         except AttributeError:
             if self._tree.names is not None and name in self._words():
                 return self._named(name)
+            weight = self._weight(name)
+            if weight is not None:
+                return weight
             children = [*own_children(module), *aliases]
             why = self._why_not(name)
             if why is not None:
@@ -229,6 +232,20 @@ class Envoy(Slots):
     def _why_not(self, name: str) -> str | None:
         names = self._tree.names
         return names.why_not(self._tree.below(self._path), name) if names is not None else None
+
+    def _weight(self, name: str) -> Any:
+        """The weight of that standard name; None if it names none here."""
+        tree = self._here()
+        if tree.names is None or not is_weight(name, of_model=self._path == tree.name):
+            return None
+        if tree.load_first is not None:
+            tree.load_first()
+        found = tree.names.weight(tree.below(self._path), name)
+        if isinstance(found, Lacks):
+            raise MissingNameError(
+                f"{self._path} ({type(self.module).__name__}) has no {name!r}: {found.reason}."
+            )
+        return found
 
     def _named(self, name: str) -> Any:
         """The module, the layers or the value that a standard name means here."""
