@@ -158,7 +158,7 @@ def test_the_ov_circuit_is_what_a_head_adds_where_it_looks_at_itself_alone() -> 
 def test_what_is_not_there_is_refused_with_the_reason_and_never_zero() -> None:
     net, _ = make("llama")
     model = LanguageModel(net)
-    with pytest.raises(MissingNameError, match="has no 'b_Q': .*q_proj has no bias"):
+    with pytest.raises(MissingNameError, match=r"has no 'b_Q': .*q_proj has no bias"):
         model.layers[0].b_Q
     with pytest.raises(MissingNameError, match="'W_pos': it has no pos_embed"):
         model.W_pos

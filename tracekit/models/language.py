@@ -52,7 +52,7 @@ class LanguageModel(WithWeights):
     "right"), with positions such that every row is computed as it would be alone.
     """
 
-    __slots__ = ("_empty_from", "_padding_side", "_tokenizer")
+    __slots__ = ("_empty_from", "_padding_side", "_processing", "_tokenizer")
 
     def __init__(
         self,
@@ -85,6 +85,7 @@ class LanguageModel(WithWeights):
         object.__setattr__(self, "_tokenizer", tokenizer)
         object.__setattr__(self, "_padding_side", padding_side)
         object.__setattr__(self, "_empty_from", empty_from)
+        object.__setattr__(self, "_processing", {})
         if empty_from is not None:
             self._tree.load_first = self.dispatch
 

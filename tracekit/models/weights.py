@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tracekit.architectures import Lacks, Names, Stacked
 from tracekit.capture import showing_own_lines
+from tracekit.core.tree import Tree
 from tracekit.errors import InputError, MissingNameError
 from tracekit.models import biases, circuits
 from tracekit.models.circuits import CompositionScores
 from tracekit.models.model import Model
+from tracekit.models.processing import processed
+
+M = TypeVar("M", bound="WithWeights")
 
 
 class WithWeights(Model):
@@ -76,6 +82,49 @@ class WithWeights(Model):
         ids = self._single_token(tokens) if isinstance(tokens, str) else torch.as_tensor(tokens)
         W_U: Tensor = self.W_U
         return W_U.T[ids.to(W_U.device)]
+
+    @showing_own_lines
+    def processed(
+        self: M,
+        *,
+        fold_norms: bool | None = None,
+        center_writing_weights: bool | None = None,
+        center_unembed: bool | None = None,
+        fold_value_biases: bool | None = None,
+    ) -> M:
+        """A copy whose weights are easier to read, and whose log-probabilities are the same.
+
+        None: where it is right for this model. True insists: UnsupportedError, with the reason,
+        where it is not. `.processing` of the copy says what was done, and what was not, and why.
+
+        `fold_norms` moves gains and biases of the norms that the residual stream is read through
+        into the weights that read them. `center_writing_weights` takes the mean off all that is
+        written into the stream (where every norm takes it off anyway), `center_unembed` off the
+        logits (so they differ by one number at each position). `fold_value_biases` moves b_V,
+        through W_O, into b_O.
+
+        The copy is tried beside the model after every step. It has none of its edits. In float32.
+        """
+        if self._tree.load_first is not None:
+            self._tree.load_first()
+        wanted = {
+            "fold_norms": fold_norms,
+            "center_writing_weights": center_writing_weights,
+            "center_unembed": center_unembed,
+            "fold_value_biases": fold_value_biases,
+        }
+        root, became = processed(self._standard_names(), self._tree.root, wanted)
+        tree = Tree(root, self._tree.name, self._tree.renames)
+        tree.naming = self._tree.naming
+        found = self._with([])
+        object.__setattr__(found, "_tree", tree)
+        object.__setattr__(found, "_processing", became)
+        return found
+
+    @property
+    def processing(self) -> Mapping[str, str]:
+        """Of a copy made by `processed`, what became of each step; empty for any other model."""
+        return MappingProxyType(self._processing)
 
     def _single_token(self, text: str) -> Tensor:
         if self.tokenizer is None:
