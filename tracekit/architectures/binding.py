@@ -28,6 +28,7 @@ from tracekit.architectures.schema import (
     given,
     output,
 )
+from tracekit.architectures.weights import Stacked, Weight, is_weight, stacked, weight_of
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Slot
 from tracekit.core.words import (
@@ -179,6 +180,16 @@ class Names:
             return None
         reason = layer.why_not(name) or self.family.lacks.get(name)
         return reason or "there is no module here that has it"
+
+    def weight(self, owner: str, name: str) -> Weight | Lacks | None:
+        """The weight of that name in the layer (or model) at `owner`; None if it names none."""
+        if owner not in self.layers or not is_weight(name, of_model=owner == ""):
+            return None
+        return weight_of(self, self.modules, owner, name)
+
+    def weights(self, name: str, stack: str) -> Stacked | Lacks:
+        """The weight of that name in the layers of a stack that have it, and which these are."""
+        return stacked(self, self.modules, name, stack)
 
     def words(self, owner: str) -> list[str]:
         """Every standard name that there is in the module at `owner`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, final
 
 from tracekit.architectures.hook_names import BLOCK_HOOKS, KINDS, ROOT_HOOKS, SHORT, STACKS
 from tracekit.architectures.layouts import HeadsFirst
-from tracekit.architectures.words import BLOCK_ACTIVATIONS, ROOT_ACTIVATIONS
+from tracekit.core.words import BLOCK_ACTIVATIONS, ROOT_ACTIVATIONS
 
 if TYPE_CHECKING:
     from tracekit.architectures.binding import Bound, Names

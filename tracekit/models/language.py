@@ -41,11 +41,12 @@ from tracekit.models.scanning import fake_twin
 from tracekit.models.signatures import accepts
 from tracekit.models.texts import Texts, is_list_of_texts
 from tracekit.models.tokenized import Tokenized
+from tracekit.models.weights import WithWeights
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
 
 
-class LanguageModel(Tokenized):
+class LanguageModel(Tokenized, WithWeights):
     """A Hugging Face model, by Hub id, by directory, packaged (`"tracekit/tiny"`), or live.
 
     `dtype` (default: the checkpoint's), `device_map`, `revision`, `attn_implementation` and all
@@ -54,7 +55,7 @@ class LanguageModel(Tokenized):
     "right"), with positions such that every row is computed as it would be alone.
     """
 
-    __slots__ = ("_empty_from",)
+    __slots__ = ("_empty_from", "_processing")
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class LanguageModel(Tokenized):
         object.__setattr__(self, "_tokenizer", tokenizer)
         object.__setattr__(self, "_padding_side", padding_side)
         object.__setattr__(self, "_empty_from", empty_from)
+        object.__setattr__(self, "_processing", {})
         if empty_from is not None:
             self._tree.load_first = self.dispatch
 
@@ -342,7 +344,7 @@ class LanguageModel(Tokenized):
 
     def _completed(self, inputs: dict[str, Any], for_generate: bool) -> dict[str, Any]:
         """`inputs`, and what else a traced call is told."""
-        module = self._tree.root
+        module: Any = self._tree.root
         if not for_generate:
             check_options(module, names_of(inputs))
             if accepts(module, "use_cache") and inputs.get("past_key_values") is None:
