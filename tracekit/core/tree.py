@@ -8,7 +8,8 @@ from typing import Any, Protocol, final
 
 from torch import nn
 
-from tracekit.core.annex import ANNEX, Annex, Piece, owner_of
+from tracekit.core.annex import ANNEX, owner_of
+from tracekit.core.pieces import Annex, Piece
 from tracekit.core.quirks import own_children
 from tracekit.core.renames import Renames, spellings
 from tracekit.core.site import Site, Slot
