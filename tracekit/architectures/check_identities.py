@@ -43,7 +43,7 @@ def joints(names: Names, stack: str, seen: Testimony) -> Iterator[Claim]:
             before, "resid_post", f"it is resid_pre of {after}",
             seen.value(before, "resid_post"), seen.value(after, "resid_pre"),
         )  # fmt: skip
-    norm = names.layers[""].modules.get(FINAL_NORMS.get(stack, ""))
+    norm = names.layers[""].modules.get(FINAL_NORMS.get(stack, "no norm"))
     if norm is not None and places:
         given = seen.raw.get((norm, Slot.INPUT, 0))
         claim = f"it is what {FINAL_NORMS[stack]} is given"
