@@ -128,7 +128,7 @@ def _down(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
         str(where), "mlp_post", "through down's weights it is what down gives", given, total
     )
     out, bound = seen.value(where, "mlp_out"), names.point(where.path, "mlp_out")
-    if out is None or bound is None or {"experts", "router"} & set(layer.modules):
+    if out is None or bound is None or {"experts", "router", "down_gate"} & set(layer.modules):
         return
     after = "norm2_post" if bound.path == layer.modules.get("norm2_post") else ""
     total = names.modules[bound.path](total) if after else total

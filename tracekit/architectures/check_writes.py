@@ -11,6 +11,7 @@ from torch import Tensor
 from tracekit.architectures.binding import Names
 from tracekit.architectures.check_identities import identities, joints
 from tracekit.architectures.findings import Claim
+from tracekit.architectures.schema import Sharing
 from tracekit.architectures.witness import (
     ROOT,
     Run,
@@ -37,7 +38,11 @@ def writes(names: Names, run: Run, seen: Testimony) -> Iterator[Claim]:
     for where in [ROOT, *layers_of(names)]:
         for bound in list(names.points(where.path)):
             found = seen.named.get((where, bound.name))
-            if found is not None and found.value.is_floating_point():
+            if (
+                bound.sharing is not Sharing.UNUSED
+                and found is not None
+                and found.value.is_floating_point()
+            ):
                 write = Write(where, bound.name, delta_for(found.value))
                 yield from _of_one(names, run, seen, found, write)
 
