@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple, final
 
 from torch import Tensor, nn
 
-from tracekit.architectures.layouts import Sizes, View, Whole
+from tracekit.architectures.layouts import Rows, Sizes, View, Whole
 from tracekit.architectures.rules import declared
 from tracekit.architectures.schema import (
     ANNEXES,
@@ -43,7 +43,8 @@ _ROOT_POINTS: Final[Mapping[str, Declared]] = {
     "resid_final": given("final_norm"),
     "final_norm_out": output("final_norm"),
     "logits": output("unembed"),
-    "image_features": output("projector"),
+    "encoder_out": output("encoder"),
+    "image_features": output("projector", Rows()),
 }
 _USUAL_SIZES: Final = {
     "heads": ("num_attention_heads", "num_heads", "n_head", "n_heads"),
@@ -92,8 +93,21 @@ class Layer:
             if isinstance(point, Point) and point.module in self.modules:
                 path = ".".join(filter(None, (self.modules[point.module], point.inside)))
                 if point.inside.split(".")[0] in ANNEXES or self.is_called(path):
-                    return self._bound(name, path, point, point.shape or shape)
+                    return self._bound(name, path, point, point.shape or self._axes(shape))
         return None
+
+    def _axes(self, shape: str) -> str:
+        for usual, other in (self.block.axes if self.block is not None else {}).items():
+            shape = shape.replace(usual, other)
+        return shape
+
+    def is_loose(self, word: str) -> bool:
+        """Whether a part of a module is this layer's own: an MLP without a module around it."""
+        path = self.modules.get(word)
+        if path is None or word not in PART_MODULES or word in BLOCK_ACTIVATIONS:
+            return False
+        around = (self.modules[each] for each in BLOCK_MODULES if each in self.modules)
+        return not any(path == each or path.startswith(f"{each}.") for each in around)
 
     def why_not(self, name: str) -> str | None:
         """The reason that is declared for there not being an activation."""
@@ -143,7 +157,8 @@ class Names:
             if owner == "" and name in self.lists:
                 return self.lists[name]
             known = ROOT_MODULES if owner == "" else BLOCK_MODULES
-            return layer.modules.get(name) if name in known else None
+            is_known = name in known or layer.is_loose(name)
+            return layer.modules.get(name) if is_known else None
         around = self._layer_around(owner)
         path = around.modules.get(name) if around is not None and name in PART_MODULES else None
         return path if path is not None and path.startswith(f"{owner}.") else None
@@ -169,6 +184,7 @@ class Names:
             return [word for word in PART_MODULES if self.module(owner, word) is not None]
         modules = ROOT_MODULES if owner == "" else BLOCK_MODULES
         named = [word for word in modules if self.module(owner, word) or word in self.stacks]
+        named += [word for word in PART_MODULES if layer.is_loose(word)]
         return [*named, *(point.name for point in self.points(owner))]
 
     def points(self, owner: str) -> Iterator[Bound]:
@@ -198,8 +214,7 @@ class Names:
 
     def _add(self, word: str, stack: Stack, config: Any) -> None:
         paths = self._paths(word, stack)
-        count = getattr(config, stack.repeats) if stack.repeats else len(paths)
-        ordered = [paths[index * len(paths) // count] for index in range(count)] if paths else []
+        ordered = _repeated(paths, getattr(config, stack.repeats)) if stack.repeats else paths
         calls = [ordered[:index].count(path) for index, path in enumerate(ordered)]
         if paths:
             self.stacks[word] = tuple(map(Place, ordered, calls))
@@ -286,6 +301,15 @@ class Names:
 
 def _several(paths: str | tuple[str, ...]) -> tuple[str, ...]:
     return (paths,) if isinstance(paths, str) else paths
+
+
+def _repeated(paths: list[str], count: int) -> list[str]:
+    """The lists that `paths` are of, each as often in a row as makes `count` of them."""
+    lists: dict[str, list[str]] = {}
+    for path in paths:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    each = list(lists.values())
+    return [path for index in range(count) for path in each[index * len(each) // count]]
 
 
 def _sizes(stack: Stack, core: nn.Module | None, config: Any) -> dict[str, int]:

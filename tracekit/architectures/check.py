@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from tracekit.architectures.binding import Names
+from tracekit.architectures.check_attention import attention
 from tracekit.architectures.check_identities import head, identities, joints
 from tracekit.architectures.check_shapes import presence
 from tracekit.architectures.check_weights import weights
@@ -34,4 +35,5 @@ def _claims(names: Names, run: Run, with_writes: bool) -> Iterator[Claim]:
         yield from joints(names, stack, seen)
     yield from head(names, seen)
     if with_writes:
+        yield from attention(names, run, seen)
         yield from writes(names, run, seen)

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from tracekit.architectures.binding import Names
-from tracekit.architectures.check_identities import identities, joints
+from tracekit.architectures.check_identities import ADDED, identities, joints
 from tracekit.architectures.findings import Claim
-from tracekit.architectures.schema import Sharing
+from tracekit.architectures.schema import Residual, Sharing
 from tracekit.architectures.witness import (
     ROOT,
     Run,
     Seen,
     Testimony,
+    Where,
     Write,
     layers_of,
     observe,
@@ -57,15 +58,21 @@ def delta_for(value: Tensor, seed: int = 0) -> Tensor:
 def _of_one(names: Names, run: Run, seen: Testimony, found: Seen, write: Write) -> Iterator[Claim]:
     where, name = write.where, write.name
     moved = observe(names, run, write, raw=True)
-    yield _untouched(seen, found, moved, write)
+    yield _untouched(names, seen, found, moved, write)
     yield _arrives(seen, moved, write)
-    broken = [claim for claim in _after(names, moved, write) if claim.is_right is False]
+    known = {_key(claim) for claim in _after(names, seen, write) if claim.is_right is False}
+    found_now = (claim for claim in _after(names, moved, write) if claim.is_right is False)
+    broken = [claim for claim in found_now if _key(claim) not in known]
     for claim in broken:
         text = f"with a write to it, {claim.name} is still {claim.claim}"
         why = f"{claim.where}{': ' if claim.why else ''}{claim.why}"
         yield replace(claim, where=str(where), name=name, claim=text, why=why)
     if not broken:
         yield Claim(str(where), name, "with a write to it all identities hold", True)
+
+
+def _key(claim: Claim) -> tuple[str, str, str]:
+    return claim.where, claim.name, claim.claim
 
 
 def _after(names: Names, moved: Testimony, write: Write) -> Iterator[Claim]:
@@ -81,18 +88,28 @@ def _after(names: Names, moved: Testimony, write: Write) -> Iterator[Claim]:
                 yield claim
 
 
-def _untouched(seen: Testimony, found: Seen, moved: Testimony, write: Write) -> Claim:
+def _beside(names: Names, write: Write) -> set[tuple[Where, str]]:
+    """What a write leaves as it is, though it may come later."""
+    left = _LEAVES.get(write.name, ())
+    layer = names.layers[write.where.path]
+    if layer.block is not None and layer.block.residual is Residual.PARALLEL:
+        left = (*left, *(each for each in ADDED if write.name in ADDED and each != write.name))
+    return {(write.where, each) for each in left}
+
+
+def _untouched(names: Names, seen: Testimony, found: Seen, moved: Testimony, write: Write) -> Claim:
     """That nothing in front of a write, and nothing beside it, has moved."""
     where, name = write.where, write.name
-    beside = {(where, each) for each in _LEAVES.get(name, ())}
+    claim = "a write moves nothing in front, or beside"
+    beside = _beside(names, write)
     for key, was in seen.named.items():
         is_before = was.order < found.order and was.source != found.source
         now = moved.named.get(key)
         has_moved = now is None or not torch.equal(now.value, was.value)
         if has_moved and (is_before or key in beside):
             what = f"{key[0]} {key[1]} has moved"
-            return Claim(str(where), name, "a write moves nothing in front", False, why=what)
-    return Claim(str(where), name, "a write moves nothing in front of it, or beside", True)
+            return Claim(str(where), name, claim, False, why=what)
+    return Claim(str(where), name, claim, True)
 
 
 def _arrives(seen: Testimony, moved: Testimony, write: Write) -> Claim:

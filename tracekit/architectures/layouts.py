@@ -31,6 +31,30 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """All axes but the last in one: `[rows, features]`."""
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        return tensor.view(-1, tensor.shape[-1])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`[batch, height, width, features]` with the rows of a picture one after the other."""
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        return tensor.view(tensor.shape[0], -1, tensor.shape[-1])
+
+
+@dataclass(frozen=True)
+class ChannelsFirst:
+    """`[batch, features, height, width]` as `[batch, pos, features]`, a picture row by row."""
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        return tensor.view(*tensor.shape[:2], -1).transpose(1, 2)
+
+
+@dataclass(frozen=True)
 class Heads:
     """The last axis divided into heads: `[..., heads, head_dim]`."""
 

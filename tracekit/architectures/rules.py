@@ -40,7 +40,7 @@ _EVERYWHERE: Final[Mapping[str, Declared]] = {
     "pattern": attended("pattern"),
     "z": given("o", Heads("heads")),
     "head_result": Point("o", output("").slot, inside="head_result"),
-    "attn_out": (output("norm1_post"), output("attn")),
+    "attn_out": (output("attn_scale"), output("norm1_post"), output("attn")),
     "ssm_out": output("ssm"),
     "ssm_in": output("in_proj"),
     "ssm_inner": given("out_proj"),
@@ -52,14 +52,19 @@ _EVERYWHERE: Final[Mapping[str, Declared]] = {
     "cross_scores": attended("scores", core="cross_core"),
     "cross_pattern": attended("pattern", core="cross_core"),
     "cross_z": given("cross_o", Heads("heads")),
-    "cross_attn_out": output("cross_attn"),
+    "cross_attn_out": (output("cross_norm_post"), output("cross_attn")),
     "mlp_pre": _NEURONS,
     "mlp_post": given("down"),
     "mlp_gate": output("down_gate"),
     "router_logits": output("router"),
     "experts_out": output("experts"),
     "shared_expert_out": output("shared_expert"),
-    "mlp_out": (output("norm2_post"), output("mlp"), output("down")),
+    "mlp_out": (
+        output("mlp_scale"),
+        output("norm2_post"),
+        output("mlp"),
+        output("down"),
+    ),
 }
 _BY_RESIDUAL: Final[Mapping[Residual, Mapping[str, Declared]]] = {
     Residual.SEQUENTIAL: {
@@ -76,11 +81,13 @@ _BY_RESIDUAL: Final[Mapping[Residual, Mapping[str, Declared]]] = {
         "resid_mid": _ONE_SUM,
     },
     Residual.POST_NORM: {
-        "attn_in": given("attn", sharing=_APART),
-        "resid_cross": output("norm1"),
+        "attn_in": given("attn_core", sharing=_APART),
+        "resid_cross": given("cross_attn", sharing=_SHARED),
         "resid_mid": (output("cross_norm"), output("norm1")),
         "mlp_in": (given("mlp", sharing=_APART), given("up", sharing=_APART)),
-        "attn_out": (output("attn"), output("o")),
+        # Often the attention module ends with its norm.
+        "attn_out": (output("o"), output("attn")),
+        "cross_attn_out": (output("cross_o"), output("cross_attn")),
     },
     Residual.SINGLE: {
         "attn_in": _ATTN_IN,

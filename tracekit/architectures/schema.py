@@ -114,6 +114,8 @@ class Block:
     # Which layers are of this kind; None: those that have all the modules in `modules`. The first
     # kind that fits a layer counts.
     when: Condition | None = None
+    # Axes that are others here, in the shape of every word: {"batch pos": "batch*pos"}.
+    axes: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __and__(self, other: Block) -> Block:
         """Layers of this kind and of another: of a mixer, and of an MLP."""
@@ -144,8 +146,19 @@ class Stack:
     # Under which attribute of the module that calls attention, or else of the configuration, the
     # number of "heads" and "kv_heads" is, where it is not under the usual name.
     sizes: Mapping[str, str] = field(default_factory=dict[str, str])
-    # The attribute that says how many layers there are, if modules are called several times.
+    # The attribute that says how many layers there are, if modules are called several times: with
+    # fewer lists (in a path with `*`) than that, each stands for as many in a row.
     repeats: str = ""
+
+
+@dataclass(frozen=True)
+class SubModel:
+    """A model inside a model, of the family that its own configuration says."""
+
+    path: str | tuple[str, ...]  # of several, those that are there
+    config: str  # the attribute that its configuration is: "text_config"
+    # Which of its words are taken over, and what they are called in the whole; None: all, as is.
+    words: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,3 +172,8 @@ class Family:
     stacks: Mapping[str, Stack]  # by word: "layers", "encoder_layers", "vision_layers" …
     activations: Mapping[str, Declared] = field(default_factory=dict[str, Declared])
     lacks: Mapping[str, str] = field(default_factory=dict[str, str])  # names, and why
+    # Models inside it that have families of their own; what is declared here goes before.
+    parts: tuple[SubModel, ...] = ()
+    # Which configurations it is the declaration of, and what is that of the others.
+    when: Callable[[Any], bool] | None = None
+    otherwise: Family | None = None

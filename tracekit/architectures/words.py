@@ -26,12 +26,15 @@ ROOT_MODULES: Final = {
     "layers": Word("the blocks of the main stack: the decoder's, where there are two"),
     "final_norm": Word("norm behind the last layer"),
     "unembed": Word("linear map of the residual stream to logits"),
+    "encoder": Word("what the decoder attends to the output of"),
     "encoder_layers": Word("the blocks of the encoder, beside a decoder"),
     "encoder_norm": Word("norm behind the encoder's last layer"),
     "vision_tower": Word("what reads images"),
     "patch_embed": Word("embedding of the patches of an image"),
+    "vision_embed_norm": Word("norm of the embedded patches, before the first layer"),
     "vision_layers": Word("the blocks of the vision tower"),
     "vision_norm": Word("norm behind the vision tower's last layer"),
+    "qformer_layers": Word("the blocks that read an image into a fixed number of queries"),
     "projector": Word("maps image (or audio) features into the residual stream of the text"),
     "audio_tower": Word("what reads sounds"),
     "audio_layers": Word("the blocks of the audio tower"),
@@ -44,6 +47,7 @@ BLOCK_MODULES: Final = {
     "norm1": Word("norm in front of attention or mixer; in post-norm families, behind it"),
     "attn": Word("self-attention, with its projections"),
     "norm1_post": Word("norm of what attention adds to the residual stream"),
+    "attn_scale": Word("scale of what attention adds, feature by feature (layer scale)"),
     "ssm": Word("state-space or other recurrent mixer, with its projections"),
     "conv": Word("gated short convolution that mixes positions"),
     "cross_norm": Word("norm in front of cross-attention; in post-norm families, behind it"),
@@ -51,6 +55,8 @@ BLOCK_MODULES: Final = {
     "norm2": Word("norm in front of the MLP; in post-norm families, behind it"),
     "mlp": Word("the MLP, or the whole mixture of experts"),
     "norm2_post": Word("norm of what the MLP adds to the residual stream"),
+    "mlp_scale": Word("scale of what the MLP adds, feature by feature (layer scale)"),
+    "cross_norm_post": Word("norm of what cross-attention adds to the residual stream"),
 }
 PART_MODULES: Final = {
     "attn_core": Word("the module whose forward calls the attention function"),
@@ -58,6 +64,7 @@ PART_MODULES: Final = {
     "k": Word("key projection"),
     "v": Word("value projection"),
     "qkv": Word("query, key and value projections in one"),
+    "rel_pos": Word("embedding of relative positions, which is added to the scores"),
     "q_norm": Word("norm of queries"),
     "k_norm": Word("norm of keys"),
     "q_down": Word("projection to a compressed query (multi-head latent attention)"),
@@ -106,7 +113,9 @@ ROOT_ACTIVATIONS: Final = {
     "logits": Word(
         "what the unembedding gives, before a scale or cap of the model", "batch pos vocabulary"
     ),
+    "encoder_out": Word("what cross-attention reads, in every layer", "batch source model"),
     "image_features": Word("images, as the text model is given them", "images*patches model"),
+    "audio_features": Word("sounds, projected for the text model", "sounds*frames model"),
 }
 # Of a block.
 BLOCK_ACTIVATIONS: Final = {
