@@ -161,6 +161,7 @@ SEEING = {
             image_size=16,
             patch_size=8,
             mlp_ratio=2,
+            layerscale_value=0.5,
         ),
     ),
     "clip": sees(
@@ -182,7 +183,7 @@ SEEING = {
         "convnext",
         ("convnext.encoder.stages",),
         large_image,
-        dict(hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1]),
+        dict(hidden_sizes=[8, 16, 16, 16], depths=[1, 2, 1, 1], layer_scale_init_value=0.5),
     ),
     "swin": sees(
         transformers.AutoModelForImageClassification,
@@ -190,7 +191,7 @@ SEEING = {
         ("swin.encoder.layers",),
         image,
         dict(
-            image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
+            image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[2, 4], window_size=2
         ),
     ),
 }

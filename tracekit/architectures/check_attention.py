@@ -184,6 +184,8 @@ def _read(events: list[tuple[str, tuple[Tensor, ...]]]) -> Attended | None:
     middle = kinds.index("softmax")
     before = [each for kind, each in events[:middle] if kind == "product"]
     after = [each for kind, each in events[middle:] if kind == "product"]
+    # Scores may be a sum of products, of which those with positions have other axes.
+    before = [each for each in before if after and each[2].shape[-1] == after[0][0].shape[-1]]
     if not before or not after:
         return None
     return Attended(before[-1][0], before[-1][1].transpose(-1, -2), after[0][1], after[0][2])
