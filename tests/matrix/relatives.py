@@ -121,9 +121,7 @@ SPECS = {
     "plbart": two_stacks("plbart", BART_LAYERS, STARTS),
     "blenderbot": two_stacks("blenderbot", BART_LAYERS, STARTS),
     "blenderbot-small": two_stacks("blenderbot-small", BART_LAYERS, STARTS),
-    "deit": sees(
-        transformers.AutoModelForImageClassification, "deit", ("deit.layers",), image, VIT
-    ),
+    "deit": sees(transformers.DeiTForImageClassification, "deit", ("deit.layers",), image, VIT),
     "dinov2_with_registers": sees(
         transformers.AutoModel, "dinov2_with_registers", ("encoder.layer",), image, DINO
     ),
@@ -132,14 +130,12 @@ SPECS = {
     ),
     "clip_vision": tower("clip_vision_model", projection_dim=WIDTH),
     "siglip_vision": tower("siglip_vision_model", vision_use_head=False),
-    "clip_text": replace(
-        sees(
-            transformers.AutoModel,
-            "clip_text_model",
-            ("encoder.layers",),
-            text,
-            dict(TOWER_TEXT, projection_dim=WIDTH),
-        )
+    "clip_text": sees(
+        transformers.AutoModel,
+        "clip_text_model",
+        ("encoder.layers",),
+        text,
+        dict(TOWER_TEXT, projection_dim=WIDTH),
     ),
     "llava_qwen2": tells(
         "llava",

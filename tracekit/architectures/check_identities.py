@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -71,7 +72,9 @@ def head(names: Names, seen: Testimony) -> Iterator[Claim]:
         claim = "unembed of what it is given"
         yield compared("model", "logits", claim, logits, names.modules[unembed](given))
     if final is not None and "unembed_head" not in names.layers[""].modules:
-        yield _proportional("logits", "unembed is given final_norm_out", given, final)
+        found = _proportional("logits", "unembed is given final_norm_out", given, final)
+        why = "another module comes between"
+        yield found if found.is_right else replace(found, is_right=None, deviation=None, why=why)
     result = getattr(seen.result, "logits", None)
     if logits is not None and isinstance(result, Tensor):
         yield _ending(names, logits, result)

@@ -142,7 +142,7 @@ def _down(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
         total,
     )
     out, bound = seen.value(where, "mlp_out"), names.point(where.path, "mlp_out")
-    if out is None or bound is None or {"experts", "router"} & set(layer.modules):
+    if out is None or bound is None or {"experts", "router", "down_gate"} & set(layer.modules):
         return
     after = _behind(layer.modules, bound)
     if not after and bound.path not in (layer.modules.get("mlp"), layer.modules["down"]):

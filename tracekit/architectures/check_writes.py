@@ -11,7 +11,7 @@ from torch import Tensor
 from tracekit.architectures.binding import Names
 from tracekit.architectures.check_identities import ADDED, identities, joints
 from tracekit.architectures.findings import Claim
-from tracekit.architectures.schema import Residual
+from tracekit.architectures.schema import Residual, Sharing
 from tracekit.architectures.witness import (
     ROOT,
     Run,
@@ -39,7 +39,11 @@ def writes(names: Names, run: Run, seen: Testimony) -> Iterator[Claim]:
     for where in [ROOT, *layers_of(names)]:
         for bound in list(names.points(where.path)):
             found = seen.named.get((where, bound.name))
-            if found is not None and found.value.is_floating_point():
+            if (
+                bound.sharing is not Sharing.UNUSED
+                and found is not None
+                and found.value.is_floating_point()
+            ):
                 write = Write(where, bound.name, delta_for(found.value))
                 yield from _of_one(names, run, seen, found, write)
 
@@ -56,13 +60,19 @@ def _of_one(names: Names, run: Run, seen: Testimony, found: Seen, write: Write) 
     moved = observe(names, run, write, raw=True)
     yield _untouched(names, seen, found, moved, write)
     yield _arrives(seen, moved, write)
-    broken = [claim for claim in _after(names, moved, write) if claim.is_right is False]
+    known = {_key(claim) for claim in _after(names, seen, write) if claim.is_right is False}
+    found_now = (claim for claim in _after(names, moved, write) if claim.is_right is False)
+    broken = [claim for claim in found_now if _key(claim) not in known]
     for claim in broken:
         text = f"with a write to it, {claim.name} is still {claim.claim}"
         why = f"{claim.where}{': ' if claim.why else ''}{claim.why}"
         yield replace(claim, where=str(where), name=name, claim=text, why=why)
     if not broken:
         yield Claim(str(where), name, "with a write to it all identities hold", True)
+
+
+def _key(claim: Claim) -> tuple[str, str, str]:
+    return claim.where, claim.name, claim.claim
 
 
 def _after(names: Names, moved: Testimony, write: Write) -> Iterator[Claim]:
