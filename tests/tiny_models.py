@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 
-from tests.matrix import audio, decoders, encoders, vision
+from tests.matrix import audio, decoders, encoders, relatives, vision
 from tests.matrix.spec import Inputs, Spec
 
 __all__ = ["NAMES", "SPECS", "generate", "make"]
@@ -64,7 +64,7 @@ def make(
 ) -> tuple[torch.nn.Module, Inputs]:
     """The model in eval mode, and the arguments of a forward pass; `config` overrides its sizes."""
     torch.manual_seed(seed)
-    model, inputs = SPECS[name].build(attn=attn, **config)
+    model, inputs = (SPECS.get(name) or relatives.SPECS[name]).build(attn=attn, **config)
     model.eval()
     generation = getattr(model, "generation_config", None)
     if generation is not None:

@@ -1,10 +1,10 @@
-"""Llama and its heirs: pre-norm, rotary positions, a gated MLP."""
+"""Llama and its heirs: pre-norm, rotary positions, a gated MLP; some norm queries and keys."""
 
 from tracekit.architectures.schema import Block, Family, Stack
 
 FAMILY = Family(
     "llama",
-    model_types=("llama", "mistral", "qwen2"),
+    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"),
     modules={
         "embed": "model.embed_tokens",
         "final_norm": "model.norm",
@@ -22,12 +22,14 @@ FAMILY = Family(
                         "k": "self_attn.k_proj",
                         "v": "self_attn.v_proj",
                         "o": "self_attn.o_proj",
+                        "q_norm": "self_attn.q_norm",
+                        "k_norm": "self_attn.k_norm",
                         "norm2": "post_attention_layernorm",
                         "mlp": "mlp",
                         "gate": "mlp.gate_proj",
                         "up": "mlp.up_proj",
                         "down": "mlp.down_proj",
-                    }
+                    },
                 ),
             ),
         )
