@@ -122,4 +122,6 @@ def _arrives(seen: Testimony, moved: Testimony, write: Write) -> Claim:
     before, after = first_tensor(seen.result), first_tensor(moved.result)
     if before is None or after is None:
         return Claim(str(where), name, claim, None, why="the model returns no tensor")
-    return Claim(str(where), name, claim, not torch.equal(before, after))
+    pooled = [getattr(each.result, "pooler_output", before) for each in (seen, moved)]
+    is_same = torch.equal(before, after) and torch.equal(*pooled)
+    return Claim(str(where), name, claim, not is_same)
