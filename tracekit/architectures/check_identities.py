@@ -26,6 +26,9 @@ FINAL_NORMS: Final = {
 }
 
 
+_CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 def identities(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     """What the residual stream of one layer adds up to, as its block states it."""
     layer = names.layers.get(where.path)
@@ -85,7 +88,8 @@ def _ending(names: Names, logits: Tensor, result: Tensor) -> Claim:
     if result.shape == logits.shape:
         root: Any = names.modules[""]
         text = getattr(root.config, "get_text_config", lambda: root.config)()
-        cap = getattr(text, "final_logit_softcapping", None)
+        caps = (getattr(text, each, None) for each in _CAPS)
+        cap = next(filter(None, caps), None)
         if cap:
             capped = cap * (logits / cap).tanh()
             return compared(

@@ -35,7 +35,7 @@ def weights(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     yield from _heads_add_up(names, where, seen, "z", "o", "attn")
     yield from _heads_add_up(names, where, seen, "cross_z", "cross_o", "cross_attn")
     yield from _down(names, where, seen)
-    yield from _activated(where, seen)
+    yield from _activated(names, where, seen)
 
 
 def linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -153,11 +153,13 @@ def _down(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     yield compared(str(where), "mlp_post", claim, total.reshape(out.shape), out)
 
 
-def _activated(where: Where, seen: Testimony) -> Iterator[Claim]:
+def _activated(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     """That the neurons are the activation of mlp_pre, times the linear part of a gated MLP."""
     pre, post = seen.value(where, "mlp_pre"), seen.value(where, "mlp_post")
     gated = seen.value(where, "mlp_pre_linear")
-    if pre is None or post is None or pre.shape != post.shape:
+    layer = names.layers.get(where.path)
+    is_partial = layer is not None and layer.why_not("mlp_pre_linear") is not None
+    if pre is None or post is None or pre.shape != post.shape or is_partial:
         return
     times = "" if gated is None else " * mlp_pre_linear"
     found = [

@@ -180,3 +180,5 @@ BLOCK_ACTIVATIONS: Final = {
     "ssm_state": Word("the state behind the last position", "batch heads key value"),
     "ssm_inner": Word("what a mixer's output projection is given", _INNER),
 }
+
+ACTIVATIONS: Final = frozenset({*ROOT_ACTIVATIONS, *BLOCK_ACTIVATIONS})
