@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, final
 
 from tracekit.architectures.hook_names import BLOCK_HOOKS, KINDS, ROOT_HOOKS, SHORT, STACKS
 from tracekit.architectures.layouts import HeadsFirst
-from tracekit.architectures.words import BLOCK_ACTIVATIONS, ROOT_ACTIVATIONS
+from tracekit.core.words import BLOCK_ACTIVATIONS, ROOT_ACTIVATIONS
 
 if TYPE_CHECKING:
     from tracekit.architectures.binding import Bound, Names
@@ -144,6 +144,7 @@ class Keys:
     def __init__(self, names: Names) -> None:
         self.names = names
         self.spelling = Spelling({stack: len(places) for stack, places in names.stacks.items()})
+        self.there: Mapping[str, Named] | None = None  # of them, those with modules; if found out
         self.every: dict[str, Named] = {}
         for bound in names.points(""):
             self.every[bound.name] = Named(Key(bound.name), bound)
