@@ -55,7 +55,8 @@ class Named:
 
     key: Key
     bound: Bound
-    call: int | None = None  # the how-manieth in a pass, where layers share their modules
+    call: int | None = None  # the how-manieth in a pass, where layers share their modules,
+    calls: int = 1  # of so many
 
     @property
     def axis(self) -> int | None:
@@ -153,7 +154,8 @@ class Keys:
             for layer, (path, call) in enumerate(places):
                 for bound in names.points(path):
                     key = Key(bound.name, layer, stack)
-                    self.every[str(key)] = Named(key, bound, call if is_repeated else None)
+                    calls = [each for each, _ in places].count(path) if is_repeated else 1
+                    self.every[str(key)] = Named(key, bound, call if is_repeated else None, calls)
 
     def matching(self, key: Key) -> list[Named]:
         """The activations that a key means, in all layers if it names none."""
