@@ -13,6 +13,7 @@ from tracekit.core.nest import describe
 from tracekit.core.tree import Tree
 from tracekit.errors import GradientError, NeverRanError
 from tracekit.tracing.call import Follower, TracedCall
+from tracekit.tracing.cut import StopAt
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.hooked import Hooked, Pairs, hooked
 from tracekit.tracing.named_cache import NamedCache, record_named
@@ -23,7 +24,9 @@ from tracekit.tracing.wanted import Names, wanted
 class Start(Protocol):
     """Makes the run of a call, with a model's edits and hooks, and more functions."""
 
-    def __call__(self, call: TracedCall, functions: Sequence[Hooked] = ()) -> Execution: ...
+    def __call__(
+        self, call: TracedCall, functions: Sequence[Hooked | StopAt] = ()
+    ) -> Execution: ...
 
 
 @final
@@ -44,8 +47,11 @@ def run_with_cache(
 ) -> tuple[Any, NamedCache]:
     """What `call` returns, and a cache of the activations of it."""
     spots = wanted(tree, caching.names_filter)
+    stop = None if caching.stop_at_layer is None else StopAt(tree, caching.stop_at_layer)
+    if stop is not None:
+        stop.check(spots)
     results: list[Any] = []
-    execution = start(_kept(call, results))
+    execution = start(_kept(call, results), () if stop is None else (stop,))
     cache = record_named(
         execution,
         tree,
@@ -55,18 +61,20 @@ def run_with_cache(
         has_grads=bool(caching.incl_bwd),
     )
     _run(execution)
-    result = results.pop()
+    result = results.pop() if stop is None else stop.residual
     if caching.incl_bwd:
         _scalar(result, caching.incl_bwd).backward()
     cache = cache.remove_batch_dim() if caching.remove_batch_dim else cache
     return returned(result), cache
 
 
-def run_with_hooks(start: Start, call: TracedCall, functions: Sequence[Hooked]) -> Any:
-    """What `call` returns, with the functions called."""
+def run_with_hooks(
+    start: Start, call: TracedCall, functions: Sequence[Hooked], stop: StopAt | None = None
+) -> Any:
+    """What `call` returns, with the functions called; the residual stream where it is stopped."""
     results: list[Any] = []
-    _run(start(_kept(call, results), functions))
-    return returned(results.pop())
+    _run(start(_kept(call, results), functions if stop is None else [*functions, stop]))
+    return returned(results.pop()) if stop is None else stop.residual
 
 
 def returned(result: Any) -> Any:
@@ -115,7 +123,7 @@ def both(tree: Tree, fwd_hooks: Pairs, bwd_hooks: Pairs) -> list[Hooked]:
     return [*hooked(tree, fwd_hooks, "fwd"), *hooked(tree, bwd_hooks, "bwd")]
 
 
-def calling(functions: Sequence[Hooked]) -> Intervention:
+def calling(functions: Sequence[Hooked | StopAt]) -> Intervention:
     """What lets functions be called in a run."""
     return Intervention(_nothing, functions=tuple(functions))
 

@@ -23,6 +23,7 @@ from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
 from tracekit.tracing.call import TracedCall
+from tracekit.tracing.cut import StopAt
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits, run_edited
@@ -210,7 +211,12 @@ class Model(Envoy):
 
     @showing_own_lines
     def run_with_hooks(
-        self, *args: Any, fwd_hooks: Pairs = (), bwd_hooks: Pairs = (), **kwargs: Any
+        self,
+        *args: Any,
+        fwd_hooks: Pairs = (),
+        bwd_hooks: Pairs = (),
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
     ) -> Any:
         """One forward pass, with functions called at activations; its logits.
 
@@ -220,7 +226,8 @@ class Model(Envoy):
         gradient, whenever backward comes there. NeverRanError for a function that was not called.
         """
         functions = both(self._tree, fwd_hooks, bwd_hooks)
-        return run_with_hooks(self._started, self._pass(args, kwargs), functions)
+        stop = None if stop_at_layer is None else StopAt(self._tree, stop_at_layer)
+        return run_with_hooks(self._started, self._pass(args, kwargs), functions, stop)
 
     def hooks(self, fwd_hooks: Pairs = (), bwd_hooks: Pairs = ()) -> Placed:
         """`with model.hooks(fwd_hooks=[(name, fn)]):` functions at activations, in every run in it.
@@ -254,7 +261,7 @@ class Model(Envoy):
             if not each.is_scoped and (including_permanent or not each.is_permanent):
                 each.remove()
 
-    def _started(self, call: TracedCall, functions: Sequence[Hooked] = ()) -> Execution:
+    def _started(self, call: TracedCall, functions: Sequence[Hooked | StopAt] = ()) -> Execution:
         more = [calling(functions)] if functions else []
         return Execution(self._tree, call, None, [*self._interventions(), *more])
 

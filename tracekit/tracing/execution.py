@@ -37,6 +37,7 @@ from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.call import OVER, TracedCall
 from tracekit.tracing.changes import Changes
+from tracekit.tracing.cut import StopAt
 from tracekit.tracing.fixtures import Fixtures
 from tracekit.tracing.glance import Asked, Glance
 from tracekit.tracing.graph import Log
@@ -60,7 +61,7 @@ class Intervention:
     forecast: Callable[[], Foretold | None] | None = None  # of what it will ask, if that is known
     asked: Asked | None = None  # all of it, if no value decides
     file: str = ""  # where the block stands, for a forecast
-    functions: Sequence[Hooked] = ()  # in the place of a block: they are called at activations
+    functions: Sequence[Hooked | StopAt] = ()  # in the place of a block: what stands at activations
 
 
 @final

@@ -21,6 +21,7 @@ from tracekit.interleave.protocol import Unwind
 from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.changes import Changes, Rounds
+from tracekit.tracing.cut import StopAt
 from tracekit.tracing.hooked import Firings, Hooked
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.sites import Sites
@@ -63,6 +64,7 @@ class Fixtures:
         self._recorders: list[Recorder] = []
         self._rounds: dict[Mediator, Rounds] = {}
         self._firings: Firings | None = None
+        self._is_cut = False  # it ends in front of a layer, as was asked
         self.has_grad = False
         self.is_recomputed: Callable[[str], bool] = _never
 
@@ -154,12 +156,18 @@ class Fixtures:
 
     # -- functions at activations ---------------------------------------------------------------
 
-    def hook(self, functions: Sequence[Hooked], is_recomputed: Callable[[str], bool]) -> None:
+    def hook(
+        self, functions: Sequence[Hooked | StopAt], is_recomputed: Callable[[str], bool]
+    ) -> None:
         """Let these functions be called in the run."""
         self.has_grad = bool(self._kind[1]) and self._kind[0] is not False
         self.is_recomputed = is_recomputed
-        self._firings = Firings(functions, self)
+        self._firings = Firings([one for one in functions if isinstance(one, Hooked)], self)
         self._firings.place(self._hooks)
+        for one in functions:
+            if isinstance(one, StopAt):
+                one.place(self._hooks)
+                self._is_cut = True
 
     @property
     def step(self) -> int:
@@ -182,7 +190,7 @@ class Fixtures:
     def freeze(self, is_whole: bool) -> None:
         """Complete the caches, whatever the checks will say."""
         for recorder in self._recorders:
-            recorder.freeze(is_whole)
+            recorder.freeze(is_whole and not self._is_cut)
 
     def check(self, is_whole: bool) -> None:
         """Raise if a record is not what was seen, or if something that was asked for never came."""

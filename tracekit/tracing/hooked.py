@@ -263,5 +263,5 @@ def _of_gradient(each: Hooked, bound: Bound, point: HookPoint, gradient: Tensor)
         wrong = misfit(new, part, f"the gradient of {point.name}")
         if wrong is not None:
             raise MisfitError(f"{wrong} by its hook; a hook returns the new value, or None.")
-        part.copy_(new)
+        part.copy_(cast("Tensor", new))
     return whole
