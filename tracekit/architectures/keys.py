@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from tracekit.architectures.hook_names import BLOCK_HOOKS, KINDS, ROOT_HOOKS, SHORT, STACKS
 from tracekit.architectures.layouts import HeadsFirst
@@ -146,6 +146,7 @@ class Keys:
         self.names = names
         self.spelling = Spelling({stack: len(places) for stack, places in names.stacks.items()})
         self.there: Mapping[str, Named] | None = None  # of them, those with modules; if found out
+        self.plan: Any = None  # how all of these are recorded (tracing/named_cache.py)
         self.every: dict[str, Named] = {}
         for bound in names.points(""):
             self.every[bound.name] = Named(Key(bound.name), bound)

@@ -46,10 +46,12 @@ def run_with_cache(
     start: Start, tree: Tree, call: TracedCall, caching: Caching
 ) -> tuple[Any, NamedCache]:
     """What `call` returns, and a cache of the activations of it."""
-    spots = wanted(tree, caching.names_filter)
+    tree.refresh_if_changed()
+    names = caching.names_filter
+    spots = None if names is None else wanted(tree, names)
     stop = None if caching.stop_at_layer is None else StopAt(tree, caching.stop_at_layer)
     if stop is not None:
-        stop.check(spots)
+        stop.check(spots or [])
     results: list[Any] = []
     execution = start(_kept(call, results), () if stop is None else (stop,))
     cache = record_named(
