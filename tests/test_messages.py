@@ -91,6 +91,10 @@ def a_stream_that_is_gone_through_twice() -> None:
     list(stream)
 
 
+def a_text_of_two_tokens() -> None:
+    LanguageModel("tracekit/tiny").to_single_token("Eiffel Tower")
+
+
 def the_wrong_order() -> None:
     with MODEL.trace(X):
         MODEL[1].output
@@ -217,6 +221,12 @@ def line(function: Callable[[], object], number: int) -> str:
 
 CASES = [
     Case(
+        a_text_of_two_tokens,
+        errors.TokenError,
+        "'Eiffel Tower' is 2 tokens ('Eiffel', 'Tower'), not one. model.to_str_tokens(text) shows "
+        "the tokens of a text. [token]",
+    ),
+    Case(
         return_in_a_block_that_must_be_captured,
         errors.CaptureError,
         f"{__file__}:{return_in_a_block_that_must_be_captured.__code__.co_firstlineno + 2}: "
@@ -264,7 +274,8 @@ CASES = [
         an_attention_that_can_not_be_tapped,
         errors.AttentionError,
         "model.attention can't be had: the forward of OwnAttention makes no call of an attention "
-        "function; ask the module that does, as in model.transformer.h[0].attn.attention.pattern. "
+        "function, nor of a softmax; ask the module that does, as in "
+        "model.transformer.h[0].attn.attention.pattern. "
         "[attention]",
     ),
     Case(

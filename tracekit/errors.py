@@ -147,6 +147,12 @@ class PaddingError(InputError):
     slug = "padding"
 
 
+class TokenError(InputError):
+    """A text that is not one token, or a token that is not where it was looked for."""
+
+    slug = "token"
+
+
 class RowsError(TracekitError):
     """A value can't be divided into the rows of each invoke."""
 

@@ -6,12 +6,13 @@
 #
 # Fused attention has no scores and no pattern. Where they are asked for, the model's own eager
 # function runs beside it, on the same q, k, v and mask, and its softmax is stopped at. What it
-# returns counts only if something was written.
+# returns counts only if something was written. Where gradients are wanted it runs to its end, and
+# the value of the fused one goes on with the gradient of this one.
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol, cast, final
+from typing import Any, Final, Protocol, TypeAlias, cast, final
 
 import torch
 from torch import Tensor
@@ -20,10 +21,13 @@ from torch.overrides import TorchFunctionMode
 
 from tracekit.core.nest import is_fake
 from tracekit.core.versions import UNKNOWN, version
-from tracekit.interleave.masks import additive_mask
+from tracekit.errors import AttentionError
 
-_SOFTMAX: Final = (F.softmax, torch.softmax, Tensor.softmax)
+SOFTMAX: Final = (F.softmax, torch.softmax, Tensor.softmax)
 _GIVEN: Final = ("module", "query", "key", "value", "attention_mask")
+
+# An attention function: of module, query, key, value, mask and options, to (z, ...).
+Function: TypeAlias = Callable[..., Any]
 
 
 class Pieces(Protocol):
@@ -44,101 +48,140 @@ class _Enough(BaseException):
 
 def attend(
     pieces: Pieces,
-    eager: Callable[..., Any],
-    call: Callable[..., Any],
-    runs: Callable[..., Any],
+    function: Function,
+    eager: Function | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """One call of the attention function `call`, which is made by `runs`, led through `pieces`."""
+    """What `function` gives, led through `pieces`; `eager` does the same with a softmax.
+
+    It is None if `function` itself has one.
+    """
     others = dict(kwargs)
     given = [*args[: len(_GIVEN)], *(others.pop(name) for name in _GIVEN[len(args) :])]
     for place, name in enumerate("qkv", 1):
         given[place] = pieces.passed(name, given[place])
-    more = args[len(_GIVEN) :]
-    output = _with_pattern(pieces, eager, call, runs, (*given, *more), others)
-    z = pieces.passed("z", _own(output[0]) if pieces.is_wanted("z") else output[0])
+    output = _with_pattern(pieces, function, eager, (*given, *args[len(_GIVEN) :]), others)
+    if not pieces.is_wanted("z"):
+        pieces.passed("z", None)
+        return output
+    z = pieces.passed("z", _own(output[0]))
+    if z is not output[0] and output[0].is_contiguous():
+        z = z.contiguous()  # the model may view it in another shape
     return output if z is output[0] else (z, *output[1:])
 
 
 def _with_pattern(
     pieces: Pieces,
-    eager: Callable[..., Any],
-    call: Callable[..., Any],
-    runs: Callable[..., Any],
+    function: Function,
+    eager: Function | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     if not (pieces.is_wanted("scores") or pieces.is_wanted("pattern")):
         pieces.passed("scores", None)
         pieces.passed("pattern", None)
-        return runs(*args, **kwargs)
-    module, query, key, value, mask, *more = args
-    tap = SoftmaxTap(pieces, query, key.shape[-2])
-    if call is eager:
+        return function(*args, **kwargs)
+    query, key = args[1], args[2]
+    tap = _SoftmaxTap(pieces, query.dtype, key.shape[-2], is_beside=eager is not None)
+    if eager is None:
         with tap:
-            return runs(*args, **kwargs)
-    tap.is_beside, tap.is_random = True, bool(kwargs.get("dropout"))
-    mask = additive_mask(module, query, key, mask, kwargs)
-    output: Any = None
+            output = function(*args, **kwargs)
+        tap.check_came(args[0])
+        return output
+    tap.is_random = bool(kwargs.get("dropout"))
     try:
         with tap:
-            output = eager(module, query, key, value, mask, *more, **kwargs)
+            output = eager(*args, **kwargs)
     except _Enough:
-        return runs(*args, **kwargs)
+        return function(*args, **kwargs)
+    tap.check_came(args[0])
     if tap.is_written:
         return output
     with torch.no_grad():
-        real = runs(*args, **kwargs)
-    return (_with_gradients_of(output[0], real[0]), *real[1:])
+        real = function(*args, **kwargs)
+    return (cast("Tensor", _RealWithGradients.apply(output[0], real[0])), *real[1:])
+
+
+def through_softmax(
+    pieces: Pieces, softmax: Callable[..., Tensor], scores: Tensor, dtype: torch.dtype, keys: int
+) -> tuple[Tensor, bool]:
+    """The pattern that `softmax` makes of `scores`, both led through `pieces`; was one written?
+
+    They are handed out in `dtype`, and over the first `keys` alone: what is behind is a sink's.
+    """
+    scores, are_scores = _led(pieces, "scores", scores, dtype, keys)
+    pattern, is_pattern = _led(pieces, "pattern", softmax(scores), dtype, keys)
+    return pattern, are_scores or is_pattern
+
+
+def _led(
+    pieces: Pieces, name: str, whole: Tensor, dtype: torch.dtype, keys: int
+) -> tuple[Tensor, bool]:
+    if not pieces.is_wanted(name):
+        pieces.passed(name, None)
+        return whole, False
+    given = whole if whole.shape[-1] == keys else whole[..., :keys]
+    given = given.to(dtype)
+    given = _own(given) if name == "pattern" else given  # its softmax needs it in backward
+    was = _Was(given)
+    new = pieces.passed(name, given)
+    is_written = new is not given or was.changed()
+    is_seen = is_written or given.requires_grad  # what was handed out has to be what is used
+    return _put_back(new, whole) if is_seen else whole, is_written
 
 
 @final
-class SoftmaxTap(TorchFunctionMode):
+class _SoftmaxTap(TorchFunctionMode):
     """Leads what goes into the first softmax, and what comes out, through the pieces.
 
     Of a function that runs beside the real one, the rest is left out if nothing was written and no
     gradient can come.
     """
 
-    def __init__(self, pieces: Pieces, query: Tensor, keys: int) -> None:
+    def __init__(self, pieces: Pieces, dtype: torch.dtype, keys: int, is_beside: bool) -> None:
         super().__init__()
         self._pieces = pieces
-        self._dtype = query.dtype
+        self._dtype = dtype
         self._keys = keys
-        self.is_beside = False
+        self._is_beside = is_beside
+        self._has_come = False
         self.is_random = False  # by dropout: its gradients are not those of another call
-        self.has_come = False
         self.is_written = False
+
+    def check_came(self, module: Any) -> None:
+        """Raise if the function made no softmax."""
+        if not self._has_come:
+            raise AttentionError(
+                f"the attention function of {type(module).__name__} makes no softmax, so it has "
+                f"no scores and no pattern; q, k, v and z can be had."
+            )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.dropout and self.has_come and self.is_beside and not self.is_written:
+        is_idle = self._is_beside and not self.is_written
+        if func is F.dropout and self._has_come and is_idle:
             return args[0] if args else kwargs["input"]  # the random numbers are the model's
-        if func not in _SOFTMAX or self.has_come:
+        if func not in SOFTMAX or self._has_come:
             return func(*args, **kwargs)
-        self.has_come = True
-        scores, *others = args or (kwargs.pop("input"),)
-        scores = self._passed("scores", scores)
-        pattern = self._passed("pattern", func(scores, *others, **kwargs))
-        is_done = self.is_beside and not self.is_written
-        if is_done and not (pattern.requires_grad and not self.is_random):
+        self._has_come = True
+        scores, softmax = softmax_of(func, args, kwargs)
+        pattern, self.is_written = through_softmax(
+            self._pieces, softmax, scores, self._dtype, self._keys
+        )
+        is_idle = self._is_beside and not self.is_written
+        if is_idle and not (pattern.requires_grad and not self.is_random):
             raise _Enough
         return pattern
 
-    def _passed(self, name: str, whole: Tensor) -> Tensor:
-        if not self._pieces.is_wanted(name):
-            self._pieces.passed(name, None)
-            return whole
-        given = whole if whole.shape[-1] == self._keys else whole[..., : self._keys]  # no sink
-        given = given.to(self._dtype)
-        given = _own(given) if name == "pattern" else given
-        was = _Was(given)
-        new = self._pieces.passed(name, given)
-        if new is given and not was.changed():
-            return _put_back(given, whole) if given.requires_grad else whole
-        self.is_written = True
-        return _put_back(new, whole)
+
+def softmax_of(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What a call of a softmax takes, and the softmax of anything else."""
+    options = dict(kwargs)
+    scores, *others = args or (options.pop("input"),)
+    return scores, lambda other: func(other, *others, **options)
 
 
 @final
@@ -159,7 +202,7 @@ class _Was:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if the operation that made it will want it unchanged in backward."""
+    """`tensor`, copied if the operation that made it may want it unchanged in backward."""
     return tensor.clone() if tensor.requires_grad else tensor
 
 
@@ -181,7 +224,3 @@ class _RealWithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
-
-
-def _with_gradients_of(eager: Tensor, real: Tensor) -> Tensor:
-    return cast("Tensor", _RealWithGradients.apply(eager, real))

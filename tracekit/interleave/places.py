@@ -166,13 +166,16 @@ class Places:
     # -- while the model runs -------------------------------------------------------------------
 
     def _rewritten(self, path: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, which runs at `path`, with its operations reported."""
+        """`call`, which runs at `path`, with its operations reported, and its values led."""
+        tap = self._taps.get(path)
+        if tap is not None and not tap.is_by_interface and path not in self._opened:
+            return tap.around(call)
         function, rewrap = unwrap(call)
         known = operations_of(function)
         paths = [_path(path, operation.name) for operation in known.calls]
-        tap = self._taps.get(path)
         operate = partial(self._operate, paths, {} if tap is None else tap.wraps(function, known))
-        return rewrap(with_operations(function, known, operate))
+        rewritten = rewrap(with_operations(function, known, operate))
+        return rewritten if tap is None else tap.around(rewritten)
 
     def _operate(
         self,
