@@ -139,6 +139,10 @@ class Hooks:
                 self._put_before(module, hook)
         self._observers.append((modules, slot, hook))
 
+    def module_at(self, path: str) -> nn.Module:
+        """The module that hooks are put on for a path."""
+        return self._module(path)
+
     def show(self, visit: Visit, value: Any) -> None:
         """Show the observers of a site a value that their hooks will not be reached with."""
         module = self._module(visit.site.path)

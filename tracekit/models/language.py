@@ -256,7 +256,7 @@ class LanguageModel(Answering, WithWeights):
         """The outputs of a forward pass with the lasting edits, and no gradients."""
         with torch.inference_mode(False), torch.no_grad():
             call = TracedCall(lambda it: run_behind(self._tree, beginning(it), (), inputs))
-            return self._edited(call, grad=False) if self._edits else call.make(None)
+            return self._edited(call, grad=False) if self._is_edited else call.make(None)
 
     def _outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
@@ -311,9 +311,9 @@ class LanguageModel(Answering, WithWeights):
         self.dispatch()
         if (args and not isinstance(args[0], torch.Tensor)) or kwargs.get("prefix") is not None:
             args, kwargs = (), self._prepared(args, kwargs)
-        if self._edits or "prefix" in kwargs:
+        if self._is_edited or "prefix" in kwargs:
             call = TracedCall(lambda follower: run_behind(self._tree, follower, args, kwargs))
-            return self._edited(call) if self._edits else call.make(None)
+            return self._edited(call) if self._is_edited else call.make(None)
         return self.module(*args, **kwargs)
 
     def _prepared(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast, final
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from tracekit.architectures import Bound, Key, Keys, Named, Sharing
 from tracekit.architectures.keys import COSTLY
+from tracekit.core.annex import owner_of
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, MissingNameError, UnknownPathError, did_you_mean
+from tracekit.interleave.taps import is_tappable
 from tracekit.tracing.envoy import Envoy
 
 # A predicate takes the name alone.
@@ -60,8 +62,8 @@ def _every(tree: Tree) -> list[Spot]:
     keys = keys_of(tree)
     if keys is None:
         return [_of_path(tree, path, Slot.OUTPUT, "", is_named=False) for path in tree.called]
-    every = [named for named in keys.every.values() if named.key.name not in COSTLY]
-    return [_spot(tree, named) for named in every if _is_there(tree, named.bound)]
+    every = _there(tree, keys).values()
+    return [_spot(tree, named) for named in every if named.key.name not in COSTLY]
 
 
 def keys_of(tree: Tree) -> Keys | None:
@@ -101,7 +103,8 @@ def _by_key(tree: Tree, asked: object, spelled: str) -> list[Spot]:
     key = None if keys is None else read_key(keys, asked)
     if keys is None or key is None:
         return [_by_path(tree, str(asked))]
-    found = [each for each in keys.matching(key) if _is_there(tree, each.bound)]
+    there = _there(tree, keys)
+    found = [each for each in keys.matching(key) if str(each.key) in there]
     if not found:
         told = key if key.layer is not None or key.is_of_root else key.name
         raise MissingNameError(
@@ -144,7 +147,7 @@ def _by_glob(tree: Tree, glob: str) -> list[Spot]:
 
 def _fitting(tree: Tree, fits: Callable[[str], bool], what: str, near: str = "") -> list[Spot]:
     keys = keys_of(tree)
-    every = [] if keys is None else [e for e in keys.every.values() if _is_there(tree, e.bound)]
+    every = [] if keys is None else list(_there(tree, keys).values())
     found = [_spot(tree, each) for each in every if fits(str(each.key))]
     if not found:
         hooks = ((each, each.key.hook) for each in every)
@@ -177,8 +180,23 @@ def _full(tree: Tree, below: str) -> str:
     return tree.aliases.get(path, path)
 
 
+def _there(tree: Tree, keys: Keys) -> Mapping[str, Named]:
+    """The activations that the model has the modules for; of attentions, those that are read."""
+    if keys.there is None:
+        every = keys.every.items()
+        keys.there = {key: named for key, named in every if _is_there(tree, named.bound)}
+    return keys.there
+
+
 def _is_there(tree: Tree, bound: Bound) -> bool:
-    return _full(tree, bound.path) in tree.modules
+    owner = owner_of(_full(tree, bound.path))
+    if owner is None:
+        return _full(tree, bound.path) in tree.modules
+    owner = tree.aliases.get(owner, owner)
+    if owner not in tree.called or not is_tappable(tree, owner):
+        return False
+    tree.attach(owner)
+    return True
 
 
 def _of_path(tree: Tree, path: str, slot: Slot, spelled: str, *, is_named: bool = True) -> Spot:
@@ -196,7 +214,7 @@ def same(tensor: Tensor) -> Tensor:
 
 def _every_spelling(tree: Tree) -> Sequence[str]:
     keys = keys_of(tree)
-    named = [] if keys is None else [e.key for e in keys.every.values() if _is_there(tree, e.bound)]
+    named = [] if keys is None else [each.key for each in _there(tree, keys).values()]
     hooks = [key.hook for key in named if key.hook is not None]
     bare = list(dict.fromkeys(key.name for key in named))
     return [*map(str, named), *hooks, *bare, *map(tree.below, tree.called)]
