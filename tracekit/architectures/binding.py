@@ -25,15 +25,15 @@ from tracekit.architectures.schema import (
     output,
 )
 from tracekit.architectures.weights import Stacked, Weight, is_weight, stacked, weight_of
-from tracekit.architectures.words import (
+from tracekit.core.quirks import own_children
+from tracekit.core.site import Slot
+from tracekit.core.words import (
     BLOCK_ACTIVATIONS,
     BLOCK_MODULES,
     PART_MODULES,
     ROOT_ACTIVATIONS,
     ROOT_MODULES,
 )
-from tracekit.core.quirks import own_children
-from tracekit.core.site import Slot
 
 _ROOT_POINTS: Final[Mapping[str, Declared]] = {
     "embed_out": output("embed"),
@@ -106,7 +106,7 @@ class Names:
 
     def __init__(self, family: Family, root: nn.Module) -> None:
         self.family = family
-        self._modules = dict(root.named_modules(remove_duplicate=False))
+        self.modules = dict(root.named_modules(remove_duplicate=False))
         self._prefix = getattr(root, "base_model_prefix", "")
         self.stacks: dict[str, tuple[Place, ...]] = {}
         self.layers: dict[str, Layer] = {"": self._root()}
@@ -150,11 +150,11 @@ class Names:
         """The weight of that name in the layer (or model) at `owner`; None if it names none."""
         if owner not in self.layers or not is_weight(name, of_model=owner == ""):
             return None
-        return weight_of(self, self._modules, owner, name)
+        return weight_of(self, self.modules, owner, name)
 
     def weights(self, name: str, stack: str) -> Stacked | Lacks:
         """The weight of that name in the layers of a stack that have it, and which these are."""
-        return stacked(self, self._modules, name, stack)
+        return stacked(self, self.modules, name, stack)
 
     def words(self, owner: str) -> list[str]:
         """Every standard name that there is in the module at `owner`."""
@@ -186,7 +186,7 @@ class Names:
         """The first of `paths` that is there, in a base model without its prefix."""
         for path in (paths,) if isinstance(paths, str) else paths:
             for each in (path, path.removeprefix(f"{self._prefix}.")):
-                if each in self._modules:
+                if each in self.modules:
                     return each
         return None
 
@@ -225,11 +225,11 @@ class Names:
         return [
             f"{path}.{name}" if path else name
             for path in paths
-            for name in own_children(self._modules[path])
+            for name in own_children(self.modules[path])
         ]
 
     def _layer(self, path: str, stack: Stack, config: Any) -> Layer | None:
-        module = self._modules[path]
+        module = self.modules[path]
         for block in stack.blocks:
             modules = self._modules_of(path, block)
             is_whole = len(stack.blocks) == 1 or len(modules) == len(block.modules)
@@ -237,13 +237,13 @@ class Names:
                 modules.setdefault("attn_core", modules.get("attn", ""))
                 modules.setdefault("cross_core", modules.get("cross_attn", ""))
                 known = {word: at for word, at in modules.items() if at}
-                sizes = _sizes(stack, self._modules.get(modules["attn_core"]), config)
+                sizes = _sizes(stack, self.modules.get(modules["attn_core"]), config)
                 return Layer({"": path, **known}, declared(block), sizes, block)
         return None
 
     def _modules_of(self, path: str, block: Block) -> dict[str, str]:
         full = {word: f"{path}.{inside}" for word, inside in block.modules.items()}
-        return {word: each for word, each in full.items() if each in self._modules}
+        return {word: each for word, each in full.items() if each in self.modules}
 
     def _layer_around(self, owner: str) -> Layer | None:
         while owner:

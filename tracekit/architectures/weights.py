@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tracekit.architectures.matrices import matrix_of, positions_of, table_of
 from tracekit.architectures.schema import Lacks
-from tracekit.architectures.words import BLOCK_WEIGHTS
 from tracekit.core.factored import FactoredMatrix
 from tracekit.core.site import Slot
+from tracekit.core.words import BLOCK_WEIGHTS
 
 if TYPE_CHECKING:
     from tracekit.architectures.binding import Bound, Names

@@ -163,3 +163,5 @@ BLOCK_WEIGHTS: Final = {
     "QK": Word("W_Q @ W_K.mT, factored; keys repeated for the heads", "heads model model"),
     "OV": Word("W_V @ W_O, factored; values repeated for the heads", "heads model model"),
 }
+
+ACTIVATIONS: Final = frozenset({*ROOT_ACTIVATIONS, *BLOCK_ACTIVATIONS})
