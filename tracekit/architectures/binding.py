@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple, final
 
 from torch import Tensor, nn
 
-from tracekit.architectures.layouts import Sizes, View, Whole
+from tracekit.architectures.keys import Keys
+from tracekit.architectures.layouts import Layout, Sizes, View, Whole
 from tracekit.architectures.rules import declared
 from tracekit.architectures.schema import (
     Block,
@@ -68,6 +69,7 @@ class Bound:
     key: int | None  # which tensor of a structure; None: the first
     shape: str  # its axes, by name
     is_plain: bool  # the tensor itself, which nobody else is given
+    layout: Layout = field(default_factory=Whole)
 
 
 @final
@@ -93,7 +95,8 @@ class Layer:
         path = ".".join(filter(None, (self.modules[point.module], point.inside)))
         view = partial(_view, point, self.sizes)
         is_plain = point.layout == Whole() and point.sharing is Sharing.OWN
-        return Bound(name, path, point.slot, view, point.sharing, point.key, shape, is_plain)
+        at = (path, point.slot, view, point.sharing, point.key)
+        return Bound(name, *at, shape, is_plain, point.layout)
 
 
 def _view(point: Point, sizes: Sizes, tensor: Tensor) -> Tensor:
@@ -171,6 +174,11 @@ class Names:
             found = self.point(owner, name)
             if found is not None:
                 yield found
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The keys of all activations: `layers.3.resid_post`."""
+        return Keys(self)
 
     # -- binding --------------------------------------------------------------------------------
 

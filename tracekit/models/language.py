@@ -118,8 +118,11 @@ class LanguageModel(WithWeights):
         """
         if is_without_input(args, kwargs):
             return self._tracer(self._batch(kwargs, run_behind, "trace"))
+        return self._tracer(self._pass(args, kwargs))
+
+    def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
-        return self._tracer(self._forward(inputs))
+        return self._forward(inputs)
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:

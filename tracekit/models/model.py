@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast, final, overload
 
+import torch
 from torch import nn
 
 from tracekit.architectures import names_of
@@ -16,6 +17,7 @@ from tracekit.core.renames import Rename, Renames
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
+from tracekit.models.face import Caching, run_with_cache
 from tracekit.models.generation import forward, generate, generation
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
@@ -25,10 +27,13 @@ from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits, run_edited
 from tracekit.tracing.envoy import Envoy
-from tracekit.tracing.execution import Intervention
+from tracekit.tracing.execution import Execution, Intervention
+from tracekit.tracing.named_cache import NamedCache
 from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
+from tracekit.tracing.sites import PosSlice
 from tracekit.tracing.tracer import Tracer
+from tracekit.tracing.wanted import Names
 
 M = TypeVar("M", bound="Model")
 
@@ -66,9 +71,11 @@ class Model(Envoy):
         """
         if is_without_input(args, kwargs) and _takes_input(self._tree.root):
             return self._tracer(self._batch(kwargs, forward, "trace"))
-        return self._tracer(
-            TracedCall(lambda follower: forward(self._tree, follower, args, kwargs))
-        )
+        return self._tracer(self._pass(args, kwargs))
+
+    def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
+        """One forward pass, on what `trace` takes."""
+        return TracedCall(lambda follower: forward(self._tree, follower, args, kwargs))
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -163,6 +170,31 @@ class Model(Envoy):
         `Tracer.run` says what `capture` and `edits` take.
         """
         return self.trace(*args, **kwargs).run(capture=capture, edits=edits)
+
+    @showing_own_lines
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: Names | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        remove_batch_dim: bool = False,
+        pos_slice: PosSlice = None,
+        detach: bool = True,
+        clone: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, NamedCache]:
+        """`logits, cache = model.run_with_cache(input)`: one forward pass, and its activations.
+
+        `cache["resid_post", 3]`, by standard name; TransformerLens' names mean the same. Takes
+        what `trace` takes.
+        """
+        caching = Caching(names_filter, device, dtype, remove_batch_dim, pos_slice, detach, clone)
+        call = self._pass(args, kwargs)
+        return run_with_cache(self._started, self._tree, call, caching)
+
+    def _started(self, call: TracedCall) -> Execution:
+        return Execution(self._tree, call, None, self._interventions())
 
     def _made(self, call: TracedCall) -> Any:
         """What a generation returns, with the lasting edits."""

@@ -43,6 +43,7 @@ from tracekit.tracing.graph import Log
 from tracekit.tracing.overwritten import check_versions
 from tracekit.tracing.rows import AllRows, Copies
 from tracekit.tracing.select import Selector, select
+from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
 
 
@@ -240,16 +241,32 @@ class Execution:
 
         `invoke` is what the graph says of a cache that is made in no block of the run.
         """
+        own = self._own_mediator()
+        found, named = select(self._tree, modules)
+        cache = self._fixtures.record(own, found, named, keep, (inputs, outputs, grads))
+        self._note_cache(own, invoke, f"{len(found)} module{'s' * (len(found) != 1)}")
+        return cache
+
+    def record_sites(
+        self, sites: Sites, named: set[str], keep: Keep, grads: bool, invoke: int | None = 0
+    ) -> Cache:
+        """Begin to record values each by itself; CacheError if the model has passed one."""
+        own = self._own_mediator()
+        cache = self._fixtures.record_sites(own, sites, named, keep, grads)
+        self._note_cache(own, invoke, f"{len(sites.asked)} values")
+        return cache
+
+    def _own_mediator(self) -> Mediator | None:
+        """That of the block which asks for a cache; None outside of blocks."""
         if self.is_over:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
         own = current_mediator()
-        own = own if own in self.mediators else None
-        found, named = select(self._tree, modules)
-        cache = self._fixtures.record(own, found, named, keep, (inputs, outputs, grads))
+        return own if own in self.mediators else None
+
+    def _note_cache(self, own: Mediator | None, invoke: int | None, what: str) -> None:
         note = None if own is None else own.note
         note = note or partial(self.log.note, invoke)
-        note("cache", f"{len(found)} module{'s' * (len(found) != 1)}", None, _line())
-        return cache
+        note("cache", what, None, _line())
 
     def _begin(self, mediator: Mediator, intervention: Intervention) -> None:
         body = intervention.body

@@ -22,6 +22,7 @@ from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.changes import Changes, Rounds
 from tracekit.tracing.recorder import Recorder
+from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
 
 
@@ -78,6 +79,23 @@ class Fixtures:
         Of the rows of the mediator's block alone. CacheError if the model has passed one.
         """
         inputs, outputs, grads = what
+        self._check(modules, inputs, grads)
+        recorder = self._recorder(mediator, modules, named, keep)
+        recorder.place(self._hooks, self._run, inputs, outputs, grads)
+        return recorder.cache
+
+    def record_sites(
+        self, mediator: Mediator | None, sites: Sites, named: set[str], keep: Keep, grads: bool
+    ) -> Cache:
+        """Begin to record each value by itself; CacheError if the model has passed one."""
+        for slot, modules in sites.modules.items():
+            self._check(modules, slot is Slot.INPUT, grads)
+        modules = {path: it for slot in sites.modules for path, it in sites.modules[slot].items()}
+        recorder = self._recorder(mediator, modules, named, keep)
+        recorder.place_at(self._hooks, self._run, sites, grads)
+        return recorder.cache
+
+    def _check(self, modules: dict[str, nn.Module], inputs: bool, grads: bool) -> None:
         has_grad = self._kind[1] and self._kind[0] is not False
         if grads and not has_grad:
             raise CacheError(
@@ -91,14 +109,20 @@ class Fixtures:
                 f"{self._run.step}); make the cache first in the block, or name modules that come "
                 f"later."
             )
-        cache = Cache()
+
+    def _recorder(
+        self,
+        mediator: Mediator | None,
+        modules: dict[str, nn.Module],
+        named: set[str],
+        keep: Keep,
+    ) -> Recorder:
         rows = mediator.rows if mediator is not None else None
         rows = None if rows is None or rows.is_all else rows
-        recorder = Recorder(cache, self._tree, modules, named, keep, self._kind, self.changes, rows)
+        made = Recorder(Cache(), self._tree, modules, named, keep, self._kind, self.changes, rows)
         self.changes.is_wanted = True
-        recorder.place(self._hooks, self._run, inputs, outputs, grads)
-        self._recorders.append(recorder)
-        return cache
+        self._recorders.append(made)
+        return made
 
     def edit(self, mediator: Mediator, edit: PositionEdit, line: str) -> None:
         """Make an edit of tokens in all forwards to come; SiteOrderError if its module ran."""
