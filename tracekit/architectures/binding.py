@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Final, NamedTuple, final
 
 from torch import Tensor, nn
 
 from tracekit.architectures.keys import Keys
-from tracekit.architectures.layouts import Layout, Sizes, View, Whole
+from tracekit.architectures.layouts import Layout, Rows, Sizes, View, Whole
 from tracekit.architectures.rules import declared
 from tracekit.architectures.schema import (
+    ANNEXES,
     Block,
     Declared,
     Family,
@@ -42,7 +45,8 @@ _ROOT_POINTS: Final[Mapping[str, Declared]] = {
     "resid_final": given("final_norm"),
     "final_norm_out": output("final_norm"),
     "logits": output("unembed"),
-    "image_features": output("projector"),
+    "encoder_out": output("encoder"),
+    "image_features": output("projector", Rows()),
 }
 _USUAL_SIZES: Final = {
     "heads": ("num_attention_heads", "num_heads", "n_head", "n_heads"),
@@ -70,6 +74,7 @@ class Bound:
     shape: str  # its axes, by name
     is_plain: bool  # the tensor itself, which nobody else is given
     layout: Layout = field(default_factory=Whole)
+    call: int = 0  # the how-manieth call of the module, where layers share it
 
 
 @final
@@ -80,23 +85,50 @@ class Layer:
     modules: Mapping[str, str]
     declared: Mapping[str, Declared]
     sizes: Sizes
+    is_called: Callable[[str], bool]
     block: Block | None = None
+    # Of the modules that earlier layers have called before: how often.
+    calls: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def bound(self, name: str, shape: str) -> Bound | None:
         """The activation of that name; None if none of its modules is there."""
-        found = self.declared.get(name)
-        if found is None or isinstance(found, Lacks):
-            return None
-        points = found if isinstance(found, tuple) else (found,)
-        point = next((each for each in points if each.module in self.modules), None)
-        return None if point is None else self._bound(name, point, shape)
+        for point in _choices(self.declared.get(name)):
+            if isinstance(point, Point) and point.module in self.modules:
+                path = ".".join(filter(None, (self.modules[point.module], point.inside)))
+                if point.inside.split(".")[0] in ANNEXES or self.is_called(path):
+                    return self._bound(name, path, point, point.shape or self._axes(shape))
+        return None
 
-    def _bound(self, name: str, point: Point, shape: str) -> Bound:
-        path = ".".join(filter(None, (self.modules[point.module], point.inside)))
+    def _axes(self, shape: str) -> str:
+        for usual, other in (self.block.axes if self.block is not None else {}).items():
+            shape = shape.replace(usual, other)
+        return shape
+
+    def is_loose(self, word: str) -> bool:
+        """Whether a part of a module is this layer's own: an MLP without a module around it."""
+        path = self.modules.get(word)
+        if path is None or word not in PART_MODULES or word in BLOCK_ACTIVATIONS:
+            return False
+        around = (self.modules[each] for each in BLOCK_MODULES if each in self.modules)
+        return not any(path == each or path.startswith(f"{each}.") for each in around)
+
+    def why_not(self, name: str) -> str | None:
+        """The reason that is declared for there not being an activation."""
+        last = _choices(self.declared.get(name))[-1:]
+        return last[0].reason if last and isinstance(last[0], Lacks) else None
+
+    def _bound(self, name: str, path: str, point: Point, shape: str) -> Bound:
         view = partial(_view, point, self.sizes)
         is_plain = point.layout == Whole() and point.sharing is Sharing.OWN
         at = (path, point.slot, view, point.sharing, point.key)
-        return Bound(name, *at, shape, is_plain, point.layout)
+        call = self.calls.get(path, 0)
+        return Bound(name, *at, shape, is_plain, point.layout, call)
+
+
+def _choices(declared: Declared | None) -> tuple[Point | Lacks, ...]:
+    if declared is None:
+        return ()
+    return declared if isinstance(declared, tuple) else (declared,)
 
 
 def _view(point: Point, sizes: Sizes, tensor: Tensor) -> Tensor:
@@ -129,7 +161,8 @@ class Names:
             if owner == "" and name in self.lists:
                 return self.lists[name]
             known = ROOT_MODULES if owner == "" else BLOCK_MODULES
-            return layer.modules.get(name) if name in known else None
+            is_known = name in known or layer.is_loose(name)
+            return layer.modules.get(name) if is_known else None
         around = self._layer_around(owner)
         path = around.modules.get(name) if around is not None and name in PART_MODULES else None
         return path if path is not None and path.startswith(f"{owner}.") else None
@@ -145,8 +178,7 @@ class Names:
         layer = self.layers.get(owner)
         if layer is None or name not in (ROOT_ACTIVATIONS if owner == "" else BLOCK_ACTIVATIONS):
             return None
-        found = layer.declared.get(name)
-        reason = found.reason if isinstance(found, Lacks) else self.family.lacks.get(name)
+        reason = layer.why_not(name) or self.family.lacks.get(name)
         return reason or "there is no module here that has it"
 
     def weight(self, owner: str, name: str) -> Weight | Lacks | None:
@@ -166,6 +198,7 @@ class Names:
             return [word for word in PART_MODULES if self.module(owner, word) is not None]
         modules = ROOT_MODULES if owner == "" else BLOCK_MODULES
         named = [word for word in modules if self.module(owner, word) or word in self.stacks]
+        named += [word for word in PART_MODULES if layer.is_loose(word)]
         return [*named, *(point.name for point in self.points(owner))]
 
     def points(self, owner: str) -> Iterator[Bound]:
@@ -188,11 +221,11 @@ class Names:
             found = self._found(paths)
             if found is not None:
                 modules[word] = found
-        return Layer(modules, {**_ROOT_POINTS, **self.family.activations}, {})
+        return Layer(modules, {**_ROOT_POINTS, **self.family.activations}, {}, self._is_called)
 
     def _found(self, paths: str | tuple[str, ...]) -> str | None:
         """The first of `paths` that is there, in a base model without its prefix."""
-        for path in (paths,) if isinstance(paths, str) else paths:
+        for path in _several(paths):
             for each in (path, path.removeprefix(f"{self._prefix}.")):
                 if each in self.modules:
                     return each
@@ -200,19 +233,31 @@ class Names:
 
     def _add(self, word: str, stack: Stack, config: Any) -> None:
         paths = self._paths(word, stack)
-        count = getattr(config, stack.repeats) if stack.repeats else len(paths)
-        ordered = [paths[index * len(paths) // count] for index in range(count)] if paths else []
+        ordered = _repeated(paths, getattr(config, stack.repeats)) if stack.repeats else paths
         calls = [ordered[:index].count(path) for index, path in enumerate(ordered)]
         if paths:
             self.stacks[word] = tuple(map(Place, ordered, calls))
+        before: Counter[nn.Module] = Counter()
         for path in paths:
             layer = self._layer(path, stack, config)
             if layer is not None:
-                self.layers[path] = layer
+                self.layers[path] = replace(layer, calls=self._calls(path, before))
+
+    def _calls(self, layer: str, before: Counter[nn.Module]) -> dict[str, int]:
+        """How often each module of a layer was called by layers before it, if it was."""
+        inside = dict(self.modules[layer].named_modules(remove_duplicate=False))
+        found = {f"{layer}.{path}": before[each] for path, each in inside.items() if before[each]}
+        before.update(set(inside.values()))
+        return found
+
+    def _is_called(self, path: str) -> bool:
+        """Whether there is a module with a forward at `path`; a list of modules has none."""
+        module = self.modules.get(path)
+        return module is not None and type(module).forward is not nn.Module.forward
 
     def _paths(self, word: str, stack: Stack) -> list[str]:
         """The paths of the layers of a stack, in order."""
-        for path in (stack.path,) if isinstance(stack.path, str) else stack.path:
+        for path in _several(stack.path):
             for each in (path, path.removeprefix(f"{self._prefix}.")):
                 found = self._matching(each.split("."))
                 if "*" not in each and len(found) == 1 and not stack.repeats:
@@ -242,16 +287,28 @@ class Names:
             modules = self._modules_of(path, block)
             is_whole = len(stack.blocks) == 1 or len(modules) == len(block.modules)
             if block.when(module, config) if block.when is not None else is_whole:
-                modules.setdefault("attn_core", modules.get("attn", ""))
-                modules.setdefault("cross_core", modules.get("cross_attn", ""))
-                known = {word: at for word, at in modules.items() if at}
-                sizes = _sizes(stack, self.modules.get(modules["attn_core"]), config)
-                return Layer({"": path, **known}, declared(block), sizes, block)
+                return self._bind(path, modules, block, stack, config)
         return None
 
+    def _bind(
+        self, path: str, modules: dict[str, str], block: Block, stack: Stack, config: Any
+    ) -> Layer:
+        modules.setdefault("attn_core", modules.get("attn", ""))
+        modules.setdefault("cross_core", modules.get("cross_attn", ""))
+        known = {word: at for word, at in modules.items() if at}
+        sizes = _sizes(stack, self.modules.get(modules["attn_core"]), config)
+        mixer = self.modules.get(modules.get("ssm", ""))
+        for name, attributes in block.sizes.items() if "ssm" in modules else ():
+            sizes[name] = math.prod(getattr(mixer, each) for each in attributes)
+        return Layer({"": path, **known}, declared(block), sizes, self._is_called, block)
+
     def _modules_of(self, path: str, block: Block) -> dict[str, str]:
-        full = {word: f"{path}.{inside}" for word, inside in block.modules.items()}
-        return {word: each for word, each in full.items() if each in self.modules}
+        found: dict[str, str] = {}
+        for word, inside in block.modules.items():
+            there = [each for each in _several(inside) if f"{path}.{each}" in self.modules]
+            if there:
+                found[word] = f"{path}.{there[0]}"
+        return found
 
     def _layer_around(self, owner: str) -> Layer | None:
         while owner:
@@ -259,6 +316,19 @@ class Names:
             if owner in self.layers and owner:
                 return self.layers[owner]
         return None
+
+
+def _several(paths: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else paths
+
+
+def _repeated(paths: list[str], count: int) -> list[str]:
+    """The lists that `paths` are of, each as often in a row as makes `count` of them."""
+    lists: dict[str, list[str]] = {}
+    for path in paths:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    each = list(lists.values())
+    return [path for index in range(count) for path in each[index * len(each) // count]]
 
 
 def _sizes(stack: Stack, core: nn.Module | None, config: Any) -> dict[str, int]:

@@ -31,6 +31,30 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """All axes but the last in one: `[rows, features]`."""
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        return tensor.view(-1, tensor.shape[-1])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`[batch, height, width, features]` with the rows of a picture one after the other."""
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        return tensor.view(tensor.shape[0], -1, tensor.shape[-1])
+
+
+@dataclass(frozen=True)
+class ChannelsFirst:
+    """`[batch, features, height, width]` as `[batch, pos, features]`, a picture row by row."""
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        return tensor.view(*tensor.shape[:2], -1).transpose(1, 2)
+
+
+@dataclass(frozen=True)
 class Heads:
     """The last axis divided into heads: `[..., heads, head_dim]`."""
 
@@ -49,6 +73,29 @@ class Chunk:
 
     def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
         return tensor.chunk(self.of, dim=-1)[self.index]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several parts of the last axis, whose widths are sizes."""
+
+    index: int
+    widths: tuple[str, ...]
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        widths = [sizes[each] for each in self.widths]
+        return tensor.narrow(-1, sum(widths[: self.index]), widths[self.index])
+
+
+@dataclass(frozen=True)
+class OfEachHead:
+    """A part of each head: `[..., heads, part]`."""
+
+    part: Layout
+    count: str = "heads"
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        return self.part.view(tensor.unflatten(-1, (sizes[self.count], -1)), sizes)
 
 
 @dataclass(frozen=True)
@@ -76,7 +123,10 @@ class HeadByHead:
 
 @dataclass(frozen=True)
 class GroupByGroup:
-    """Of each group of heads that share a key: their queries, the key, the value (Falcon)."""
+    """Of each group of heads that share a key: their queries, the key, the value (Falcon).
+
+    Queries are `[..., groups, heads of a group, head_dim]`: no view has them in one axis.
+    """
 
     part: int
 
@@ -85,8 +135,7 @@ class GroupByGroup:
         each = tensor.unflatten(-1, (groups, per_group + 2, -1))
         if self.part > 0:
             return each.select(-2, per_group + self.part - 1)
-        queries = each.narrow(-2, 0, per_group)
-        return queries.flatten(-3, -2) if groups == 1 or per_group == 1 else queries
+        return each.narrow(-2, 0, per_group)
 
 
 @dataclass(frozen=True)

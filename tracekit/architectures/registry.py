@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from tracekit.architectures import families
 from tracekit.architectures.binding import Names
-from tracekit.architectures.schema import Family
+from tracekit.architectures.schema import Family, SubModel
 
 
 @lru_cache(maxsize=1)
@@ -26,8 +27,50 @@ def known_families() -> dict[str, Family]:
 
 def family_of(module: nn.Module) -> Family | None:
     """The family that is declared for a model; None if there is none."""
-    config: Any = getattr(module, "config", None)
-    return known_families().get(getattr(config, "model_type", None) or "")
+    return _declared_for(getattr(module, "config", None))
+
+
+def _declared_for(config: Any) -> Family | None:
+    family = known_families().get(getattr(config, "model_type", None) or "")
+    while family is not None and family.when is not None and not family.when(config):
+        family = family.otherwise
+    for part in family.parts if family is not None else ():
+        assert family is not None
+        inner = _declared_for(getattr(config, part.config, None))
+        family = family if inner is None else _with_part(family, part, inner)
+    return family
+
+
+def _with_part(family: Family, part: SubModel, inner: Family) -> Family:
+    """`family` with what the family of one of its parts declares, seen from the whole."""
+    words = part.words
+    if words is None:
+        words = {word: word for word in (*inner.modules, *inner.stacks)}
+    modules = {
+        words[word]: _inside(part, paths) for word, paths in inner.modules.items() if word in words
+    }
+    stacks = {
+        words[word]: replace(stack, path=_inside(part, stack.path), config=part.config)
+        for word, stack in inner.stacks.items()
+        if word in words
+    }
+    found = replace(
+        family, modules={**modules, **family.modules}, stacks={**stacks, **family.stacks}
+    )
+    if part.words is not None:
+        return found
+    activations = {**inner.activations, **family.activations}
+    return replace(found, activations=activations, lacks={**inner.lacks, **family.lacks})
+
+
+def _inside(part: SubModel, paths: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Paths of a part's modules in the whole: with its head, or as a base model without it."""
+    found: list[str] = []
+    for outer in (part.path,) if isinstance(part.path, str) else part.path:
+        for path in (paths,) if isinstance(paths, str) else paths:
+            bare = path.partition(".")[2]
+            found += [f"{outer}.{path}", *([f"{outer}.{bare}"] if bare else [])]
+    return tuple(found)
 
 
 def names_of(module: nn.Module) -> Names | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from torch import nn
 
@@ -44,6 +44,7 @@ class Point:
     sharing: Sharing = Sharing.OWN
     key: int | None = None  # which tensor of a structure; None: the first
     inside: str = ""  # a path below the module
+    shape: str = ""  # where it is not the word's
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,37 @@ class Lacks:
     reason: str
 
 
-# What an activation is declared by; of several, the first whose module is there.
-Declared: TypeAlias = "Point | tuple[Point, ...] | Lacks"
+# What an activation is declared by; of several, the first whose module is there, or is not asked
+# for: `Lacks` stands last, and says why there is none of them.
+Declared: TypeAlias = "Point | Lacks | tuple[Point | Lacks, ...]"
 # Whether a layer is of a kind, by the module and the configuration of its stack.
 Condition: TypeAlias = Callable[[nn.Module, Any], bool]
 
 
-def output(module: str, layout: Layout | None = None, key: int | None = None) -> Point:
+def output(
+    module: str,
+    layout: Layout | None = None,
+    key: int | None = None,
+    inside: str = "",
+    shape: str = "",
+) -> Point:
     """What a module of the block returns."""
-    return Point(module, Slot.OUTPUT, layout or Whole(), key=key)
+    return Point(module, Slot.OUTPUT, layout or Whole(), key=key, inside=inside, shape=shape)
 
 
-def given(module: str, layout: Layout | None = None, sharing: Sharing = Sharing.OWN) -> Point:
+def given(
+    module: str,
+    layout: Layout | None = None,
+    sharing: Sharing = Sharing.OWN,
+    inside: str = "",
+    shape: str = "",
+) -> Point:
     """What a module of the block is called with."""
-    return Point(module, Slot.INPUT, layout or Whole(), sharing)
+    return Point(module, Slot.INPUT, layout or Whole(), sharing, inside=inside, shape=shape)
+
+
+# Modules that stand beside those of a model, for values that no module has.
+ANNEXES: Final = ("attention", "head_result")
 
 
 def attended(name: str, layout: Layout | None = None, core: str = "attn_core") -> Point:
@@ -76,17 +94,31 @@ def attended(name: str, layout: Layout | None = None, core: str = "attn_core") -
 
 @dataclass(frozen=True)
 class Block:
-    """One kind of layer: its modules by word, as paths in the layer."""
+    """One kind of layer."""
 
-    modules: Mapping[str, str]
+    # By word: paths in the layer; of several, the first that is there.
+    modules: Mapping[str, str | tuple[str, ...]]
     residual: Residual = Residual.SEQUENTIAL
     # How q, k and v lie in the output of `qkv`, of each a layout by its place.
     fused: Callable[[int], Layout] | None = None
     activations: Mapping[str, Declared] = field(default_factory=dict[str, Declared])
-    # The attribute of the configuration that what is added to the residual stream is multiplied by.
-    scale: str | None = None
-    # Which layers are of this kind; None: those that have all the modules in `modules`.
+    # The attribute of the configuration that what is added to the residual stream is multiplied by:
+    # all of it, or what has these names.
+    scale: str | Mapping[str, str] | None = None
+    # What is added behind resid_mid, if that is not mlp_out alone.
+    added_last: tuple[str, ...] = ("mlp_out",)
+    # Further sizes for its layouts: attributes of `ssm`, whose product the size is.
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    # Which layers are of this kind; None: those that have all the modules in `modules`. The first
+    # kind that fits a layer counts.
     when: Condition | None = None
+    # Axes that are others here, in the shape of every word: {"batch pos": "batch*pos"}.
+    axes: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def factor(self, name: str, config: Any) -> float:
+        """What the activation of that name is multiplied by when it is added."""
+        scale = self.scale if isinstance(self.scale, str) else (self.scale or {}).get(name)
+        return float(getattr(config, scale)) if scale is not None else 1.0
 
 
 @dataclass(frozen=True)
@@ -100,8 +132,19 @@ class Stack:
     # Under which attribute of the module that calls attention, or else of the configuration, the
     # number of "heads" and "kv_heads" is, where it is not under the usual name.
     sizes: Mapping[str, str] = field(default_factory=dict[str, str])
-    # The attribute that says how many layers there are, if modules are called several times.
+    # The attribute that says how many layers there are, if modules are called several times: with
+    # fewer lists (in a path with `*`) than that, each stands for as many in a row.
     repeats: str = ""
+
+
+@dataclass(frozen=True)
+class SubModel:
+    """A model inside a model, of the family that its own configuration says."""
+
+    path: str | tuple[str, ...]  # of several, those that are there
+    config: str  # the attribute that its configuration is: "text_config"
+    # Which of its words are taken over, and what they are called in the whole; None: all, as is.
+    words: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,3 +158,8 @@ class Family:
     stacks: Mapping[str, Stack]  # by word: "layers", "encoder_layers", "vision_layers" …
     activations: Mapping[str, Declared] = field(default_factory=dict[str, Declared])
     lacks: Mapping[str, str] = field(default_factory=dict[str, str])  # names, and why
+    # Models inside it that have families of their own; what is declared here goes before.
+    parts: tuple[SubModel, ...] = ()
+    # Which configurations it is the declaration of, and what is that of the others.
+    when: Callable[[Any], bool] | None = None
+    otherwise: Family | None = None

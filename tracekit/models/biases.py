@@ -64,7 +64,7 @@ def _biases(
     for holder, projection in kinds.items():
         bias = _bias(root, layer, holder, projection, index)
         if bias is not None:
-            yield bias * scale_of(root, layer)
+            yield bias * factor_of(root, layer, f"{holder}_out")
 
 
 def _bias(root: nn.Module, layer: Layer, holder: str, projection: str, index: int) -> Tensor | None:
@@ -96,11 +96,8 @@ def _refuse_hidden_biases(root: nn.Module, path: str | None) -> None:
         )
 
 
-def scale_of(root: nn.Module, layer: Layer) -> float:
-    """What the additions of a layer are multiplied with before they are added: Granite."""
-    attribute = layer.block.scale if layer.block is not None else None
-    if attribute is None:
-        return 1.0
+def factor_of(root: nn.Module, layer: Layer, name: str) -> float:
+    """What an activation is multiplied by when it is added to the stream: Granite's residuals."""
     config: Any = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return float(getattr(text, attribute))
+    return layer.block.factor(name, text) if layer.block is not None else 1.0

@@ -251,7 +251,7 @@ class Envoy(Slots):
         at, bound = found
         if takes_next(sys._getframe(3), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
             return at._spot_of(bound)
-        return read_named(*at._at(bound.slot, name), self._call, bound)
+        return read_named(*at._at(bound.slot, name), at._call, bound)
 
     def _spot_of(self, bound: Bound) -> Spot:
         if not bound.is_plain:
@@ -286,7 +286,7 @@ class Envoy(Slots):
         found = activation_of(self, name)
         if found is not None:
             place, bound = found
-            write_named(*place._at(bound.slot, name), self._call, bound, value)
+            write_named(*place._at(bound.slot, name), place._call, bound, value)
             return
         if isinstance(value, Envoy):
             value = value.module
@@ -376,7 +376,8 @@ def activation_of(envoy: Envoy, name: str) -> tuple[Envoy, Bound] | None:
     bound = names.point(tree.below(envoy.path), name) if names is not None else None
     if bound is None:
         return None
-    return Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), envoy._call), bound  # pyright: ignore[reportPrivateUsage] - a friend
+    call = envoy._call + bound.call  # pyright: ignore[reportPrivateUsage] - a friend
+    return Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), call), bound
 
 
 def place_of(envoy: Envoy, tree: Tree, slot: Slot) -> tuple[Site, int]:

@@ -1,0 +1,34 @@
+"""Prove the declared names of tiny models from the shell.
+
+python -m tests.architectures.prove llama [gpt2 …] [--all]    # --all: every claim, not those alone
+"""
+
+from __future__ import annotations
+
+import sys
+
+from tests.tiny_models import NAMES, make
+from tracekit.architectures import names_of
+from tracekit.architectures.check import prove
+
+
+def main(arguments: list[str]) -> int:
+    """Print the proof of each; the number of models with a wrong claim is the exit status."""
+    failed = 0
+    chosen = [each for each in arguments if not each.startswith("--")]
+    for name in chosen or NAMES:
+        net, inputs = make(name)
+        names = names_of(net)
+        if names is None:
+            print(f"{name}: no family declared")
+            continue
+        proof = prove(names, lambda net=net, inputs=inputs: net(**inputs))
+        failed += not proof
+        print(repr(proof) if "--all" in arguments else repr(proof).splitlines()[0])
+        if "--all" not in arguments:
+            print(*(f"  {claim}" for claim in proof.failed), sep="\n")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
