@@ -89,7 +89,8 @@ def test_each_weight_computes_what_its_module_computes(name: str) -> None:
                 continue
             x, out = calls[point.path]
             axes = "...hd,hdm->...m" if W.ndim == 3 else "...d,dm->...m"
-            found = torch.einsum(axes, point.view(x), W) + (0 if b is None else b)
+            divided = point.view(x) if W.ndim == 3 else x
+            found = torch.einsum(axes, divided, W) + (0 if b is None else b)
             torch.testing.assert_close(found, out, rtol=1e-4, atol=1e-5)
             proved.add(each)
     if "o" in next(iter(names.layers[path].modules for path in names.layers if path), {}):
@@ -310,7 +311,7 @@ def test_directions_of_tokens_give_their_logits() -> None:
     several = model.tokens_to_residual_directions(torch.tensor([[3, 4], [5, 6]]))
     assert several.shape == (2, 2, 128)
     torch.testing.assert_close(normed @ several[1, 0], logits[..., 5])
-    (sun,) = model.tokenizer(" sun", add_special_tokens=False)["input_ids"]
-    assert torch.equal(model.tokens_to_residual_directions(" sun"), model.W_U[:, sun])
-    with pytest.raises(InputError, match="is not one token, but"):
+    token = model.to_single_token(" the")
+    assert torch.equal(model.tokens_to_residual_directions(" the"), model.W_U[:, token])
+    with pytest.raises(InputError, match="is 6 tokens"):
         model.tokens_to_residual_directions("the sun is in the sky")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from tracekit.architectures.layouts import Grid, Rows
 from tracekit.architectures.matrices import matrix_of, positions_of, table_of
 from tracekit.architectures.schema import Lacks
 from tracekit.core.factored import FactoredMatrix
@@ -134,9 +135,9 @@ def _activation(names: Names, owner: str, which: str) -> Bound | Lacks:
 def _divided(weight: Tensor, bound: Bound, which: str) -> Tensor:
     """`weight`, `[in, out]`, divided as its activation is."""
     if bound.slot is Slot.INPUT:
-        parts = bound.view(weight.T)  # [out, (heads, head_dim) | in]
+        parts = _view(bound, weight.T)  # [out, (heads, head_dim) | in]
         return parts.permute(1, 2, 0) if which in _HEADS else parts.T
-    parts = bound.view(weight)  # [in, (heads…, head_dim) | out]
+    parts = _view(bound, weight)  # [in, (heads…, head_dim) | out]
     return parts.flatten(1, -2).transpose(0, 1) if which in _HEADS else parts
 
 
@@ -145,8 +146,13 @@ def _bias(bias: Tensor | None, bound: Bound, which: str) -> Tensor | Lacks:
         return Lacks(f"{bound.path} has no bias")
     if bound.slot is Slot.INPUT:
         return bias
-    parts = bound.view(bias)
+    parts = _view(bound, bias)
     return parts.flatten(0, -2) if which in _HEADS else parts
+
+
+def _view(bound: Bound, tensor: Tensor) -> Tensor:
+    """The features of `tensor`, its last axis, divided; how positions lie is not of weights."""
+    return tensor if isinstance(bound.layout, Rows | Grid) else bound.view(tensor)
 
 
 def _reads_the_stream(names: Names, modules: Modules, owner: str, width: int) -> bool:

@@ -64,7 +64,7 @@ def _biases(
     for holder, projection in kinds.items():
         bias = _bias(root, layer, holder, projection, index)
         if bias is not None:
-            yield bias * _factor(root, layer, f"{holder}_out")
+            yield bias * factor_of(root, layer, f"{holder}_out")
 
 
 def _bias(root: nn.Module, layer: Layer, holder: str, projection: str, index: int) -> Tensor | None:
@@ -96,8 +96,8 @@ def _refuse_hidden_biases(root: nn.Module, path: str | None) -> None:
         )
 
 
-def _factor(root: nn.Module, layer: Layer, name: str) -> float:
-    """What an addition of a layer is multiplied with before it is added: Granite."""
+def factor_of(root: nn.Module, layer: Layer, name: str) -> float:
+    """What an activation is multiplied by when it is added to the stream: Granite's residuals."""
     config: Any = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return layer.block.factor(name, text) if layer.block is not None else 1.0

@@ -109,8 +109,9 @@ def _readers(
         for hook in hooks:
             hook.remove()
     for path, sure in norms.items():
-        for reader in sure:
-            _note(found[id(root.get_submodule(path))].readers, reader, root.get_submodule(reader))
+        known = found[id(root.get_submodule(path))].readers
+        for reader in [each for each in sure if not known or "experts" in each]:
+            _note(known, reader, root.get_submodule(reader))
     return list(found.values())
 
 

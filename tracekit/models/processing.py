@@ -71,7 +71,8 @@ def _why_not_at_all(names: Names, root: nn.Module) -> str | None:
             return f"{path} has no numbers to work with ({why or 'it is on meta'})"
         if weight.dtype not in (torch.float32, torch.float64):
             return f"{path} is {weight.dtype}, too coarse for it: load it with dtype=torch.float32"
-    if "layers" not in names.stacks or isinstance(centring.unread(names, root), Lacks):
+    is_of_text = "layers" in names.stacks and names.module("", "embed") is not None
+    if not is_of_text or isinstance(centring.unread(names, root), Lacks):
         return "it is no language model with layers and an unembedding that are known"
     if getattr(config, "is_encoder_decoder", False) or "encoder_layers" in names.stacks:
         return "it has two stacks, an encoder's and a decoder's"

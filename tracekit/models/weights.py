@@ -12,16 +12,16 @@ from torch import Tensor
 from tracekit.architectures import Lacks, Names, Stacked
 from tracekit.capture import showing_own_lines
 from tracekit.core.tree import Tree
-from tracekit.errors import InputError, MissingNameError
+from tracekit.errors import MissingNameError
 from tracekit.models import biases, circuits
 from tracekit.models.circuits import CompositionScores
-from tracekit.models.model import Model
 from tracekit.models.processing import processed
+from tracekit.models.tokenized import Tokenized
 
 M = TypeVar("M", bound="WithWeights")
 
 
-class WithWeights(Model):
+class WithWeights(Tokenized):
     """A model whose weights have standard names.
 
     `model.layers[3].W_Q` is one layer's, `[heads, model, head_dim]`; `model.W_Q` those of all
@@ -79,7 +79,8 @@ class WithWeights(Model):
         behind it. Of a stream that is not normed they are the directions only if the final norm
         has been folded: `model.processed()`.
         """
-        ids = self._single_token(tokens) if isinstance(tokens, str) else torch.as_tensor(tokens)
+        given = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        ids = torch.as_tensor(given)
         W_U: Tensor = self.W_U
         return W_U.T[ids.to(W_U.device)]
 
@@ -125,14 +126,6 @@ class WithWeights(Model):
     def processing(self) -> Mapping[str, str]:
         """Of a copy made by `processed`, what became of each step; empty for any other model."""
         return MappingProxyType(self._processing)
-
-    def _single_token(self, text: str) -> Tensor:
-        if self.tokenizer is None:
-            raise InputError("text needs a tokenizer, and this model has none: give ids.")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise InputError(f"{text!r} is not one token, but {len(ids)}.")
-        return torch.tensor(ids[0])
 
     def _standard_names(self) -> Names:
         names: Any = self._tree.names

@@ -6,12 +6,12 @@ import sys
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from tracekit.architectures import Bound, Lacks, is_weight
+from tracekit.architectures import Bound, is_weight
 from tracekit.capture import takes_next
 from tracekit.core.tree import Tree
 from tracekit.core.words import ACTIVATIONS
 from tracekit.errors import MissingNameError, UnsupportedError
-from tracekit.tracing.named import read_named, write_named
+from tracekit.tracing.named import read_named, read_weight, write_named
 from tracekit.tracing.slots import Slots
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Standard(Slots):
 
         MissingNameError where it is one, and this module has nothing for it.
         """
+        if is_weight(name, of_model=self._path == self._tree.name):
+            return read_weight(self._here(), self._path, name)
         names = self._tree.names
         if names is None:
             return None
@@ -83,8 +85,9 @@ class Standard(Slots):
             return tuple(self._envoy(f"{root}.{path}", call) for path, call in names.stacks[name])
         why = names.why_not(self._tree.below(self._path), name)
         if why is not None:
-            self._refuse(name, why)
-        return self._weight(name)
+            kind = type(self.module).__name__
+            raise MissingNameError(f"{self._path} ({kind}) has no {name!r}: {why}.") from None
+        return None
 
     def _write_standard(self, name: str, value: object) -> bool:
         """Let the model go on with `value` for what has that name; False if nothing has."""
@@ -94,21 +97,6 @@ class Standard(Slots):
         at, bound = found
         write_named(*at._at(bound.slot, name), at._call, bound, value)  # pyright: ignore[reportPrivateUsage] - same file
         return True
-
-    def _weight(self, name: str) -> Any:
-        tree = self._here()
-        if tree.names is None or not is_weight(name, of_model=self._path == tree.name):
-            return None
-        if tree.load_first is not None:
-            tree.load_first()
-        found = tree.names.weight(tree.below(self._path), name)
-        if isinstance(found, Lacks):
-            self._refuse(name, found.reason)
-        return found
-
-    def _refuse(self, name: str, why: str) -> None:
-        kind = type(self.module).__name__
-        raise MissingNameError(f"{self._path} ({kind}) has no {name!r}: {why}.") from None
 
     def _spot_of(self, bound: Bound) -> Spot:
         if not bound.is_plain:
