@@ -35,6 +35,8 @@ Beside: TypeAlias = Callable[..., Callable[[], Any]]
 class Pieces(Protocol):
     """The modules that stand for the values of one attention, in one run."""
 
+    is_recomputed: bool  # by backward, without anything beside it
+
     def is_wanted(self, name: str) -> bool:
         """Whether anybody has a hook on it."""
         ...
@@ -93,8 +95,9 @@ def _with_pattern(
         return output
     tap.is_random = bool(kwargs.get("dropout"))
     runs = eager(*args, **kwargs)
+    has_gradients = torch.is_grad_enabled() and not pieces.is_recomputed
     try:
-        with tap:
+        with tap, torch.set_grad_enabled(has_gradients):
             output = runs()
     except _Enough:
         return function(*args, **kwargs)
