@@ -44,6 +44,15 @@ def return_in_a_block_that_must_be_captured() -> Any:
         return 1
 
 
+class OwnAttention(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+def an_attention_that_can_not_be_tapped() -> None:
+    Model(OwnAttention()).attention
+
+
 def a_value_outside_a_trace() -> None:
     MODEL[0].output
 
@@ -80,6 +89,10 @@ def a_stream_that_is_gone_through_twice() -> None:
     stream = Model(make("gpt2")[0]).generate_stream(torch.tensor([[11]]), max_new_tokens=1)
     list(stream)
     list(stream)
+
+
+def a_text_of_two_tokens() -> None:
+    LanguageModel("tracekit/tiny").to_single_token("Eiffel Tower")
 
 
 def the_wrong_order() -> None:
@@ -208,6 +221,12 @@ def line(function: Callable[[], object], number: int) -> str:
 
 CASES = [
     Case(
+        a_text_of_two_tokens,
+        errors.TokenError,
+        "'Eiffel Tower' is 2 tokens ('Eiffel', 'Tower'), not one. model.to_str_tokens(text) shows "
+        "the tokens of a text. [token]",
+    ),
+    Case(
         return_in_a_block_that_must_be_captured,
         errors.CaptureError,
         f"{__file__}:{return_in_a_block_that_must_be_captured.__code__.co_firstlineno + 2}: "
@@ -250,6 +269,14 @@ CASES = [
         "'self_c_prj_0' is no operation of model.transformer.h.0.mlp.source (print it to see all "
         "of them); did you mean 'self_c_proj_0' or 'self_c_fc_0' or 'self_act_0'? "
         "[unknown-operation]",
+    ),
+    Case(
+        an_attention_that_can_not_be_tapped,
+        errors.AttentionError,
+        "model.attention can't be had: the forward of OwnAttention makes no call of an attention "
+        "function, nor of a softmax; ask the module that does, as in "
+        "model.transformer.h[0].attn.attention.pattern. "
+        "[attention]",
     ),
     Case(
         the_operations_of_a_builtin,

@@ -57,6 +57,12 @@ class AliasError(TracekitError, ValueError):
     slug = "alias"
 
 
+class AttentionError(TracekitError, AttributeError):
+    """The values inside an attention that computes them in a way that can't be tapped."""
+
+    slug = "attention"
+
+
 class UnknownOperationError(TracekitError, AttributeError):
     """A name that is no operation of a function's source."""
 
@@ -139,6 +145,12 @@ class PaddingError(InputError):
     """A padded batch that this model would compute differently from its rows alone."""
 
     slug = "padding"
+
+
+class TokenError(InputError):
+    """A text that is not one token, or a token that is not where it was looked for."""
+
+    slug = "token"
 
 
 class RowsError(TracekitError):

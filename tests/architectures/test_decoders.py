@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.architectures.stirred import stirred
-from tests.tiny_models import RELATIVES, SPECS, make
+from tests.matrix.decoder_relatives import SPECS as RELATIVES
+from tests.tiny_models import SPECS, make
 from tracekit import LanguageModel
 from tracekit.architectures import names_of
 from tracekit.architectures.check import prove

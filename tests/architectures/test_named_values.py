@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.tiny_models import make
+from tests.tracing.test_deferred import hand_overs
 from tracekit import LanguageModel
 from tracekit.errors import MisfitError, MissingNameError, UnknownModuleError
 
@@ -87,3 +90,33 @@ def test_what_is_not_there_says_why() -> None:
     with pytest.raises(MisfitError, match="q was Tensor"):
         with model.trace(**inputs):
             model.layers[0].q = torch.zeros(3)
+
+
+def test_stored_reads_by_name_need_no_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, inputs = make("llama")
+    model = LanguageModel(net)
+    for _ in range(2):  # by requests, and by hooks alone
+        with hand_overs(monkeypatch) as resumed, model.trace(**inputs):
+            last = model.layers[0].mlp_out[:, -1]
+            stream = [layer.resid_post for layer in model.layers]
+            final = model.final_norm.output
+        assert resumed == []
+        with model.trace(**inputs):
+            mlp = model.model.layers[0].mlp.output[:, -1].clone()
+            expected = [layer.output.clone() for layer in model.model.layers]
+        assert all(map(torch.equal, stream, expected))
+        assert torch.equal(last, mlp)
+        assert torch.equal(net.model.norm(stream[-1]), final)
+
+
+def test_an_attribute_that_only_has_the_name_of_a_value_is_left_alone() -> None:
+    net, inputs = make("llama")
+    model = LanguageModel(net)
+    chosen = SimpleNamespace(k=0, pattern=[1])
+    with model.trace(**inputs):
+        one = model.layers[chosen.k].resid_post
+        other = model.layers[chosen.pattern[0]].resid_post
+    with model.trace(**inputs):
+        expected = [layer.output.clone() for layer in model.model.layers]
+    assert torch.equal(one, expected[0])
+    assert torch.equal(other, expected[1])

@@ -55,6 +55,9 @@ class Modules:
     def callers(self, path: str) -> list[str]:
         return self._ancestors[path][:1]
 
+    def untapped(self, path: str) -> None:
+        """There are no values inside modules here."""
+
     def is_module(self, path: str) -> bool:
         return True
 
@@ -77,6 +80,9 @@ class Stage:
 
     def watch_begins(self, watch: Watch) -> None:
         self.begins.add(watch.path)
+
+    def untapped(self, path: str) -> None:
+        """There are no values inside modules here."""
 
     def make_skippable(self, path: str) -> None:
         """Every module of the stage can be skipped."""

@@ -175,7 +175,7 @@ def test_what_is_no_tensor_is_the_same_for_all() -> None:
 
 def test_invokes_take_the_same_arguments() -> None:
     model = LanguageModel("tracekit/tiny")
-    ids = torch.ones(1, 2, dtype=torch.long)
+    ids = torch.full((1, 2), 5)
     with pytest.raises(InputError, match="take the same arguments"):
         with model.trace() as tracer:
             with tracer.invoke(ids):

@@ -147,3 +147,11 @@ def test_a_call_that_cannot_be_counted_is_refused_in_words() -> None:
     for _ in range(5):
         expected = net.inner.inner(expected)
     assert torch.equal(later, expected)
+
+
+def test_where_a_later_call_was_skipped_the_first_has_passed() -> None:
+    model = Model(Thrice(nn.Sequential(nn.Linear(4, 4))))
+    with pytest.raises(SiteOrderError, match=r"inner\.0\.input \(step 0\) was asked for after"):
+        with model.trace(X):
+            model.inner.calls[1].skip(torch.ones_like(X))
+            model.inner[0].input

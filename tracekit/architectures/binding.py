@@ -27,15 +27,15 @@ from tracekit.architectures.schema import (
     given,
     output,
 )
-from tracekit.architectures.words import (
+from tracekit.core.quirks import own_children
+from tracekit.core.site import Slot
+from tracekit.core.words import (
     BLOCK_ACTIVATIONS,
     BLOCK_MODULES,
     PART_MODULES,
     ROOT_ACTIVATIONS,
     ROOT_MODULES,
 )
-from tracekit.core.quirks import own_children
-from tracekit.core.site import Slot
 
 _ROOT_POINTS: Final[Mapping[str, Declared]] = {
     "embed_out": output("embed"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -14,6 +14,8 @@ from tracekit.architectures.findings import Claim, compared
 from tracekit.architectures.witness import Testimony, Where, is_hookable
 from tracekit.core.site import Slot
 
+_BEHIND: Final = ("norm1_post", "attn_scale", "cross_norm_post", "norm2_post", "mlp_scale")
+_ELSEWHERE: Final = "it is what becomes of that in the block's own forward"
 _PROJECTED: Final = ("q", "k", "v", "cross_q")
 _ACTIVATIONS: Final = {
     "gelu": F.gelu,
@@ -106,11 +108,19 @@ def _reaches(
     if added is None or bound is None:
         return
     modules = names.layers[where.path].modules
-    after = "norm1_post" if attn == "attn" and bound.path == modules.get("norm1_post") else ""
+    after = _behind(modules, bound)
+    if not after and bound.path not in (modules.get(attn), modules[name.replace("z", "o")]):
+        yield Claim(str(where), name, f"the sum over heads is {out}", None, why=_ELSEWHERE)
+        return
     if after:
         total = names.modules[bound.path](total)
     claim = f"the sum over heads{f', through {after},' if after else ''} is {out}"
     yield compared(str(where), name, claim, total.reshape(added.shape), added)
+
+
+def _behind(modules: Mapping[str, str], bound: Bound) -> str:
+    """The norm or scale behind attention or MLP that a value comes out of; "" if it is none."""
+    return next((word for word in _BEHIND if modules.get(word) == bound.path), "")
 
 
 def _down(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
@@ -125,12 +135,19 @@ def _down(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     total = post @ weight + (0 if bias is None else bias)
     given = seen.raw[bound.path, Slot.OUTPUT, where.call + bound.call]
     yield compared(
-        str(where), "mlp_post", "through down's weights it is what down gives", given, total
+        str(where),
+        "mlp_post",
+        "through down's weights it is what down gives",
+        given.reshape(total.shape),
+        total,
     )
     out, bound = seen.value(where, "mlp_out"), names.point(where.path, "mlp_out")
     if out is None or bound is None or {"experts", "router", "down_gate"} & set(layer.modules):
         return
-    after = "norm2_post" if bound.path == layer.modules.get("norm2_post") else ""
+    after = _behind(layer.modules, bound)
+    if not after and bound.path not in (layer.modules.get("mlp"), layer.modules["down"]):
+        yield Claim(str(where), "mlp_post", "through down it is mlp_out", None, why=_ELSEWHERE)
+        return
     total = names.modules[bound.path](total) if after else total
     claim = f"through down{f' and {after}' if after else ''} it is mlp_out"
     yield compared(str(where), "mlp_post", claim, total.reshape(out.shape), out)

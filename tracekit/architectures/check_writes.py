@@ -22,7 +22,7 @@ from tracekit.architectures.witness import (
     layers_of,
     observe,
 )
-from tracekit.core.nest import first_tensor
+from tracekit.core.nest import tensors
 
 # What a write leaves as it is, though it comes later: parts of one tensor, and what runs beside.
 _LEAVES = {
@@ -108,7 +108,7 @@ def _untouched(names: Names, seen: Testimony, found: Seen, moved: Testimony, wri
     for key, was in seen.named.items():
         is_before = was.order < found.order and was.source != found.source
         now = moved.named.get(key)
-        has_moved = now is None or not torch.equal(now.value, was.value)
+        has_moved = now is None or not _is_as_seen(was.value, now.value)
         if has_moved and (is_before or key in beside):
             what = f"{key[0]} {key[1]} has moved"
             return Claim(str(where), name, claim, False, why=what)
@@ -116,15 +116,22 @@ def _untouched(names: Names, seen: Testimony, found: Seen, moved: Testimony, wri
 
 
 def _arrives(seen: Testimony, moved: Testimony, write: Write) -> Claim:
-    """That a write is seen where it was made, and by what the model returns."""
+    """That a write is seen where it was made, and by what comes behind it."""
     where, name, delta = write.where, write.name, write.delta
-    claim = "a write arrives in what the model returns"
-    was, now = seen.named[where, name].value, moved.value(where, name)
-    if now is None or not torch.equal(now, was + delta):
+    found, now = seen.named[where, name], moved.value(where, name)
+    if now is None or not torch.equal(now, found.value + delta):
         return Claim(str(where), name, "a write is there", False)
+    claim = "a write arrives in what the model returns"
     if name in _FOR_LATER:
         return Claim(str(where), name, claim, None, why="the next step of a generation reads it")
-    before, after = first_tensor(seen.result), first_tensor(moved.result)
-    if before is None or after is None:
-        return Claim(str(where), name, claim, None, why="the model returns no tensor")
-    return Claim(str(where), name, claim, not torch.equal(before, after))
+    pairs = zip(tensors(seen.result), tensors(moved.result), strict=False)
+    if any(not torch.equal(one, other) for one, other in pairs):
+        return Claim(str(where), name, claim, True)
+    if any(not _is_as_seen(each, moved.raw.get(site)) for site, each in seen.raw.items()):
+        why = "what comes behind it has moved, but what the model returns does not hang on that"
+        return Claim(str(where), name, claim, None, why=why)
+    return Claim(str(where), name, claim, False)
+
+
+def _is_as_seen(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)

@@ -149,6 +149,15 @@ class Stack:
     # The attribute that says how many layers there are, if modules are called several times: with
     # fewer lists (in a path with `*`) than that, each stands for as many in a row.
     repeats: str = ""
+    # What a model does to the residual stream between two layers of this stack, or between two of
+    # its lists if it has several; and between the last layer and the norm behind it.
+    between: str = ""
+    behind: str = ""
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether its lists are stages, of which each has other positions and another width."""
+        return bool(self.between) and "*" in str(self.path)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Final, final
 
 from tracekit.capture.pure import (
-    READS,
     Pure,
     check_name,
     elements,
@@ -25,6 +24,7 @@ from tracekit.capture.readings import (
     Forecast,
     Store,
     asking,
+    is_read,
     is_true,
     made,
     reading,
@@ -84,7 +84,7 @@ def _collect_groups(
 
 def _end_group(run: list[ast.stmt], found: list[list[ast.stmt]]) -> None:
     nodes = [node for statement in run for node in ast.walk(statement)]
-    reads = sum(isinstance(node, ast.Attribute) and node.attr in READS for node in nodes)
+    reads = sum(map(is_read, nodes))
     repeats = any(isinstance(node, (ast.For, ast.ListComp, ast.DictComp)) for node in nodes)
     if reads >= _MIN_READS or (reads and repeats):
         found.append(run)

@@ -17,10 +17,15 @@ from tracekit.capture.pure import (
     pure,
 )
 from tracekit.capture.world import Scope, Taken, Unsure, World
+from tracekit.core.words import ACTIVATIONS
 
 
 class Asking(World, Protocol):
     """What is known of what a block asks: makes the requests, which are opaque here."""
+
+    def has_value(self, of: object, name: str) -> bool:
+        """Whether the model has a value of that standard name there; for a name that may be any."""
+        ...
 
     def read(self, of: object, name: str) -> object:
         """The request that reading the attribute `name` is; else Unsure."""
@@ -73,8 +78,24 @@ def reading(node: ast.expr) -> Action:
     return found if found is not None else _evaluated(pure(node))
 
 
+def is_read(node: ast.AST) -> bool:
+    """Whether a value of the model may be read here."""
+    return isinstance(node, ast.Attribute) and (node.attr in READS or node.attr in ACTIVATIONS)
+
+
 def has_read(node: ast.AST) -> bool:
-    return any(isinstance(part, ast.Attribute) and part.attr in READS for part in ast.walk(node))
+    return any(map(is_read, ast.walk(node)))
+
+
+def _pure_if_it_can_be(node: ast.expr) -> Pure:
+    try:
+        return pure(node)
+    except Unsure:
+        return _unsure
+
+
+def _unsure(_: Scope) -> Any:
+    raise Unsure
 
 
 def made(node: ast.Call) -> Action:
@@ -109,12 +130,15 @@ def _evaluated(value: Pure) -> Action:
 
 
 def _read(node: ast.Attribute) -> Action | None:
-    if node.attr not in READS:
+    if not is_read(node):
         return None
     of, name, line = pure(node.value), node.attr, node.end_lineno or node.lineno
+    plain = None if name in READS else pure(node)
 
     def act(scope: Scope) -> Forecast:
         world = asking(scope)
+        if plain is not None and not world.has_value(of(scope), name):
+            return plain(scope)
         value = yield world.read(of(scope), name), line
         return Taken(world.given(name, value))
 
@@ -125,9 +149,13 @@ def _part(node: ast.Subscript) -> Action | None:
     if not has_read(node.value):
         return None
     read, index = reading(node.value), pure(node.slice)
+    plain = _pure_if_it_can_be(node)
 
     def act(scope: Scope) -> Forecast:
-        value = _whole((yield from read(scope)))
+        found = yield from read(scope)
+        if not isinstance(found, Taken):  # an attribute that only has the name of a value
+            return plain(scope)
+        value = _whole(found)
         return Taken(asking(scope).part(value, index(scope)))
 
     return act

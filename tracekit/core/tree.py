@@ -8,6 +8,7 @@ from typing import Any, Protocol, final
 
 from torch import nn
 
+from tracekit.core.annex import ANNEX, Annex, Piece, owner_of
 from tracekit.core.quirks import own_children
 from tracekit.core.renames import Renames, spellings
 from tracekit.core.site import Site, Slot
@@ -48,6 +49,8 @@ class Tree:
         self._parents: dict[str, list[str]] = {}  # canonical path -> canonical parents
         self._relatives: dict[tuple[str, str], list[str]] = {}  # what was found out before
         self.called: dict[str, nn.Module] = {}  # by canonical path: what has a forward
+        self.annexes: dict[str, Annex] = {}  # by canonical path of the attention each belongs to
+        self._beside: set[str] = set()  # the paths of annexes, and of what is in them
         self._states: list[dict[str, Any]] = []  # each module's __dict__
         self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
         self.aliases: dict[str, str] = {}  # second paths of shared modules, and renames
@@ -79,6 +82,7 @@ class Tree:
         self.continues = None
         self._names = None
         self.sites.clear()
+        self._beside.clear()
         first: dict[int, str] = {}
         for relative, module in self.root.named_modules(remove_duplicate=False):
             path = f"{self.name}.{relative}" if relative else self.name
@@ -107,6 +111,43 @@ class Tree:
             (own_children(module), dict(own_children(module)))
             for module in map(self.modules.__getitem__, self.order)
         ]
+        self.annexes = {path: annex for path, annex in self.annexes.items() if path in self.called}
+        for path in self.annexes:
+            self.attach(path)
+
+    def attach(self, owner: str) -> str:
+        """Let there be the annex of the attention at a canonical path; the path of the annex.
+
+        What is in it is asked for by its path alone: it is not among `called` nor `paths`.
+        """
+        path = f"{owner}.{ANNEX}"
+        if path in self._beside:
+            return path
+        annex = self.annexes.setdefault(owner, Annex(owner))
+        owners = [owner, *(other for other, first in self.aliases.items() if first == owner)]
+        for name, module in annex.named_modules():
+            *others, own = (f"{each}.{ANNEX}.{name}".rstrip(".") for each in reversed(owners))
+            self.modules[own] = module
+            self._canonical[own] = own
+            self._parents[own] = [path if name else owner]
+            self._beside.add(own)
+            for other in others:
+                self._canonical[other] = self.aliases[other] = own
+        self._relatives.clear()
+        return path
+
+    def detach(self, owner: str) -> None:
+        """There is no attention at `owner` after all."""
+        if self.annexes.pop(owner, None) is not None:
+            self.refresh()
+
+    def _attach_for(self, path: str) -> None:
+        """The annex that `path` leads into, if it leads into one that is not there yet."""
+        owner = owner_of(path)
+        if owner is None or f"{owner}.{ANNEX}" in self._canonical:
+            return
+        if self._canonical.get(owner) in self.called:
+            self.attach(self._canonical[owner])
 
     def replace_root(self, root: nn.Module) -> None:
         """Stand for another module of the same structure, as when weights are loaded late."""
@@ -142,11 +183,16 @@ class Tree:
 
     def paths(self) -> Iterator[str]:
         """Every canonical path, in tree order."""
-        return (path for path, canonical in self._canonical.items() if path == canonical)
+        known = self._canonical.items()
+        return (path for path, first in known if path == first and path not in self._beside)
 
     def canonical(self, path: str) -> str:
         """The first path of the module at `path`, which may be given without the root's name."""
         full = path if path in self._canonical else f"{self.name}.{path}"
+        if full not in self._canonical:
+            for way in (path, full):
+                self._attach_for(way)
+            full = path if path in self._canonical else full
         if full not in self._canonical:
             full = self._by_standard_names(path)
         if full not in self._canonical:
@@ -160,6 +206,7 @@ class Tree:
         found = self.name
         for part in path.removeprefix(f"{self.name}.").split("."):
             inside = f"{found}.{part}"
+            self._attach_for(inside)
             known = inside in self._canonical
             inside = inside if known else self.named_module(found, part) or ""
             if not inside:
@@ -189,6 +236,10 @@ class Tree:
 
     def module(self, path: str) -> nn.Module:
         """The module at a full path, as it is now."""
+        if path not in self.modules:
+            self._attach_for(path)
+        if path in self._beside:
+            return self.modules[path]
         module: Any = self.root
         for name in path.split(".")[self._depth :]:
             module = own_children(module)[name]
@@ -196,7 +247,7 @@ class Tree:
 
     def is_called(self, path: str) -> bool:
         """Whether the module has a forward of its own; a ModuleList, for one, has none."""
-        return path in self.called
+        return path in self.called or type(self.modules.get(path)) is Piece
 
     def called_children(self, path: str) -> list[str]:
         """The nearest modules below `path` that can be called, through lists and dictionaries."""
@@ -223,6 +274,8 @@ class Tree:
                 continue
             canonical = self._canonical[f"{path}.{name}"]
             found += [canonical] if self.is_called(canonical) else self.called_children(canonical)
+        if path in self.annexes:
+            found += self.called_children(f"{path}.{ANNEX}")
         return found
 
     def _ancestors(self, path: str) -> list[str]:

@@ -49,6 +49,8 @@ def twin(
             memo[id(hooks)] = OrderedDict(kept)
     found = Tree(copied(tree.root, exchange, memo), tree.name, tree.renames)
     found.original, found.naming = tree, tree.naming
+    for owner in tree.annexes:
+        found.attach(owner)
     return found
 
 

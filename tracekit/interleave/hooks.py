@@ -25,6 +25,7 @@ from typing import Any, Protocol, TypeAlias, final
 
 from torch import nn
 
+from tracekit.core.annex import Piece
 from tracekit.core.quirks import NO_BACKWARD, current_backward
 from tracekit.core.site import Slot, Visit
 from tracekit.interleave.forwards import Body, rewritable, skippable
@@ -62,6 +63,7 @@ class Hooks:
         self._observers: list[tuple[list[nn.Module], Slot, ForwardHook]] = []
         self._edits: list[tuple[Any, int]] = []  # the dictionary that each is in, and its key
         self.subscriber: Any = None  # a Subscriber from the start of the run to its end
+        self.tap: Callable[[Piece], None] | None = None  # lets a value go through its piece
 
     # -- INTERVENTION ---------------------------------------------------------------------------
 
@@ -69,7 +71,7 @@ class Hooks:
         """Report the end of every call of the module of `watch` to the subscriber."""
         self._watches[watch.path] = watch
         hook = partial(_after, self.thread, self.subscriber, watch)
-        self._put(self._module(watch.path)._forward_hooks, hook, is_first=True)
+        self._put(self._reached(self._module(watch.path))._forward_hooks, hook, is_first=True)
 
     def watch_begins(self, watch: Watch) -> None:
         """Report the beginning of every call of the module of `watch` to the subscriber."""
@@ -93,20 +95,20 @@ class Hooks:
 
     def look_at_inputs(self, module: nn.Module, hook: ForwardHook) -> None:
         """Let `hook` see what `module` is called with; nothing may change it yet."""
-        self._put_before(module, hook, is_first=True)
+        self._put_before(self._reached(module), hook, is_first=True)
 
     def look_at_output(
         self, module: nn.Module, begin: Callable[[nn.Module, Any], None], hook: ForwardHook
     ) -> None:
         """Let `begin` know of each call, and `hook` see what `module` returned."""
-        key = self._put(module._forward_pre_hooks, begin, is_first=True)
+        key = self._put(self._reached(module)._forward_pre_hooks, begin, is_first=True)
         self._put(module._forward_hooks, hook, is_first=True, key=key)
 
     # -- EDIT -----------------------------------------------------------------------------------
 
     def edit(self, path: str, slot: Slot, change: Callable[[Any], Any]) -> None:
         """Let the model go on with `change(value)`, which the interventions see then."""
-        module = self._module(path)
+        module = self._reached(self._module(path))
         if slot is Slot.OUTPUT:
             hook: Any = partial(_edited_output, self.thread, change)
             where, key = module._forward_hooks, self._put(module._forward_hooks, hook, True)
@@ -129,6 +131,8 @@ class Hooks:
         It is called for every call of them, of other runs too, and checks `is_elsewhere` itself.
         """
         for module in modules:
+            if type(module) is Piece:
+                self._reached(module)
             if slot is Slot.OUTPUT:
                 self._put(module._forward_hooks, hook)
             else:
@@ -153,7 +157,18 @@ class Hooks:
         self._skippables.clear()
         for held in (self._placed, self._watches, self._rewritten, self._observers, self._edits):
             held.clear()
-        self.subscriber = None
+        self.subscriber = self.tap = None
+
+    def leave(self) -> None:
+        """Let go of all that was put on, which stays: the model is thrown away."""
+        self._rewritten.clear()
+        self.tap = None
+
+    def _reached(self, module: nn.Module) -> nn.Module:
+        """`module`, which is called in this run also if it only stands for a value."""
+        if type(module) is Piece and self.tap is not None:
+            self.tap(module)
+        return module
 
     def _put_before(self, module: nn.Module, hook: Any, is_first: bool = False) -> int:
         # The mark before the hook, and off after it: another thread may call the module meanwhile.

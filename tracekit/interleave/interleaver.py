@@ -114,12 +114,15 @@ class Interleaver:
         """Watch for `visit`; SiteOrderError if it has passed."""
         if visit.site.slot is Slot.RESULT or visit == self._serving:
             return
+        around = self._passage.runs_untapped(visit, self.step, self._serving, self._entering)
+        if around is not None:
+            raise unserved.tapped_too_late(visit, around, mediator.last)
         watch = self._passage.expect(visit.site.path, self.step)
         watch.is_asked = True
         self._check_not_skipped(mediator, visit)
         if visit.step == self.step and watch.has_passed(visit):
             skipped = self._passage.skipped_above(visit.site.path, self.step)
-            if skipped is not None:
+            if skipped is not None and not self._passage.was_called_again(skipped):
                 raise unserved.was_skipped(visit, skipped)
             if visit.call and watch.missed_in == self.step:
                 raise unserved.uncounted(visit)

@@ -30,6 +30,7 @@ class Modules(Protocol):
     def ancestors(self, path: str) -> list[str]: ...
     def callers(self, path: str) -> list[str]: ...
     def is_module(self, path: str) -> bool: ...
+    def untapped(self, path: str) -> str | None: ...
 
 
 @dataclass(slots=True)
@@ -112,6 +113,20 @@ class Passage:
         for child in self._modules.called_children(path):
             self._watch_fully(child, step)
 
+    def runs_untapped(
+        self, visit: Visit, step: int, serving: Visit | None, entering: str
+    ) -> str | None:
+        """The attention that `visit` is in, if it runs without leading its values to anybody.
+
+        The model is paused at `serving`, or where the call of `entering` begins a step.
+        """
+        around = self._modules.untapped(visit.site.path) if visit.step == step else None
+        if around is None:
+            return None
+        watch = self.expect(around, step)
+        is_beginning = serving is not None and serving.site == watch.input
+        return around if len(watch.running) > is_beginning or around == entering else None
+
     def skipped_above(self, path: str, step: int) -> str | None:
         """The module that contains `path` and was skipped in this step, if one was."""
         for above in self._modules.ancestors(path):
@@ -119,6 +134,10 @@ class Passage:
             if watch is not None and watch.skipped_in == step:
                 return above
         return None
+
+    def was_called_again(self, path: str) -> bool:
+        """Whether the module at `path` was called more than once in this step."""
+        return self._watches[path].started > 1
 
     def is_in(self, path: str, above: str) -> bool:
         """Whether the module at `above` contains that at `path`, in one way or another."""
@@ -161,7 +180,8 @@ class Passage:
         if watch is not None:
             watch.align(step)
             return watch.missed_in == step or (watch.ended > 0 and not watch.running)
-        return any(self.has_ended(caller, step) for caller in self._modules.callers(path))
+        is_over = self.has_ended if self._modules.untapped(path) is None else self.has_begun
+        return any(is_over(caller, step) for caller in self._modules.callers(path))
 
     def _watch(self, path: str, step: int) -> Watch:
         watch = self._watches.get(path)

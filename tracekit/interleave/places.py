@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, cast, final
 
@@ -20,12 +20,14 @@ from torch import nn
 
 from tracekit.capture.functions import unwrap
 from tracekit.capture.operations import Listing, operations_of, with_operations
+from tracekit.core.annex import Piece
 from tracekit.core.site import Visit
 from tracekit.core.tree import Tree
-from tracekit.errors import SourceError, UnsupportedError
+from tracekit.errors import AttentionError, SourceError, UnsupportedError
 from tracekit.interleave.forwards import own_forward
 from tracekit.interleave.hooks import Hooks, Subscriber, is_elsewhere
 from tracekit.interleave.passage import Watch
+from tracekit.interleave.taps import Tap, Wrap
 
 
 @final
@@ -40,6 +42,8 @@ class Places:
         self._around: dict[str, str] = {}  # of an operation: what it is in
         self._watches: dict[str, Watch] = {}  # of operations
         self._callees: dict[str, Callable[..., Any]] = {}  # of operations that are being called
+        self._taps: dict[str, Tap] = {}  # by the path of the attention
+        hooks.tap = self.tap
 
     # -- what Passage needs to know -------------------------------------------------------------
 
@@ -80,8 +84,10 @@ class Places:
         """Report the end of every call at the path of `watch`."""
         if watch.path in self._around:
             self._watches[watch.path] = watch
-        else:
-            self._hooks.watch_ends(watch)
+            return
+        if type(self._tree.modules.get(watch.path)) is Piece:
+            self._watches[watch.path] = watch  # its Tap counts its calls
+        self._hooks.watch_ends(watch)
 
     def watch_begins(self, watch: Watch) -> None:
         """Report the beginning of every call at the path of `watch`; operations always do."""
@@ -115,8 +121,27 @@ class Places:
             return self._opened[path]
         forward = own_forward(self._tree.module(path))
         found = self._add(path, forward)
-        self._hooks.rewrite(path, partial(self._rewritten, path))
+        if path not in self._taps:  # else it is rewritten already
+            self._hooks.rewrite(path, partial(self._rewritten, path))
         return found
+
+    def untapped(self, path: str) -> str | None:
+        """The attention that `path` is a value in, if no value of it was asked for so far."""
+        piece = self._tree.modules.get(path)
+        return piece.owner if type(piece) is Piece and piece.owner not in self._taps else None
+
+    def tap(self, piece: Piece) -> None:
+        """Let the values of an attention go through its annex; AttentionError if that can't be."""
+        owner = piece.owner
+        if owner in self._taps:
+            return
+        try:
+            self._taps[owner] = Tap(self._tree, owner, self._hooks, self._watches)
+        except AttentionError:
+            self._tree.detach(owner)
+            raise
+        if owner not in self._opened:
+            self._hooks.rewrite(owner, partial(self._rewritten, owner))
 
     def _add(self, path: str, call: Callable[..., Any]) -> Listing:
         if isinstance(call, nn.Module):
@@ -141,21 +166,33 @@ class Places:
     # -- while the model runs -------------------------------------------------------------------
 
     def _rewritten(self, path: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call`, which runs at `path`, with its operations reported."""
+        """`call`, which runs at `path`, with its operations reported, and its values led."""
+        tap = self._taps.get(path)
+        if tap is not None and not tap.is_by_interface and path not in self._opened:
+            return tap.around(call)
         function, rewrap = unwrap(call)
         known = operations_of(function)
         paths = [_path(path, operation.name) for operation in known.calls]
-        operate = partial(self._operate, paths)
-        return rewrap(with_operations(function, known, operate))
+        operate = partial(self._operate, paths, {} if tap is None else tap.wraps(function, known))
+        rewritten = rewrap(with_operations(function, known, operate))
+        return rewritten if tap is None else tap.around(rewritten)
 
     def _operate(
-        self, paths: list[str], index: int, call: Callable[..., Any], /, *args: Any, **kwargs: Any
+        self,
+        paths: list[str],
+        wraps: dict[int, Wrap],
+        index: int,
+        call: Callable[..., Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Make one call of a rewritten function."""
         watch = self._watches.get(paths[index])
         subscriber: Subscriber | None = self._hooks.subscriber
+        wrap = wraps.get(index)
         if watch is None or subscriber is None or is_elsewhere(self._hooks.thread):
-            return call(*args, **kwargs)
+            return call(*args, **kwargs) if wrap is None else wrap(call, call)(*args, **kwargs)
         inputs: object = (args, kwargs)
         self._callees[watch.path] = call
         try:
@@ -167,7 +204,8 @@ class Places:
         if request is not None:
             return subscriber.after(watch, request.value)
         try:
-            output = self._called(watch.path, call, subscriber)(*args, **kwargs)
+            runs = self._called(watch.path, call, subscriber)
+            output = (runs if wrap is None else wrap(call, runs))(*args, **kwargs)
         except BaseException:
             watch.end()  # the model may catch it, and make the call again
             raise
@@ -186,6 +224,21 @@ class Places:
             return self._rewritten(path, call)
         except SourceError:
             return call
+
+
+def tapped(tree: Tree, paths: Iterable[str]) -> Hooks:
+    """Lets values inside attentions go through those of these modules that stand for them.
+
+    In forward passes on this thread, until what is returned is removed.
+    """
+    hooks = Hooks(tree.module)
+    places = Places(tree, hooks)
+    for path in paths:
+        module = tree.module(path)
+        if type(module) is Piece:
+            places.tap(module)
+    hooks.tap = None
+    return hooks
 
 
 def _path(around: str, name: str) -> str:

@@ -89,6 +89,15 @@ def opened_too_late(path: str, step: int, last: tuple[Visit, str] | None) -> Sit
     )
 
 
+def tapped_too_late(visit: Visit, around: str, last: tuple[Visit, str] | None) -> SiteOrderError:
+    """The attention runs already, without its values being led through their modules."""
+    got = f" The block's last value was {last[0]} ({last[1]})." if last else ""
+    return SiteOrderError(
+        f"{visit} was asked for when {around} was running already: ask for a value of "
+        f"{around}.attention before anything else inside it, or use tracer.cache().{got}"
+    )
+
+
 def after_the_end(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
     """The traced call has returned."""
     got = f" The block's last value was {last[0]} ({last[1]})." if last else ""

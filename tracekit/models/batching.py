@@ -193,3 +193,35 @@ def _check_alike(inputs: Inputs, others: Inputs) -> None:
             f"the invokes of a trace take the same arguments, and one has {len(inputs[0])} "
             f"positional and {names}, another {len(others[0])} and {known}."
         )
+
+
+@final
+class Padded:
+    """Inputs of a language model, padded to one length."""
+
+    def __init__(
+        self,
+        read: Callable[..., dict[str, Any]],
+        fitted: Callable[[dict[str, Any]], dict[str, Any]],
+        pad: int,
+        side: str,
+    ) -> None:
+        self._read = read
+        self._fitted = fitted
+        self._pad = pad
+        self._side = side
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        if len(args) > 1:
+            raise InputError(
+                f"an invoke takes one input, or a list of rows, and {len(args)} were given."
+            )
+        inputs = self._read(args, kwargs)
+        ids = inputs.get("input_ids")
+        if isinstance(ids, Tensor) and "attention_mask" not in inputs:
+            inputs["attention_mask"] = torch.ones_like(ids)
+        return (), inputs
+
+    def joined(self, inputs: list[Inputs]) -> Inputs:
+        _, kwargs = join_inputs(inputs, self._pad, self._side)
+        return (), self._fitted(kwargs)

@@ -20,6 +20,7 @@ from tracekit.models.signatures import arguments, generates_with, is_transformer
 
 OPTIONS: Final = frozenset(
     {
+        "append_eos",
         "freq_penalty",
         "padding_side",
         "prepend_bos",

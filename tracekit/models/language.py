@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from tracekit.core.tree import Tree
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
-from tracekit.models.batching import Batch, Inputs, join_inputs
+from tracekit.models.answers import Answer, labels_of
+from tracekit.models.batching import Batch, Padded
 from tracekit.models.behind import (
     behind,
     generate_behind,
@@ -28,7 +29,8 @@ from tracekit.models.behind import (
 from tracekit.models.generate_options import refuse_in_header, translated
 from tracekit.models.generation import generate
 from tracekit.models.lengths import count_steps
-from tracekit.models.model import Model, is_without_input
+from tracekit.models.losses import loss_of
+from tracekit.models.model import is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
 from tracekit.models.prefill import beginning, extended, prefill
@@ -38,11 +40,12 @@ from tracekit.models.returned import Returning, wanted_of
 from tracekit.models.scanning import fake_twin
 from tracekit.models.signatures import accepts
 from tracekit.models.texts import Texts, is_list_of_texts
+from tracekit.models.tokenized import Tokenized
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
 
 
-class LanguageModel(Model):
+class LanguageModel(Tokenized):
     """A Hugging Face model, by Hub id, by directory, packaged (`"tracekit/tiny"`), or live.
 
     `dtype` (default: the checkpoint's), `device_map`, `revision`, `attn_implementation` and all
@@ -51,7 +54,7 @@ class LanguageModel(Model):
     "right"), with positions such that every row is computed as it would be alone.
     """
 
-    __slots__ = ("_empty_from", "_padding_side", "_tokenizer")
+    __slots__ = ("_empty_from",)
 
     def __init__(
         self,
@@ -87,11 +90,6 @@ class LanguageModel(Model):
         if empty_from is not None:
             self._tree.load_first = self.dispatch
 
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer; None for a live model that was given none."""
-        return self._tokenizer
-
     def dispatch(self) -> None:
         """Load the weights now, if they were left out. Envoys made before stay valid."""
         if self._tree.load_first is None:  # nothing was left out, or a copy has brought it
@@ -108,10 +106,10 @@ class LanguageModel(Model):
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
-        `input` is a string, a list of strings, token ids, or an encoding; `prepend_bos` and
-        `padding_side` say how text becomes tokens (None: as the tokenizer and the model do), and
-        all other keyword arguments go to the model's forward. No keys and values are kept unless
-        `use_cache=True` says so.
+        `input` is a string, a list of strings, the messages of a conversation, token ids, or an
+        encoding; `prepend_bos`, `append_eos` and `padding_side` say how text becomes tokens (None:
+        as the tokenizer and the model do), and all other keyword arguments go to the model's
+        forward. No keys and values are kept unless `use_cache=True` says so.
         Without input, each `with tracer.invoke(input):` in the block has rows of its own.
         With `prefix=model.prefill(prompt)` the pass is of `input` alone, behind that prompt.
         Raises InputError for what is no input, PaddingError for a padded batch in which a row would
@@ -147,7 +145,7 @@ class LanguageModel(Model):
         everything that `transformers.generate` takes, with its defaults.
         With `prefix=model.prefill(prompt)` it goes on from that prompt and `input` behind it.
 
-        `prepend_bos` and `padding_side` say, as for `trace`, how text becomes tokens.
+        `prepend_bos`, `append_eos` and `padding_side` say, as for `trace`, how text becomes tokens.
         `freq_penalty` takes that much off a token's logit for each time it has come (before the
         temperature is applied). `temperature=0` is greedy; `stop_at_eos=False` never stops at a
         token. `stop_strings` need no tokenizer, `output_logits=True` no return_dict_in_generate.
@@ -195,6 +193,7 @@ class LanguageModel(Model):
         on from what it kept.
         """
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
+        self._warn_of_an_end(args[0] if args else None, kwargs)
         inputs.pop("use_cache", None)
         return prefill(self, self._tree, {**inputs, **_chosen(kwargs)}, self._run_apart)
 
@@ -252,8 +251,59 @@ class LanguageModel(Model):
         return Texts(self.tokenizer, is_listed=is_listed, skip_special_tokens=skip_special_tokens)
 
     @showing_own_lines
+    def forward(
+        self,
+        *args: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What one pass over `input` says: takes what `trace` takes, and makes the lasting edits.
+
+        `return_type` is "logits", `[batch, pos, vocabulary]`; "loss"; "both", as `(logits, loss)`;
+        "predictions"; or None, for who only wants it to run.
+
+        The loss, in nats, is the mean over all tokens that have a token in front of them: padding
+        counts for nothing, the first token of a row is not foretold, and placeholders of images
+        and sounds are no targets. `loss_per_token=True`: `[batch, pos - 1]`, 0 at padding. With
+        `labels=`, for encoder-decoders and masked models, it is the model's own loss; of the
+        former they may be texts. Refused where a model sees the token that it is to foretell.
+        "predictions" are the likeliest next token of each row as text, or, of a masked model, a
+        list for each row, one for each mask.
+        """
+        answer = Answer(return_type, loss_per_token, labels)
+        module = self._tree.root
+        answer.check(module, self.tokenizer)
+        if labels is not None:
+            kwargs = {**kwargs, "labels": labels_of(labels, module, self.tokenizer)}
+        inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
+        call = self._forward(inputs)
+        outputs = self._edited(call) if self._edits else call.make(None)
+        return answer.of(outputs, inputs, self._tree.root, self.tokenizer)
+
+    @showing_own_lines
+    def loss_fn(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        per_token: bool = False,
+    ) -> torch.Tensor:
+        """The loss of logits, as from a trace, on their own next tokens: what `forward` computes.
+
+        The mean, or with `per_token` `[batch, pos - 1]`, 0 where attention_mask has padding.
+        """
+        return loss_of(logits, tokens, attention_mask, per_token)
+
+    @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on tensors as PyTorch would, or on text, with its lasting edits."""
+        """Run the model on tensors as PyTorch would, or on text, with its lasting edits.
+
+        With `return_type=` it is `forward`.
+        """
+        if "return_type" in kwargs:
+            return self.forward(*args, **kwargs)
         self.dispatch()
         if (args and not isinstance(args[0], torch.Tensor)) or kwargs.get("prefix") is not None:
             args, kwargs = (), self._prepared(args, kwargs)
@@ -279,21 +329,13 @@ class LanguageModel(Model):
             self.dispatch()
         given = {name: value for name, value in kwargs.items() if name != "prefix"}
         prefix = kwargs.get("prefix")
-        inputs = self._read(args, given, is_rest=goes_on(prefix))
+        inputs = self._read(args, given, is_rest=goes_on(prefix), is_prompt=for_generate)
         return self._fitted(inputs, prefix, for_generate)
 
     def _fitted(self, inputs: dict[str, Any], prefix: Any, for_generate: bool) -> dict[str, Any]:
         if prefix is None:
             return fit_padding(inputs, self._tree.root, for_generate)
         return behind(self, prefix, inputs, for_generate)
-
-    def _read(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_rest: bool = False
-    ) -> dict[str, Any]:
-        reading, kwargs = feeding.reading_of(kwargs)
-        side, bos = partial(self._side, reading), reading.get("prepend_bos")
-        encoded = feeding.encode(args[0], self.tokenizer, side, bos, is_rest) if args else {}
-        return feeding.on_device({**encoded, **kwargs}, feeding.device_of(self._tree.root))
 
     def _completed(self, inputs: dict[str, Any], for_generate: bool) -> dict[str, Any]:
         """`inputs`, and what else a traced call is told."""
@@ -314,7 +356,8 @@ class LanguageModel(Model):
         call = generate_behind if call is generate else call
 
         def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-            return self._read(args, {**reading, **kwargs}, is_rest=goes_on(prefix))
+            merged, is_rest = {**reading, **kwargs}, goes_on(prefix)
+            return self._read(args, merged, is_rest, is_prompt=kind == "generate")
 
         def fitted(inputs: dict[str, Any]) -> dict[str, Any]:
             for_generate = kind == "generate"
@@ -324,49 +367,9 @@ class LanguageModel(Model):
         if twin is None:
             self.dispatch()
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
-        padded = _Padded(read, fitted, pad, self._side(reading))
+        padded = Padded(read, fitted, pad, self._side(reading))
         return Batch(padded, twin or self._tree, call, kind)
-
-    def _side(self, reading: dict[str, Any]) -> str:
-        side = reading.get("padding_side") or self._padding_side
-        if side is not None:
-            return side
-        module = self._tree.root
-        is_decoder = callable(getattr(module, "can_generate", None)) and module.can_generate()
-        return "left" if is_decoder and not module.config.is_encoder_decoder else "right"
 
 
 def _chosen(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in ("use_cache",) if name in kwargs}
-
-
-@final
-class _Padded:
-    """Inputs of a language model, padded to one length."""
-
-    def __init__(
-        self,
-        read: Callable[..., dict[str, Any]],
-        fitted: Callable[[dict[str, Any]], dict[str, Any]],
-        pad: int,
-        side: str,
-    ) -> None:
-        self._read = read
-        self._fitted = fitted
-        self._pad = pad
-        self._side = side
-
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        if len(args) > 1:
-            raise InputError(
-                f"an invoke takes one input, or a list of rows, and {len(args)} were given."
-            )
-        inputs = self._read(args, kwargs)
-        ids = inputs.get("input_ids")
-        if isinstance(ids, torch.Tensor) and "attention_mask" not in inputs:
-            inputs["attention_mask"] = torch.ones_like(ids)
-        return (), inputs
-
-    def joined(self, inputs: list[Inputs]) -> Inputs:
-        _, kwargs = join_inputs(inputs, self._pad, self._side)
-        return (), self._fitted(kwargs)

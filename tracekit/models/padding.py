@@ -82,7 +82,28 @@ def positions_of(module: Any, mask: Tensor) -> Tensor:
     counted = mask.long().cumsum(-1)
     if module.config.model_type == "paligemma":
         return torch.clamp(counted, min=1)
-    for part in module.modules():
-        if hasattr(part, "padding_idx") and hasattr(part, "position_embeddings"):  # RoBERTa's heirs
-            return counted * mask.long() + part.padding_idx
+    unused = _unused_position(module)
+    if unused is not None:
+        return counted * mask.long() + unused
     return torch.clamp(counted - 1, min=0)
+
+
+def context_length(module: Any) -> int | None:
+    """How many positions the model was made for; None where it knows no bound."""
+    config: Any = getattr(module, "config", None)
+    if config is None:
+        return None
+    for part in (config, config.get_text_config()):
+        length = getattr(part, "max_position_embeddings", None)
+        if isinstance(length, int):
+            unused = _unused_position(module)
+            return length if unused is None else length - unused - 1
+    return None
+
+
+def _unused_position(module: Any) -> int | None:
+    """That of padding, in RoBERTa and its heirs: they count from behind it."""
+    for part in module.modules():
+        if hasattr(part, "padding_idx") and hasattr(part, "position_embeddings"):
+            return part.padding_idx
+    return None

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Final, final
 
 import torch
-from torch import nn
 
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError
@@ -45,9 +44,9 @@ class Rerun:
         self._given = {name: value for name, value in given.items() if name not in _NOT_KEPT}
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The model's modules by path; CacheError if it is gone."""
-        return self._model().modules
+    def tree(self) -> Tree:
+        """The model; CacheError if it is gone."""
+        return self._model()
 
     def __call__(self, transcript: Transcript, include_last: bool) -> None:
         """One forward pass, without keys and values, over all tokens, or all but the last."""
@@ -85,6 +84,6 @@ class Rerun:
         return tree
 
 
-def _device_type(module: nn.Module) -> str:
+def _device_type(module: Any) -> str:
     device = device_of(module)
     return "cpu" if device is None else device.type

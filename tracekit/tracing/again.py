@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tracekit.core.site import Site, Slot
 from tracekit.errors import CacheError
 from tracekit.interleave.hooks import is_elsewhere
+from tracekit.interleave.places import tapped
 from tracekit.interleave.worker import this_thread
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.replay import Replay
@@ -46,12 +47,14 @@ def run_again(changes: Changes, paths: set[str], see: See, include_last: bool = 
         )
     length = timeline.total + include_last
     replay = Replay(changes.whole, timeline.transcript, length)
-    modules = timeline.rerun.modules
+    tree = timeline.rerun.tree
     with ExitStack() as placed:
         calls: Counter[str] = Counter()
-        for path in {*paths, *(site.path for site in replay.sites)}:
+        every = {*paths, *(site.path for site in replay.sites)}
+        for path in every:
             watch = see if path in paths else _look_away
-            _place(placed, modules[path], path, replay, calls, watch)
+            _place(placed, tree.module(path), path, replay, calls, watch)
+        placed.callback(tapped(tree, every).remove)
         timeline.rerun(timeline.transcript, length == timeline.transcript.tokens.shape[1])
 
 

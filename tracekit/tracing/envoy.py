@@ -13,9 +13,11 @@ from torch import nn
 
 from tracekit.architectures import Bound
 from tracekit.capture import showing_own_lines, takes_next
+from tracekit.core.annex import ANNEX
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
+from tracekit.core.words import ACTIVATIONS
 from tracekit.errors import (
     LoadingError,
     MissingNameError,
@@ -26,6 +28,7 @@ from tracekit.errors import (
     did_you_mean,
 )
 from tracekit.interleave.mediator import Mediator
+from tracekit.interleave.taps import check_tappable, is_attention
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.at import Spot
 from tracekit.tracing.named import read_named, write_named
@@ -184,6 +187,8 @@ class Envoy(Slots):
         aliases = self._tree.renamed(self._path)
         if name in aliases:
             return Envoy(self._tree, aliases[name])
+        if name == ANNEX and is_attention(module):
+            return self._annex()
         if name in _CHANGES:
             return partial(self._changed, name)
         try:
@@ -237,14 +242,14 @@ class Envoy(Slots):
         path = tree.named_module(self._path, name)
         if path is not None:
             return Envoy(tree, path, self._call)
-        bound = tree.names.point(tree.below(self._path), name)
-        if bound is None:
+        found = activation_of(self, name)
+        if found is None:
             places = tree.names.stacks[name]
             return tuple(Envoy(tree, f"{tree.name}.{path}", call) for path, call in places)
-        at = Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), self._call)
+        at, bound = found
         if takes_next(sys._getframe(3), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
             return at._spot_of(bound)
-        return read_named(*at._at(bound.slot, name), self._call + bound.call, bound)
+        return read_named(*at._at(bound.slot, name), at._call, bound)
 
     def _spot_of(self, bound: Bound) -> Spot:
         if not bound.is_plain:
@@ -254,9 +259,14 @@ class Envoy(Slots):
             )
         return self._spot(bound.slot)
 
-    def _write_named(self, bound: Bound, value: object) -> None:
-        at = Envoy(self._tree, f"{self._tree.name}.{bound.path}".rstrip("."), self._call)
-        write_named(*at._at(bound.slot, bound.name), self._call + bound.call, bound, value)
+    @showing_own_lines
+    def _annex(self) -> Envoy:
+        """The values inside this attention, as modules."""
+        for tree in {self._tree, self._here()}:
+            path = path_in(tree, self._tree, self._path)
+            check_tappable(tree, path)
+            tree.attach(path)
+        return Envoy(self._tree, self._tree.attach(self._tree.canonical(self._path)))
 
     def _changed(self, name: str, *args: Any, **kwargs: Any) -> Envoy:
         """This Envoy, after `module.to(...)` or another method that returns its module."""
@@ -271,10 +281,10 @@ class Envoy(Slots):
             object.__setattr__(self, name, value)
             return
         module = self.module
-        names = self._tree.names
-        bound = names.point(self._tree.below(self._path), name) if names is not None else None
-        if bound is not None and not hasattr(module, name):
-            self._write_named(bound, value)
+        found = activation_of(self, name)
+        if found is not None:
+            place, bound = found
+            write_named(*place._at(bound.slot, name), place._call, bound, value)
             return
         if isinstance(value, Envoy):
             value = value.module
@@ -344,7 +354,28 @@ class Envoy(Slots):
 def child_of(envoy: Envoy, name: str) -> Envoy | None:
     """What stands for the child of that name; None if there is none."""
     child = own_children(envoy.module).get(name)
+    if child is None and name == ANNEX and is_attention(envoy.module):
+        return envoy._annex()  # pyright: ignore[reportPrivateUsage] - a friend
     return envoy._child(name) if child is not None else None  # pyright: ignore[reportPrivateUsage] - a friend
+
+
+def named_child_of(envoy: Envoy, name: str) -> Envoy | None:
+    """What stands for the module that a standard name means; None if there is none."""
+    if hasattr(envoy.module, name) or name in envoy._tree.renamed(envoy._path):  # pyright: ignore[reportPrivateUsage] - a friend
+        return None
+    path = envoy._tree.named_module(envoy._path, name)  # pyright: ignore[reportPrivateUsage] - a friend
+    return None if path is None else Envoy(envoy._tree, path, envoy._call)  # pyright: ignore[reportPrivateUsage] - a friend
+
+
+def activation_of(envoy: Envoy, name: str) -> tuple[Envoy, Bound] | None:
+    """The module that has the value of that standard name, and how; None if there is none."""
+    tree: Tree = envoy._tree  # pyright: ignore[reportPrivateUsage] - a friend
+    names = tree.names if name in ACTIVATIONS and not hasattr(envoy.module, name) else None
+    bound = names.point(tree.below(envoy.path), name) if names is not None else None
+    if bound is None:
+        return None
+    call = envoy._call + bound.call  # pyright: ignore[reportPrivateUsage] - a friend
+    return Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), call), bound
 
 
 def place_of(envoy: Envoy, tree: Tree, slot: Slot) -> tuple[Site, int]:

@@ -9,17 +9,19 @@ from typing import Any, Final, NoReturn, final
 from torch import Tensor
 from torch.nn import Parameter
 
+from tracekit.architectures import Sharing
 from tracekit.capture import Block, Scope, Unsure
 from tracekit.core.nest import first_input
 from tracekit.core.quirks import is_config
 from tracekit.core.settings import settings
 from tracekit.core.site import Line, Site, Slot, Visit
 from tracekit.core.tree import Tree
+from tracekit.core.words import ACTIVATIONS
 from tracekit.interleave.ahead import Foretold, Stop, Wanted, ask_ahead
 from tracekit.interleave.answers import Made
 from tracekit.interleave.protocol import NextStep
 from tracekit.interleave.worker import current_mediator
-from tracekit.tracing.envoy import Calls, Envoy, child_of, place_of
+from tracekit.tracing.envoy import Calls, Envoy, activation_of, child_of, named_child_of, place_of
 from tracekit.tracing.glance import Asked, Look
 from tracekit.tracing.save import save
 from tracekit.tracing.steps import steps_of
@@ -115,7 +117,7 @@ class Foresight:
             return envoy.calls
         if hasattr(type(envoy), name):
             raise Unsure
-        child = child_of(envoy, name)
+        child = child_of(envoy, name) or named_child_of(envoy, name)
         if child is not None:
             return child
         module = envoy.module
@@ -139,8 +141,14 @@ class Foresight:
 
     # -- requests -------------------------------------------------------------------------------
 
+    def has_value(self, of: object, name: str) -> bool:
+        """Whether it is an Envoy that has a value of that standard name."""
+        return isinstance(of, Envoy) and activation_of(of, name) is not None
+
     def read(self, of: object, name: str) -> Wanted:
         """A value of a module, or the result of the traced call."""
+        if isinstance(of, Envoy) and name not in _SLOTS:
+            return _wanted_by_name(of, name, self._tree)
         if of is self._tracer and name == "result":
             return Wanted(Site(self._tree.name, Slot.RESULT))
         if not isinstance(of, Envoy) or name not in _SLOTS:
@@ -170,10 +178,13 @@ class Foresight:
     def given(self, name: str, value: Any) -> object:
         """What the attribute gives, of what its request was answered with."""
         if isinstance(value, Look):
-            value.depth += _WHEREVER * (name == "hidden")
+            value.depth += _WHEREVER * (name == "hidden" or name in ACTIVATIONS)
             return value
         if name == "input":
             return first_input(value)
+        if name in ACTIVATIONS:
+            value = first_input(value) if _is_inputs(value) else value
+            return _VIEW if _first_tensor(value) is not None else _unsure()
         if name == "hidden":
             found = _first_tensor(value)
             if found is None:
@@ -207,6 +218,19 @@ class Foresight:
     def is_save(self, function: object) -> bool:
         """Whether it is tracekit.save."""
         return function is save
+
+
+def _wanted_by_name(envoy: Envoy, name: str, tree: Tree) -> Wanted:
+    found = activation_of(envoy, name)
+    if found is None or found[1].sharing is Sharing.APART:  # which is written to when it is read
+        raise Unsure
+    place, bound = found
+    site, call = place_of(place, tree, bound.slot)
+    return Wanted(site, call, _first_alone if bound.slot is Slot.INPUT else None)
+
+
+def _is_inputs(value: Any) -> bool:
+    return type(value) is tuple and len(value) == 2 and type(value[1]) is dict
 
 
 def _first_alone(inputs: Any) -> object:

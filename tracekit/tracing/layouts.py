@@ -36,6 +36,7 @@ from tracekit.tracing.orders import (
     leaves_of,
 )
 from tracekit.tracing.rehearsal import (
+    annex_around,
     as_if_nothing_ran,
     is_of_a_library,
     module_around,
@@ -76,8 +77,9 @@ class Layouts:
             return
         if tree.load_first is None:
             self._learned.add(site)
-        opened = site.path.rpartition(".source.")[0]
-        if module_around(tree, site.path) is None:
+        annex = annex_around(tree, site.path)
+        opened = annex or site.path.rpartition(".source.")[0]
+        if annex is None and module_around(tree, site.path) is None:
             self._learn_of_shared(tree, call_with, site)
         elif opened not in self._opened:
             self._opened.add(opened)

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from tracekit.capture.functions import unwrap
 from tracekit.capture.operations import operations_of, with_operations
+from tracekit.core.annex import ANNEX, Annex, Piece
 from tracekit.core.nest import Nest, named_tensors
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.core.twin import twin
 from tracekit.interleave.forwards import rewritable
+from tracekit.interleave.places import tapped
 
 
 def watched(
@@ -42,16 +44,34 @@ def watched(
     def after(site: Site, module: Any, args: Any, output: Any) -> None:
         see(site, output)
 
-    if opened is not None:
+    pieces: list[tuple[str, nn.Module]] = []
+    if opened is not None and annex_around(tree, opened) is None:
         _watch_operations(tree, opened, see)
         return seen
-    for path, module in tree.called.items():
+    if opened is not None:
+        pieces = _tapped(tree, opened)
+    for path, module in pieces or tree.called.items():
         takes, returns = Site(path, Slot.INPUT), Site(path, Slot.OUTPUT)
         if sites is None or takes in sites:
             module.register_forward_pre_hook(partial(before, takes), with_kwargs=True)
         if sites is None or returns in sites:
             module.register_forward_hook(partial(after, returns))
     return seen
+
+
+def annex_around(tree: Tree, path: str) -> str | None:
+    """The annex of an attention that `path` is, or that it is in; None for others."""
+    module = tree.modules.get(path)
+    if isinstance(module, (Annex, Piece)):
+        return f"{module.owner}.{ANNEX}"
+    return None
+
+
+def _tapped(tree: Tree, annex: str) -> list[tuple[str, nn.Module]]:
+    """The modules in an annex, which are called from now on whenever the attention runs."""
+    pieces = [(f"{annex}.{name}", module) for name, module in tree.module(annex).named_children()]
+    tapped(tree, [path for path, _ in pieces]).leave()
+    return pieces
 
 
 def module_around(tree: Tree, path: str) -> str | None:

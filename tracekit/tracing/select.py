@@ -9,8 +9,10 @@ from typing import Any, TypeAlias, cast
 
 from torch import nn
 
+from tracekit.core.annex import ANNEX, PIECES
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, UnknownPathError, did_you_mean
+from tracekit.interleave.taps import is_tappable
 from tracekit.tracing.envoy import Envoy
 
 # A predicate takes the path and the torch module.
@@ -54,6 +56,9 @@ def _matches(tree: Tree, selector: Selector) -> list[tuple[str, bool]]:
 def _by_text(tree: Tree, text: str) -> list[tuple[str, bool]]:
     if any(sign in text for sign in "*?["):
         globs = (text, f"{tree.name}.{text}")
+        pieces = _pieces_meant(tree, globs)
+        if pieces:
+            return pieces
         spelled = (*tree.paths(), *tree.aliases)
         meant = {
             tree.canonical(way) for way in spelled if any(fnmatchcase(way, glob) for glob in globs)
@@ -67,6 +72,20 @@ def _by_text(tree: Tree, text: str) -> list[tuple[str, bool]]:
             f"{text!r} is not a module of {type(tree.root).__name__}"
             f"{did_you_mean(text, [*tree.modules, *tree.aliases, *_without_root(tree)])}"
         ) from None
+
+
+def _pieces_meant(tree: Tree, globs: tuple[str, ...]) -> list[tuple[str, bool]]:
+    """The values of attentions that a glob means: one that names them, as `*.attention.pattern`."""
+    name = globs[0].rpartition(".")[2]
+    if name not in PIECES or not globs[0].endswith(f"{ANNEX}.{name}"):
+        return []
+    owners = [
+        path
+        for path in tree.called
+        if any(fnmatchcase(f"{path}.{ANNEX}.{name}", glob) for glob in globs)
+    ]
+    paths = [f"{tree.attach(path)}.{name}" for path in owners if is_tappable(tree, path)]
+    return [(path, False) for path in paths]
 
 
 def _own_path(tree: Tree, envoy: Envoy) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from tracekit.core.annex import axis_of_positions
 from tracekit.core.nest import describe, first_tensor
 from tracekit.errors import CacheError
 from tracekit.tracing.entries import Entry
@@ -211,9 +212,10 @@ def _is_of_pairs(pieces: list[Piece]) -> bool:
 
 def _axis(path: str, pieces: list[Piece], rows: int, is_flat: bool) -> int:
     """Where the positions are in every piece: axis 1 or 2, or 0 with rows and positions in one."""
+    known = axis_of_positions(path, pieces[0].value.dim())
     found = [
         axis
-        for axis in (1, 2, 0)
+        for axis in ((1, 2, 0) if known is None else (known,))
         if all(fits(piece.value, axis, piece.length, rows) for piece in pieces)
     ]
     if (

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tracekit.core.annex import axis_of_positions
 from tracekit.core.nest import describe, first_input, first_tensor
 from tracekit.core.site import Site, Slot
+from tracekit.core.tree import Tree
 from tracekit.errors import UnsupportedError
 from tracekit.interleave.duties import Span
 
@@ -74,8 +76,8 @@ class Rerunning(Protocol):
     """Runs the model again over the tokens of a transcript, in one forward."""
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The model's modules by path; CacheError if it is gone."""
+    def tree(self) -> Tree:
+        """The model; CacheError if it is gone."""
         ...
 
     def __call__(self, transcript: Transcript, include_last: bool) -> None:
@@ -233,6 +235,14 @@ def axis_of(site: Site, value: Tensor, one: Pass) -> tuple[int, int]:
     Axis 1 or 2, or 0 with rows and positions in one; UnsupportedError if nowhere.
     """
     kept = one.kept if 0 < one.kept < one.length else one.length
+    known = axis_of_positions(site.path, value.dim())
+    if known is not None and value.shape[known] == one.length:
+        return known, one.length
+    if known is not None:
+        raise UnsupportedError(
+            f"{site} is {describe(value)} in a forward over {one.length} positions, with those of "
+            f"the kv_cache in front: choose them by hand, or edit .k_proj or the like."
+        )
     if value.dim() > 3 and one.length > 1 and value.shape[1] == value.shape[2] == one.length:
         raise UnsupportedError(
             f"{site} is {describe(value)}, and two of its axes may be the {one.length} positions: "

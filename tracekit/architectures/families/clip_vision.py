@@ -11,7 +11,11 @@ FAMILY = Family(
         "embed_norm": "vision_model.pre_layrnorm",
         "final_norm": "vision_model.post_layernorm",
     },
-    stacks={"layers": Stack("vision_model.encoder.layers", (CLIP,))},
+    stacks={
+        "layers": Stack(
+            "vision_model.encoder.layers", (CLIP,), behind="the norm is given the class token alone"
+        )
+    },
     activations={
         "resid_final": given("final_norm", shape="batch model"),
         "final_norm_out": output("final_norm", shape="batch model"),

@@ -25,6 +25,7 @@ ROOT_MODULES: Final = {
     "embed_norm": Word("norm of the embeddings, before the first layer"),
     "layers": Word("the blocks of the main stack: the decoder's, where there are two"),
     "final_norm": Word("norm behind the last layer"),
+    "unembed_head": Word("what the residual stream goes through between final norm and unembed"),
     "unembed": Word("linear map of the residual stream to logits"),
     "encoder": Word("what the decoder attends to the output of"),
     "encoder_layers": Word("the blocks of the encoder, beside a decoder"),
@@ -179,3 +180,5 @@ BLOCK_ACTIVATIONS: Final = {
     "ssm_state": Word("the state behind the last position", "batch heads key value"),
     "ssm_inner": Word("what a mixer's output projection is given", _INNER),
 }
+
+ACTIVATIONS: Final = frozenset({*ROOT_ACTIVATIONS, *BLOCK_ACTIVATIONS})
