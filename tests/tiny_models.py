@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 
-from tests.matrix import audio, decoders, encoders, relatives, vision
+from tests.matrix import audio, decoder_relatives, decoders, encoders, relatives, vision
 from tests.matrix.spec import Inputs, Spec
 
 __all__ = ["NAMES", "RELATIVES", "SPECS", "generate", "make"]
@@ -58,7 +58,7 @@ SPECS = {
 }
 NAMES = list(SPECS)
 # Close to these; only the proofs of standard names run them.
-RELATIVES = relatives.SPECS
+RELATIVES = {**relatives.SPECS, **decoder_relatives.SPECS}
 
 
 def make(

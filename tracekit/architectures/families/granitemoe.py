@@ -1,7 +1,10 @@
 """Granite MoE: Granite with experts for an MLP."""
 
-from tracekit.architectures.mixers import ROUTED
-from tracekit.architectures.schema import Block, Family, Stack
+from dataclasses import replace
+
+from tracekit.architectures.conditions import has, otherwise
+from tracekit.architectures.mixers import ROUTED, ROUTED_BEFORE_5
+from tracekit.architectures.schema import Block, Family, Stack, output
 
 _BLOCK = Block(
     {
@@ -18,6 +21,12 @@ _BLOCK = Block(
     },
     activations=ROUTED,
     scale="residual_multiplier",
+    when=otherwise,
+)
+_BEFORE_5 = replace(
+    _BLOCK,
+    activations={**ROUTED_BEFORE_5, "router_logits": output("router", inside="layer")},
+    when=has("block_sparse_moe.router.layer"),
 )
 FAMILY = Family(
     "granitemoe",
@@ -27,5 +36,5 @@ FAMILY = Family(
         "final_norm": "model.norm",
         "unembed": "lm_head",
     },
-    stacks={"layers": Stack("model.layers", (_BLOCK,))},
+    stacks={"layers": Stack("model.layers", (_BEFORE_5, _BLOCK))},
 )
