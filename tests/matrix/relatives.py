@@ -10,7 +10,6 @@ import transformers
 
 from tests.matrix.audio import SPECS as AUDIO
 from tests.matrix.audio import listens, samples
-from tests.matrix.close_decoders import SPECS as DECODERS
 from tests.matrix.encoders import BART_LAYERS, BERT, ONE_START, T5, encoder, two_stacks
 from tests.matrix.spec import (
     BLOCK,
@@ -87,7 +86,6 @@ def tower(model_type: str, **config: Any) -> Spec:
 
 
 SPECS = {
-    **DECODERS,
     "camembert": encoder("camembert", "roberta.encoder.layer", pad_token_id=1),
     "xlm-roberta": encoder("xlm-roberta", "roberta.encoder.layer", pad_token_id=1),
     "bert_decoder": bert_that_attends_to_an_encoder(),
