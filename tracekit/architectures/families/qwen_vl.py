@@ -12,8 +12,7 @@ from tracekit.architectures.shared import text_part
 _IN_TURN: Mapping[str, Declared] = dict.fromkeys(
     ("attn_q", "attn_k", "attn_v", "scores", "pattern"),
     Lacks(
-        "attention is called for one image, or window, after the other: name q, k, v or z, or "
-        "read attn.attention.pattern.calls[i]"
+        "attention is called for one image, or window, after the other: name q, k, v or z, of all"
     ),
 )
 _BLOCK = {
