@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar, cast, final, overload
 
 from torch import nn
 
-from tracekit.architectures import names_of
+from tracekit.architectures import Names, names_of
+from tracekit.architectures.findings import Proof
 from tracekit.capture import caller_frame, is_with_item, showing_own_lines
 from tracekit.core.nest import tensors
 from tracekit.core.renames import Rename, Renames
 from tracekit.core.tree import Tree
-from tracekit.errors import InputError
+from tracekit.errors import InputError, MissingNameError
 from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import forward, generate, generation
+from tracekit.models.naming import check_names
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
@@ -163,6 +166,22 @@ class Model(Envoy):
         `Tracer.run` says what `capture` and `edits` take.
         """
         return self.trace(*args, **kwargs).run(capture=capture, edits=edits)
+
+    @showing_own_lines
+    def check_names(self, *args: Any, **kwargs: Any) -> Proof:
+        """Prove the standard names of this model by its numbers; takes what `trace` takes.
+
+        It runs once and then twice for every name: the residual stream adds up, each name is of its
+        stated shape and a view, heads add up, a write changes what it must and nothing in front.
+        Print what it returns; `.failed` lists what does not hold. MissingNameError if the names of
+        this architecture are not known.
+        """
+        names = self._tree.names
+        if not isinstance(names, Names):
+            raise MissingNameError(
+                f"{type(self.module).__name__} has no standard names: its architecture is unknown."
+            )
+        return check_names(self, names, partial(self.trace, *args, **kwargs))
 
     def _made(self, call: TracedCall) -> Any:
         """What a generation returns, with the lasting edits."""
