@@ -16,10 +16,10 @@ from tracekit.capture import caller_frame, is_with_item, showing_own_lines
 from tracekit.core.nest import tensors
 from tracekit.core.renames import Rename, Renames
 from tracekit.core.tree import Tree
-from tracekit.errors import InputError, MissingNameError
+from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.generation import forward, generate, generation
-from tracekit.models.naming import check_names
+from tracekit.models.naming import check_names, names_by_structure
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
@@ -171,17 +171,18 @@ class Model(Envoy):
     def check_names(self, *args: Any, **kwargs: Any) -> Proof:
         """Prove the standard names of this model by its numbers; takes what `trace` takes.
 
-        It runs once and then twice for every name: the residual stream adds up, each name is of its
-        stated shape and a view, heads add up, a write changes what it must and nothing in front.
-        Print what it returns; `.failed` lists what does not hold. MissingNameError if the names of
-        this architecture are not known.
+        It runs once, and then twice for every name: the residual stream adds up, each name is of
+        its stated shape and a view, heads add up, a write changes what it must and nothing in
+        front. Print what it returns; `.failed` lists what does not hold.
+        Names of an architecture that is not declared are looked for by its structure, and those
+        that are proved are there from then on; MissingNameError if there are none.
         """
+        trace = partial(self.trace, *args, **kwargs)
+        if self._tree.names is None:
+            self._tree.learn(names_by_structure(self._tree.root, trace))
         names = self._tree.names
-        if not isinstance(names, Names):
-            raise MissingNameError(
-                f"{type(self.module).__name__} has no standard names: its architecture is unknown."
-            )
-        return check_names(self, names, partial(self.trace, *args, **kwargs))
+        assert isinstance(names, Names)
+        return check_names(self, names, trace)
 
     def _made(self, call: TracedCall) -> Any:
         """What a generation returns, with the lasting edits."""

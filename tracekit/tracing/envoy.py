@@ -233,6 +233,11 @@ class Envoy(Slots):
 
     def _why_not(self, name: str) -> str | None:
         names = self._tree.names
+        if names is None and name in ACTIVATIONS:
+            return (
+                "its architecture is not declared; model.check_names(input) looks for standard "
+                "names by its structure, and proves them"
+            )
         return names.why_not(self._tree.below(self._path), name) if names is not None else None
 
     def _named(self, name: str) -> Any:
