@@ -227,6 +227,10 @@ class Tree:
             self._names = (self.naming(self.root) if self.naming is not None else None,)
         return self._names[0]
 
+    def learn(self, names: StandardNames) -> None:
+        """Go by these standard names, until modules change."""
+        self._names = (names,)
+
     def below(self, path: str) -> str:
         """`path` without the root's name, as standard names have it."""
         return path[len(self.name) + 1 :]

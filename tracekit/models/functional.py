@@ -12,9 +12,8 @@ import torch
 from tracekit.architectures import Names as Architecture
 from tracekit.architectures.findings import Proof
 from tracekit.capture import showing_own_lines
-from tracekit.errors import MissingNameError
 from tracekit.models.face import Caching, Placed, both, calling, run_with_cache, run_with_hooks
-from tracekit.models.naming import check_names
+from tracekit.models.naming import check_names, names_by_structure
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.cut import StopAt
 from tracekit.tracing.envoy import Envoy
@@ -138,14 +137,15 @@ class Functional(Envoy):
     def check_names(self, *args: Any, **kwargs: Any) -> Proof:
         """Prove the standard names of this model by its numbers; takes what `trace` takes.
 
-        It runs once and then twice for every name: the residual stream adds up, each name is of its
-        stated shape and a view, heads add up, a write changes what it must and nothing in front.
-        Print what it returns; `.failed` lists what does not hold. MissingNameError if the names of
-        this architecture are not known.
+        It runs once, and then twice for every name: the residual stream adds up, each name is of
+        its stated shape and a view, heads add up, a write changes what it must and nothing in
+        front. Print what it returns; `.failed` lists what does not hold.
+        Names of an architecture that is not declared are looked for by its structure, and those
+        that are proved are there from then on; MissingNameError if there are none.
         """
+        trace = partial(self.trace, *args, **kwargs)
+        if self._tree.names is None:
+            self._tree.learn(names_by_structure(self._tree.root, trace))
         names = self._tree.names
-        if not isinstance(names, Architecture):
-            raise MissingNameError(
-                f"{type(self.module).__name__} has no standard names: its architecture is unknown."
-            )
-        return check_names(self, names, partial(self.trace, *args, **kwargs))
+        assert isinstance(names, Architecture)
+        return check_names(self, names, trace)

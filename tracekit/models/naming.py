@@ -6,25 +6,38 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracekit.architectures import Names
 from tracekit.architectures.check import prove
 from tracekit.architectures.check_writes import delta_for
 from tracekit.architectures.findings import Claim, Proof, compared
+from tracekit.architectures.infer import inferred
 from tracekit.architectures.schema import Sharing
 from tracekit.architectures.witness import ROOT, Run, Testimony, Where, Write, layers_of, observe
 from tracekit.core.nest import tensors
-from tracekit.errors import OverwrittenError, TracekitError
+from tracekit.errors import MissingNameError, OverwrittenError, TracekitError
 
 Trace = Callable[[], Any]  # the tracer of one forward pass
 _PIECES: Final = ("attn_q", "attn_k", "attn_v", "scores", "pattern")
 
 
+def names_by_structure(root: nn.Module, trace: Trace) -> Names:
+    """The names of a model of no declared family that a forward pass proves."""
+    with torch.no_grad():
+        found = inferred(root, _bare(root, trace))
+    if found is None:
+        raise MissingNameError(
+            f"{type(root).__name__} is of no declared family, and nothing that its structure "
+            f"suggests is what its numbers are: it has no standard names."
+        )
+    return found
+
+
 def check_names(model: Any, names: Names, trace: Trace) -> Proof:
     """Every claim about the names of a model; `trace` makes the tracer of one forward pass."""
     with torch.no_grad():
-        run = _bare(names, trace)
+        run = _bare(names.modules[""], trace)
         proof = prove(names, run)
         seen = observe(names, run)
         claims = [*_read(model, trace, seen), *_written(model, names, run, trace, seen)]
@@ -38,9 +51,8 @@ def envoy_of(model: Any, where: Where) -> Any:
     return model if where == ROOT else getattr(model, where.stack)[where.index]
 
 
-def _bare(names: Names, trace: Trace) -> Run:
+def _bare(root: nn.Module, trace: Trace) -> Run:
     """The forward pass of a trace without it: the model, called with what it is called with."""
-    root = names.modules[""]
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = root.register_forward_pre_hook(
         lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tracekit.architectures import Bound, is_weight
 from tracekit.capture import takes_next
@@ -17,6 +17,12 @@ from tracekit.tracing.slots import Slots
 if TYPE_CHECKING:
     from tracekit.tracing.at import Spot
     from tracekit.tracing.envoy import Envoy
+
+
+_UNDECLARED: Final = (
+    "its architecture is not declared; model.check_names(input) looks for standard names by its "
+    "structure, and proves them"
+)
 
 
 class Standard(Slots):
@@ -70,6 +76,8 @@ class Standard(Slots):
             return read_weight(self._here(), self._path, name)
         names = self._tree.names
         if names is None:
+            if name in ACTIVATIONS:
+                self._refuse(name, _UNDECLARED)
             return None
         child = self.named_child(name)
         if child is not None:
@@ -85,9 +93,12 @@ class Standard(Slots):
             return tuple(self._envoy(f"{root}.{path}", call) for path, call in names.stacks[name])
         why = names.why_not(self._tree.below(self._path), name)
         if why is not None:
-            kind = type(self.module).__name__
-            raise MissingNameError(f"{self._path} ({kind}) has no {name!r}: {why}.") from None
+            self._refuse(name, why)
         return None
+
+    def _refuse(self, name: str, why: str) -> NoReturn:
+        kind = type(self.module).__name__
+        raise MissingNameError(f"{self._path} ({kind}) has no {name!r}: {why}.") from None
 
     def _write_standard(self, name: str, value: object) -> bool:
         """Let the model go on with `value` for what has that name; False if nothing has."""
