@@ -17,14 +17,19 @@ ANNEX: Final = "attention"
 PIECES: Final = ("q", "k", "v", "scores", "pattern", "z")  # in the order in which they are computed
 
 
+# Values inside other modules, each at a path behind its module's: layers.3.ln_1.norm_scale.
+INNER: Final = ("norm_scale", "norm_normalized", "head_result")
+
+
 @final
 class Piece(nn.Module):
-    """One value of the attention at the path `owner`."""
+    """One value of the attention, or of another module, at the path `owner`."""
 
-    def __init__(self, owner: str, name: str) -> None:
+    def __init__(self, owner: str, name: str, heads: int = 0) -> None:
         super().__init__()
         self.owner = owner
         self.name = name
+        self.heads = heads  # of the attention, where an output projection divides by them
 
     def forward(self, value: Any) -> Any:
         """The value itself."""
@@ -54,6 +59,12 @@ def axis_of_positions(path: str, dims: int) -> int | None:
     if dims != 4 or path.rpartition(".")[2] not in PIECES or owner_of(path) is None:
         return None
     return 1 if path.endswith(".z") else 2
+
+
+def inner_owner_of(path: str) -> str | None:
+    """The norm, or output projection, that a path is a value inside of; None for others."""
+    above, _, last = path.rpartition(".")
+    return above if last in INNER and above else None
 
 
 def owner_of(path: str) -> str | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from tracekit.architectures import Bound
 from tracekit.capture import showing_own_lines, takes_next
-from tracekit.core.annex import ANNEX
+from tracekit.core.annex import ANNEX, inner_owner_of
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -31,7 +31,7 @@ from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.taps import check_tappable, is_attention
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.at import Spot
-from tracekit.tracing.named import read_named, write_named
+from tracekit.tracing.named import attach_inner, read_named, write_named
 from tracekit.tracing.slots import Calls, Slots, mediator_of, path_in
 from tracekit.tracing.source import Source, source_of
 
@@ -374,6 +374,8 @@ def activation_of(envoy: Envoy, name: str) -> tuple[Envoy, Bound] | None:
     bound = names.point(tree.below(envoy.path), name) if names is not None else None
     if bound is None:
         return None
+    if inner_owner_of(bound.path) is not None and not attach_inner(tree, bound):
+        raise MissingNameError(f"{envoy.path} has no {name!r}: it can't be told from its module.")
     call = envoy._call + bound.call  # pyright: ignore[reportPrivateUsage] - a friend
     return Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), call), bound
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from tracekit.architectures import Bound, Sharing
 from tracekit.core.nest import describe, first_input, first_tensor, misfit, replace_tensor, tensors
+from tracekit.core.norms import is_norm
 from tracekit.core.site import Site, Slot
+from tracekit.core.tree import Tree
 from tracekit.errors import MisfitError, NeverRanError
 from tracekit.interleave.mediator import Mediator
 
@@ -60,3 +62,18 @@ def tensor_of(bound: Bound, value: Any) -> Tensor:
     if found is None:
         raise NeverRanError(f"{bound.name} is no tensor here, but {describe(value)}.")
     return found
+
+
+def attach_inner(tree: Tree, bound: Bound) -> bool:
+    """Let there be the module of a value inside another; False if it can't be had."""
+    inside, _, name = bound.path.rpartition(".")
+    owner = tree.canonical(f"{tree.name}.{inside}")
+    path = f"{owner}.{name}"
+    if path in tree.inner:
+        return True
+    module: Any = tree.modules[owner]
+    heads = bound.heads if name == "head_result" else 0
+    if not (bool(heads) if name == "head_result" else is_norm(module)):
+        return False
+    tree.attach_inner(path, heads)
+    return True
