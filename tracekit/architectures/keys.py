@@ -147,7 +147,7 @@ class Keys:
         self.names = names
         self.spelling = Spelling({stack: len(places) for stack, places in names.stacks.items()})
         self.there: Mapping[str, Named] | None = None  # of them, those with modules; if found out
-        self.plan: Any = None  # how all of these are recorded (tracing/named_cache.py)
+        self.plans: dict[bool, Any] = {}  # how all of these are recorded (tracing/named_cache.py)
         self.every: dict[str, Named] = {}
         for bound in names.points(""):
             self.every[bound.name] = Named(Key(bound.name), bound)

@@ -28,7 +28,7 @@ class NormKind:
 
     def scale(self, module: nn.Module, centered: Tensor) -> Tensor:
         """`[..., 1]`: the root of the mean square."""
-        return (centered.pow(2).mean(-1, keepdim=True) + _epsilon(module)).sqrt()
+        return (centered.pow(2).mean(-1, keepdim=True) + epsilon_of(module)).sqrt()
 
     def affine(self, module: Any, normalized: Tensor) -> Tensor:
         """What the norm makes of the normalized values."""
@@ -56,27 +56,50 @@ def kind_of(module: nn.Module, x: Tensor, output: object) -> NormKind | None:
     return None
 
 
-def is_norm(module: Any) -> bool:
-    """Whether its numbers, of some input, are those of a norm."""
+@final
+@dataclass(frozen=True)
+class Inside:
+    """What a norm of a kind divides by, or what it has divided, out of its input."""
+
+    kind: NormKind
+    epsilon: float
+    is_scale: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        centered = self.kind.centered(x)
+        scale = (centered.pow(2).mean(-1, keepdim=True) + self.epsilon).sqrt()
+        return scale if self.is_scale else centered / scale
+
+
+def may_be_norm(module: Any) -> bool:
+    """Whether it calls itself one; where there are no numbers."""
+    weight = getattr(module, "weight", None)
+    is_empty = isinstance(weight, Tensor) and weight.is_meta
+    return is_empty and "norm" in type(module).__name__.lower()
+
+
+def known_kind(module: Any) -> NormKind | None:
+    """The kind that its numbers, of some input, are of; None if they are those of no norm."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not _has_epsilon(module):
-        return False
+        return None
     if weight.is_meta:
-        return "norm" in type(module).__name__.lower()
+        return None
     count = 3 * weight.shape[0]
     x = torch.linspace(-1, 2, count, device=weight.device).sin().add(0.3)
     x = x.view(1, 3, -1).to(weight.dtype)
     with torch.no_grad():
         try:
-            return kind_of(module, x, type(module).forward(module, x)) is not None
+            return kind_of(module, x, type(module).forward(module, x))
         except (RuntimeError, TypeError):  # it takes something else: a gate, for one
-            return False
+            return None
 
 
 def _has_epsilon(module: Any) -> bool:
     return any(isinstance(getattr(module, name, None), float) for name in _EPSILONS)
 
 
-def _epsilon(module: Any) -> float:
+def epsilon_of(module: Any) -> float:
+    """What a norm adds to the mean square."""
     found = (getattr(module, name, None) for name in _EPSILONS)
     return next((each for each in found if isinstance(each, float)), 0.0)

@@ -206,7 +206,9 @@ class Model(Envoy):
         function of the output gives the scalar; `cache.grad` has the gradients.
         """
         keep = keep_of(device, dtype, detach=detach, clone=clone)
-        caching = Caching(names_filter, keep, remove_batch_dim, pos_slice, stop_at_layer, incl_bwd)
+        is_plain = not self._is_edited
+        how = (remove_batch_dim, pos_slice, stop_at_layer, incl_bwd, is_plain)
+        caching = Caching(names_filter, keep, *how)
         return run_with_cache(self._started, self._tree, self._pass(args, kwargs), caching)
 
     @showing_own_lines

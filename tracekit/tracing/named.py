@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tracekit.architectures import Bound, Sharing
 from tracekit.core.nest import describe, first_input, first_tensor, misfit, replace_tensor, tensors
-from tracekit.core.norms import is_norm
+from tracekit.core.norms import known_kind, may_be_norm
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import MisfitError, NeverRanError
@@ -73,7 +73,10 @@ def attach_inner(tree: Tree, bound: Bound) -> bool:
         return True
     module: Any = tree.modules[owner]
     heads = bound.heads if name == "head_result" else 0
-    if not (bool(heads) if name == "head_result" else is_norm(module)):
+    kind = None if name == "head_result" else known_kind(module)
+    if kind is None and not heads and not may_be_norm(module):
         return False
+    if kind is not None:
+        tree.norm_kinds[owner] = kind
     tree.attach_inner(path, heads)
     return True
