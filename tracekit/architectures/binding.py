@@ -28,6 +28,7 @@ from tracekit.architectures.schema import (
     given,
     output,
 )
+from tracekit.architectures.weights import Stacked, Weight, is_weight, stacked, weight_of
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Slot
 from tracekit.core.words import (
@@ -183,6 +184,16 @@ class Names:
         reason = layer.why_not(name) or self.family.lacks.get(name)
         return reason or "there is no module here that has it"
 
+    def weight(self, owner: str, name: str) -> Weight | Lacks | None:
+        """The weight of that name in the layer (or model) at `owner`; None if it names none."""
+        if owner not in self.layers or not is_weight(name, of_model=owner == ""):
+            return None
+        return weight_of(self, self.modules, owner, name)
+
+    def weights(self, name: str, stack: str) -> Stacked | Lacks:
+        """The weight of that name in the layers of a stack that have it, and which these are."""
+        return stacked(self, self.modules, name, stack)
+
     def words(self, owner: str) -> list[str]:
         """Every standard name that there is in the module at `owner`."""
         layer = self.layers.get(owner)
@@ -213,7 +224,19 @@ class Names:
             found = self._found(paths)
             if found is not None:
                 modules[word] = found
-        return Layer(modules, {**_ROOT_POINTS, **self.family.activations}, {}, self._is_called)
+        declared = {**_ROOT_POINTS, **self.family.activations}
+        calls = self._calls_of_encoder(modules)
+        return Layer(modules, declared, {}, self._is_called, calls=calls)
+
+    def _calls_of_encoder(self, modules: Mapping[str, str]) -> dict[str, int]:
+        """The modules beside an encoder that it has called before: embeddings that are shared."""
+        encoder = modules.get("encoder")
+        inside = set(self.modules[encoder].modules()) if encoder is not None else set[nn.Module]()
+        return {
+            path: 1
+            for path in modules.values()
+            if self.modules[path] in inside and not f"{path}.".startswith(f"{encoder}.")
+        }
 
     def _found(self, paths: str | tuple[str, ...]) -> str | None:
         """The first of `paths` that is there, in a base model without its prefix."""

@@ -25,6 +25,7 @@ ROOT_MODULES: Final = {
     "embed_norm": Word("norm of the embeddings, before the first layer"),
     "layers": Word("the blocks of the main stack: the decoder's, where there are two"),
     "final_norm": Word("norm behind the last layer"),
+    "unembed_head": Word("what the residual stream goes through between final norm and unembed"),
     "unembed": Word("linear map of the residual stream to logits"),
     "encoder": Word("what the decoder attends to the output of"),
     "encoder_layers": Word("the blocks of the encoder, beside a decoder"),
@@ -79,6 +80,7 @@ PART_MODULES: Final = {
     "up": Word("projection into the MLP"),
     "gate_up": Word("gate and up projections in one"),
     "down": Word("projection out of the MLP"),
+    "down_gate": Word("projection to what gates the MLP's output"),
     "router": Word("chooses experts"),
     "experts": Word("the experts, fused"),
     "shared_expert": Word("the MLP that sees all tokens, beside the experts"),
@@ -163,6 +165,7 @@ BLOCK_ACTIVATIONS: Final = {
     "mlp_pre": Word("neurons before their nonlinearity", "batch pos neurons"),
     "mlp_pre_linear": Word("what a gate is multiplied with", "batch pos neurons"),
     "mlp_post": Word("neurons: what the down projection is given", "batch pos neurons"),
+    "mlp_gate": Word("what gates the MLP's output, before its sigmoid", _RESIDUAL),
     "router_logits": Word("scores of experts, as the router computes them", "batch*pos experts"),
     "router_weights": Word("weights of the chosen experts", "batch*pos chosen"),
     "router_indices": Word("which experts were chosen", "batch*pos chosen"),
@@ -182,6 +185,32 @@ BLOCK_ACTIVATIONS: Final = {
     "ssm_scan": Word("what the recurrence gives at each position, before gate and norm", _INNER),
     "ssm_state": Word("the state behind the last position", "batch heads key value"),
     "ssm_inner": Word("what a mixer's output projection is given", _INNER),
+}
+# Weights, of the whole model and of a block; x @ W + b, from the left. Of the whole model those of
+# a block are stacked, with "layers" in front.
+ROOT_WEIGHTS: Final = {
+    "W_E": Word("token embeddings, as the module gives them", "vocabulary model"),
+    "W_pos": Word("learned embeddings of positions, from position 0 on", "positions model"),
+    "W_U": Word("unembedding", "model vocabulary"),
+    "b_U": Word("bias of the unembedding", "vocabulary"),
+}
+BLOCK_WEIGHTS: Final = {
+    "W_Q": Word("query weights: q is x @ W_Q + b_Q", "heads model head_dim"),
+    "W_K": Word("key weights", "kv_heads model head_dim"),
+    "W_V": Word("value weights", "kv_heads model head_dim"),
+    "W_O": Word("output weights of attention: head_result is z @ W_O", "heads head_dim model"),
+    "b_Q": Word("query biases", "heads head_dim"),
+    "b_K": Word("key biases", "kv_heads head_dim"),
+    "b_V": Word("value biases", "kv_heads head_dim"),
+    "b_O": Word("bias of attention's output", "model"),
+    "W_in": Word("weights into the MLP; in a gated one, of what the gate meets", "model neurons"),
+    "W_gate": Word("weights of an MLP's gate, whose nonlinearity comes next", "model neurons"),
+    "W_out": Word("weights out of the MLP", "neurons model"),
+    "b_in": Word("biases into the MLP", "neurons"),
+    "b_gate": Word("biases of an MLP's gate", "neurons"),
+    "b_out": Word("bias of the MLP's output", "model"),
+    "QK": Word("W_Q @ W_K.mT, factored; keys repeated for the heads", "heads model model"),
+    "OV": Word("W_V @ W_O, factored; values repeated for the heads", "heads model model"),
 }
 
 ACTIVATIONS: Final = frozenset({*ROOT_ACTIVATIONS, *BLOCK_ACTIVATIONS})

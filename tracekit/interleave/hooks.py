@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeAlias, final
 
 from torch import nn
 
-from tracekit.core.annex import Piece
+from tracekit.core.pieces import Piece
 from tracekit.core.quirks import NO_BACKWARD, current_backward
 from tracekit.core.site import Slot, Visit
 from tracekit.interleave.forwards import Body, rewritable, skippable

@@ -13,8 +13,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from tracekit.core.annex import Piece
 from tracekit.core.norms import kind_of
+from tracekit.core.pieces import Piece
 from tracekit.core.tree import Tree
 from tracekit.errors import UnsupportedError
 from tracekit.interleave.attend import RealWithGradients, Was, own

@@ -4,6 +4,7 @@
 # An assigned value goes into a tensor of the same structure. Where the model goes on with a tensor
 # in two ways, as with the residual stream in front of a norm, the name says which is meant:
 #   - SHARED: both; what is assigned is written into the tensor;
+#   - UNUSED: neither, as the model does not read it again; it is a copy, and not to be assigned;
 #   - APART: this module's alone; a copy takes the tensor's place before it is handed out.
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tracekit.architectures import Bound, Sharing
+from tracekit.architectures import Bound, Lacks, Sharing
 from tracekit.core.nest import describe, first_input, first_tensor, misfit, replace_tensor, tensors
 from tracekit.core.norms import known_kind, may_be_norm
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.errors import MisfitError, NeverRanError
+from tracekit.errors import MisfitError, MissingNameError, NeverRanError, UnsupportedError
 from tracekit.interleave.mediator import Mediator
 
 
@@ -29,11 +30,16 @@ def read_named(mediator: Mediator, site: Site, call: int, bound: Bound) -> Tenso
         apart = found.clone()
         mediator.write(site, replace_tensor(value, found, apart), call)
         found = apart
-    return bound.view(found)
+    return bound.view(found.clone() if bound.sharing is Sharing.UNUSED else found)
 
 
 def write_named(mediator: Mediator, site: Site, call: int, bound: Bound, new: object) -> None:
     """Let the model go on with `new` as the activation; MisfitError if it does not fit."""
+    if bound.sharing is Sharing.UNUSED:
+        raise UnsupportedError(
+            f"{bound.name} can't be written: nothing in the model reads what "
+            f"{site.path} gives of it."
+        )
     value = mediator.read(site, call)
     old = tensor_of(bound, value)
     part = bound.view(old)
@@ -80,3 +86,16 @@ def attach_inner(tree: Tree, bound: Bound) -> bool:
         tree.norm_kinds[owner] = kind
     tree.attach_inner(path, heads)
     return True
+
+
+def read_weight(tree: Tree, path: str, name: str) -> Any:
+    """The weight of that standard name in the module at `path`; MissingNameError if it has none."""
+    if tree.load_first is not None:
+        tree.load_first()
+    found = tree.names.weight(tree.below(path), name) if tree.names is not None else None
+    if found is None or isinstance(found, Lacks):
+        why = found.reason if found is not None else "it is no layer whose names are known"
+        raise MissingNameError(
+            f"{path} ({type(tree.module(path)).__name__}) has no {name!r}: {why}."
+        )
+    return found
