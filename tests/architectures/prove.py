@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from tests.architectures.stirred import stirred
 from tests.tiny_models import NAMES, make
 from tracekit.architectures import names_of
 from tracekit.architectures.check import prove
@@ -18,6 +19,7 @@ def main(arguments: list[str]) -> int:
     chosen = [each for each in arguments if not each.startswith("--")]
     for name in chosen or NAMES:
         net, inputs = make(name)
+        stirred(net)
         names = names_of(net)
         if names is None:
             print(f"{name}: no family declared")

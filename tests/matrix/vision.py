@@ -51,12 +51,16 @@ def tells(
     layers: tuple[str, ...],
     inputs: Callable[[], Inputs],
     config: dict[str, Any],
+    zeros: str = "",
 ) -> Spec:
-    """An entry for AutoModelForImageTextToText."""
+    """An entry for AutoModelForImageTextToText; `zeros` is a parameter that begins with zeros."""
 
     def build(attn: str | None = None, **over: Any) -> tuple[torch.nn.Module, Inputs]:
         auto = transformers.AutoModelForImageTextToText
-        return from_type(auto, model_type, attn, **{**config, **over}), inputs()
+        model = from_type(auto, model_type, attn, **{**config, **over})
+        if zeros:  # through which no image would be seen
+            torch.nn.init.normal_(model.get_parameter(zeros))
+        return model, inputs()
 
     return Spec("vlm", build, generate=True, layers=layers)
 
@@ -161,6 +165,7 @@ SEEING = {
             image_size=16,
             patch_size=8,
             mlp_ratio=2,
+            layerscale_value=0.5,
         ),
     ),
     "clip": sees(
@@ -182,7 +187,7 @@ SEEING = {
         "convnext",
         ("convnext.encoder.stages",),
         large_image,
-        dict(hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1]),
+        dict(hidden_sizes=[8, 16, 16, 16], depths=[1, 2, 1, 1], layer_scale_init_value=0.5),
     ),
     "swin": sees(
         transformers.AutoModelForImageClassification,
@@ -190,7 +195,7 @@ SEEING = {
         ("swin.encoder.layers",),
         image,
         dict(
-            image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
+            image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[2, 4], window_size=2
         ),
     ),
 }
@@ -248,6 +253,7 @@ TELLING = {
             boi_token_index=6,
             eoi_token_index=7,
         ),
+        zeros="model.multi_modal_projector.mm_input_projection_weight",
     ),
     "paligemma": tells(
         "paligemma",
@@ -281,12 +287,13 @@ TELLING = {
         ),
         image_in_text,
         dict(
-            vision_config=VIT,
+            vision_config=dict(VIT, initializer_range=0.02),
             num_query_tokens=4,
             image_token_index=IMAGE_TOKEN,
             qformer_config=dict(BASE, **BLOCK, encoder_hidden_size=WIDTH),
             text_config=OPT_TEXT,
         ),
+        zeros="query_tokens",
     ),
 }
 

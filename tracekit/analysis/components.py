@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tracekit.errors import InputError
+from tracekit.tracing.named_cache import NamedCache
 
 # Which positions: one (its axis goes away), a stretch, or several; None: all.
 Positions: TypeAlias = int | slice | list[int] | None
@@ -32,6 +33,14 @@ def stacked(parts: Iterable[tuple[str, Tensor]]) -> Components:
     shape = torch.broadcast_shapes(*(value.shape for _, value in every))
     values = torch.stack([value.expand(shape) for _, value in every])
     return Components(values, tuple(label for label, _ in every))
+
+
+def recorded(cache: NamedCache, name: str, layer: int) -> Tensor:
+    """An activation of a layer, `[batch, pos, …]` also where the model folds these into one."""
+    value = cache[name, layer]
+    rows = cache["resid_pre", 0].shape[:-1]
+    is_folded = value.shape[0] == rows.numel() and value.shape[: len(rows)] != rows
+    return value.unflatten(0, tuple(rows)) if is_folded else value
 
 
 def at_positions(value: Tensor, positions: Positions, axis: int = -2) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracekit.analysis.components import Components, Positions, at_positions
+from tracekit.analysis.components import Components, Positions, at_positions, recorded
 from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
 from tracekit.models.norms import norm_of
@@ -17,7 +17,7 @@ from tracekit.tracing.named_cache import NamedCache
 def stream_at(model: LanguageModel, cache: NamedCache, layer: int, mlp_input: bool) -> Tensor:
     """The residual stream in front of a layer (or its MLP, or behind the last), as recorded."""
     if mlp_input:
-        return cache["resid_mid", layer]
+        return recorded(cache, "resid_mid", layer)
     return cache["resid_final"] if layer == len(model.layers) else cache["resid_pre", layer]
 
 

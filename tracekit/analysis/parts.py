@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tracekit.analysis.components import Components, Positions, at_positions, stacked
+from tracekit.analysis.components import Components, Positions, at_positions, recorded, stacked
 from tracekit.analysis.norming import apply_norm_to_stack, number_of, stream_at, through
 from tracekit.analysis.residual import additions, check_sum, embeddings
 from tracekit.errors import MissingNameError, UnsupportedError
@@ -85,7 +85,7 @@ def full_resid_decomposition(
     for each, name, factor in additions(model, number, mlp_input):
         is_apart = name == "attn_out" or (name == "mlp_out" and expand_neurons)
         if not is_apart or not _has_parts(model, each, name):
-            whole = at_positions(cache[name, each], pos_slice) * factor
+            whole = at_positions(recorded(cache, name, each), pos_slice) * factor
             parts[name if name in parts else ""].append((f"{each}_{name}", whole))
             continue
         values, bias = _written(model, cache, name, each, pos_slice)
@@ -161,11 +161,11 @@ def _written(
     """What each head or neuron of a layer adds, `[…, parts, model]`, and what its bias adds."""
     weight, bias = _weights(model, layer, name)
     if name == "attn_out":
-        z = at_positions(cache["z", layer], pos_slice, axis=-3)
+        z = at_positions(recorded(cache, "z", layer), pos_slice, axis=-3)
         values = torch.einsum("...hd,hdm->...hm", z, weight)
         whole = values.sum(-2)
     else:
-        post = at_positions(cache["mlp_post", layer], pos_slice)
+        post = at_positions(recorded(cache, "mlp_post", layer), pos_slice)
         chosen = slice(None) if only is None else only
         values, whole = post[..., chosen, None] * weight[chosen], post @ weight
     whole = whole if bias is None else whole + bias

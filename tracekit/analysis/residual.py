@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tracekit.analysis.components import Components, Positions, at_positions, stacked
+from tracekit.analysis.components import Components, Positions, at_positions, recorded, stacked
 from tracekit.analysis.norming import apply_norm_to_stack, norm_at, number_of, stream_at
 from tracekit.errors import CacheError, InputError
 from tracekit.models.language import LanguageModel
@@ -50,12 +50,12 @@ def _accumulated(
     for each in range(layer):
         yield f"{each}_pre", cache["resid_pre", each]
         if incl_mid and ("resid_mid", each) in cache:
-            yield f"{each}_mid", cache["resid_mid", each]
+            yield f"{each}_mid", recorded(cache, "resid_mid", each)
     is_last = layer == len(model.layers)
     label = "final_post" if is_last else f"{layer}_pre"
     yield label, stream_at(model, cache, layer, False)
     if mlp_input:
-        yield f"{layer}_mid", cache["resid_mid", layer]
+        yield f"{layer}_mid", recorded(cache, "resid_mid", layer)
 
 
 def decompose_resid(
@@ -82,7 +82,7 @@ def decompose_resid(
     wanted = KINDS[mode]
     parts = list(embeddings(cache)) if incl_embeds else []
     parts += [
-        (f"{each}_{name}", cache[name, each] * factor)
+        (f"{each}_{name}", recorded(cache, name, each) * factor)
         for each, name, factor in additions(model, number, mlp_input)
         if wanted is None or name in wanted
     ]

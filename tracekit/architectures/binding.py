@@ -221,7 +221,19 @@ class Names:
             found = self._found(paths)
             if found is not None:
                 modules[word] = found
-        return Layer(modules, {**_ROOT_POINTS, **self.family.activations}, {}, self._is_called)
+        declared = {**_ROOT_POINTS, **self.family.activations}
+        calls = self._calls_of_encoder(modules)
+        return Layer(modules, declared, {}, self._is_called, calls=calls)
+
+    def _calls_of_encoder(self, modules: Mapping[str, str]) -> dict[str, int]:
+        """The modules beside an encoder that it has called before: embeddings that are shared."""
+        encoder = modules.get("encoder")
+        inside = set(self.modules[encoder].modules()) if encoder is not None else set[nn.Module]()
+        return {
+            path: 1
+            for path in modules.values()
+            if self.modules[path] in inside and not f"{path}.".startswith(f"{encoder}.")
+        }
 
     def _found(self, paths: str | tuple[str, ...]) -> str | None:
         """The first of `paths` that is there, in a base model without its prefix."""

@@ -167,7 +167,7 @@ class _Tap(TorchFunctionMode):
                 first = _PRODUCTS[name]
                 self._note("product", *tensors[first : first + 2], result)
             elif name == "softmax":
-                self._note(name)
+                self._note(name, result)
         return result
 
     def _note(self, name: str, *tensors: Tensor) -> None:
@@ -182,11 +182,16 @@ def _read(events: list[tuple[str, tuple[Tensor, ...]]]) -> Attended | None:
     if "softmax" not in kinds:
         return None
     middle = kinds.index("softmax")
-    before = [each for kind, each in events[:middle] if kind == "product"]
+    shape = events[middle][1][0].shape
+    made = (each for kind, each in events[:middle] if kind == "product")
+    # The first of these: DeBERTa adds products with positions to that of queries and keys.
+    before = [each for each in made if each[-1].shape[-2:] == shape[-2:]]
     after = [each for kind, each in events[middle:] if kind == "product"]
+    # Scores may be a sum of products, of which those with positions have other axes.
+    before = [each for each in before if after and each[2].shape[-1] == after[0][0].shape[-1]]
     if not before or not after:
         return None
-    return Attended(before[-1][0], before[-1][1].transpose(-1, -2), after[0][1], after[0][2])
+    return Attended(before[0][0], before[0][1].transpose(-1, -2), after[0][1], after[0][2])
 
 
 @contextmanager

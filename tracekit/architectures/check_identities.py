@@ -26,6 +26,9 @@ FINAL_NORMS: Final = {
 }
 
 
+_CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 def identities(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     """What the residual stream of one layer adds up to, as its block states it."""
     layer = names.layers.get(where.path)
@@ -38,13 +41,17 @@ def identities(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
 def joints(names: Names, stack: str, seen: Testimony) -> Iterator[Claim]:
     """That each layer is given what the one before has made, and the final norm the last."""
     places = [Where(stack, index, *place) for index, place in enumerate(names.stacks[stack])]
+    declared = names.family.stacks[stack]
     for before, after in pairwise(places):
+        is_next_stage = before.path.rpartition(".")[0] != after.path.rpartition(".")[0]
+        if declared.between and (is_next_stage or not declared.has_stages):
+            continue
         yield from _equal(
             before, "resid_post", f"it is resid_pre of {after}",
             seen.value(before, "resid_post"), seen.value(after, "resid_pre"),
         )  # fmt: skip
-    norm = names.layers[""].modules.get(FINAL_NORMS.get(stack, ""))
-    if norm is not None and places:
+    norm = names.layers[""].modules.get(FINAL_NORMS.get(stack, "no norm"))
+    if norm is not None and places and not declared.behind:
         given = seen.raw.get((norm, Slot.INPUT, 0))
         claim = f"it is what {FINAL_NORMS[stack]} is given"
         yield from _equal(
@@ -67,7 +74,7 @@ def head(names: Names, seen: Testimony) -> Iterator[Claim]:
     if logits is not None:
         claim = "unembed of what it is given"
         yield compared("model", "logits", claim, logits, names.modules[unembed](given))
-    if final is not None:
+    if final is not None and "unembed_head" not in names.layers[""].modules:
         found = _proportional("logits", "unembed is given final_norm_out", given, final)
         why = "another module comes between"
         yield found if found.is_right else replace(found, is_right=None, deviation=None, why=why)
@@ -81,7 +88,8 @@ def _ending(names: Names, logits: Tensor, result: Tensor) -> Claim:
     if result.shape == logits.shape:
         root: Any = names.modules[""]
         text = getattr(root.config, "get_text_config", lambda: root.config)()
-        cap = getattr(text, "final_logit_softcapping", None)
+        caps = (getattr(text, each, None) for each in _CAPS)
+        cap = next(filter(None, caps), None)
         if cap:
             capped = cap * (logits / cap).tanh()
             return compared(

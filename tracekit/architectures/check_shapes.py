@@ -20,7 +20,9 @@ def presence(names: Names, seen: Testimony) -> Iterator[Claim]:
         if where != ROOT and where.path not in names.layers:
             yield Claim(str(where), "", "it is of a kind that the family states", False)
             continue
-        known = axes.setdefault(where.stack, {})
+        has_stages = where != ROOT and names.family.stacks[where.stack].has_stages
+        place = where.path.rpartition(".")[0] if has_stages else where.stack
+        known = axes.setdefault(place, {})
         for bound in names.points(where.path):
             if is_hookable(names, bound):
                 yield from _of_one(names, where, bound, seen, known)

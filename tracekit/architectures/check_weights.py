@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -14,6 +14,8 @@ from tracekit.architectures.findings import Claim, compared
 from tracekit.architectures.witness import Testimony, Where, is_hookable
 from tracekit.core.site import Slot
 
+_BEHIND: Final = ("norm1_post", "attn_scale", "cross_norm_post", "norm2_post", "mlp_scale")
+_ELSEWHERE: Final = "it is what becomes of that in the block's own forward"
 _PROJECTED: Final = ("q", "k", "v", "cross_q")
 _ACTIVATIONS: Final = {
     "gelu": F.gelu,
@@ -33,7 +35,7 @@ def weights(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     yield from _heads_add_up(names, where, seen, "z", "o", "attn")
     yield from _heads_add_up(names, where, seen, "cross_z", "cross_o", "cross_attn")
     yield from _down(names, where, seen)
-    yield from _activated(where, seen)
+    yield from _activated(names, where, seen)
 
 
 def linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -106,11 +108,19 @@ def _reaches(
     if added is None or bound is None:
         return
     modules = names.layers[where.path].modules
-    after = "norm1_post" if attn == "attn" and bound.path == modules.get("norm1_post") else ""
+    after = _behind(modules, bound)
+    if not after and bound.path not in (modules.get(attn), modules[name.replace("z", "o")]):
+        yield Claim(str(where), name, f"the sum over heads is {out}", None, why=_ELSEWHERE)
+        return
     if after:
         total = names.modules[bound.path](total)
     claim = f"the sum over heads{f', through {after},' if after else ''} is {out}"
     yield compared(str(where), name, claim, total.reshape(added.shape), added)
+
+
+def _behind(modules: Mapping[str, str], bound: Bound) -> str:
+    """The norm or scale behind attention or MLP that a value comes out of; "" if it is none."""
+    return next((word for word in _BEHIND if modules.get(word) == bound.path), "")
 
 
 def _down(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
@@ -125,22 +135,38 @@ def _down(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     total = post @ weight + (0 if bias is None else bias)
     given = seen.raw[bound.path, Slot.OUTPUT, where.call + bound.call]
     yield compared(
-        str(where), "mlp_post", "through down's weights it is what down gives", given, total
+        str(where),
+        "mlp_post",
+        "through down's weights it is what down gives",
+        given.reshape(total.shape),
+        total,
     )
     out, bound = seen.value(where, "mlp_out"), names.point(where.path, "mlp_out")
-    if out is None or bound is None or {"experts", "router"} & set(layer.modules):
+    if out is None or bound is None or {"experts", "router", "down_gate"} & set(layer.modules):
         return
-    after = "norm2_post" if bound.path == layer.modules.get("norm2_post") else ""
+    after = _behind(layer.modules, bound)
+    if not after and bound.path not in (layer.modules.get("mlp"), layer.modules["down"]):
+        yield Claim(str(where), "mlp_post", "through down it is mlp_out", None, why=_ELSEWHERE)
+        return
     total = names.modules[bound.path](total) if after else total
     claim = f"through down{f' and {after}' if after else ''} it is mlp_out"
     yield compared(str(where), "mlp_post", claim, total.reshape(out.shape), out)
 
 
-def _activated(where: Where, seen: Testimony) -> Iterator[Claim]:
+def _own_activation(names: Names, where: Where) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The module that is the nonlinearity of an MLP, if it has one under its usual name."""
+    mlp = names.layers[where.path].modules.get("mlp", "")
+    found = names.modules.get(f"{mlp}.act_fn")
+    return {} if found is None else {"act_fn": found}
+
+
+def _activated(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     """That the neurons are the activation of mlp_pre, times the linear part of a gated MLP."""
     pre, post = seen.value(where, "mlp_pre"), seen.value(where, "mlp_post")
     gated = seen.value(where, "mlp_pre_linear")
-    if pre is None or post is None or pre.shape != post.shape:
+    layer = names.layers.get(where.path)
+    is_partial = layer is not None and layer.why_not("mlp_pre_linear") is not None
+    if pre is None or post is None or pre.shape != post.shape or is_partial:
         return
     times = "" if gated is None else " * mlp_pre_linear"
     found = [
@@ -148,7 +174,7 @@ def _activated(where: Where, seen: Testimony) -> Iterator[Claim]:
             str(where), "mlp_post", f"{name}(mlp_pre){times}",
             post, function(pre) * (1 if gated is None else gated),
         )
-        for name, function in _ACTIVATIONS.items()
+        for name, function in {**_ACTIVATIONS, **_own_activation(names, where)}.items()
     ]  # fmt: skip
     best = min(found, key=lambda claim: claim.deviation or 0.0)
     yield best

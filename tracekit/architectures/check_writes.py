@@ -11,7 +11,7 @@ from torch import Tensor
 from tracekit.architectures.binding import Names
 from tracekit.architectures.check_identities import ADDED, identities, joints
 from tracekit.architectures.findings import Claim
-from tracekit.architectures.schema import Residual
+from tracekit.architectures.schema import Residual, Sharing
 from tracekit.architectures.witness import (
     ROOT,
     Run,
@@ -22,7 +22,7 @@ from tracekit.architectures.witness import (
     layers_of,
     observe,
 )
-from tracekit.core.nest import first_tensor
+from tracekit.core.nest import tensors
 
 # What a write leaves as it is, though it comes later: parts of one tensor, and what runs beside.
 _LEAVES = {
@@ -33,13 +33,20 @@ _LEAVES = {
     "mlp_pre_linear": ("mlp_pre",),
 }
 
+# What only the next step of a generation reads.
+_FOR_LATER = ("ssm_state",)
+
 
 def writes(names: Names, run: Run, seen: Testimony) -> Iterator[Claim]:
     """Add a little to every named value in turn, and look at what moves."""
     for where in [ROOT, *layers_of(names)]:
         for bound in list(names.points(where.path)):
             found = seen.named.get((where, bound.name))
-            if found is not None and found.value.is_floating_point():
+            if (
+                bound.sharing is not Sharing.UNUSED
+                and found is not None
+                and found.value.is_floating_point()
+            ):
                 write = Write(where, bound.name, delta_for(found.value))
                 yield from _of_one(names, run, seen, found, write)
 
@@ -101,7 +108,7 @@ def _untouched(names: Names, seen: Testimony, found: Seen, moved: Testimony, wri
     for key, was in seen.named.items():
         is_before = was.order < found.order and was.source != found.source
         now = moved.named.get(key)
-        has_moved = now is None or not torch.equal(now.value, was.value)
+        has_moved = now is None or not _is_as_seen(was.value, now.value)
         if has_moved and (is_before or key in beside):
             what = f"{key[0]} {key[1]} has moved"
             return Claim(str(where), name, claim, False, why=what)
@@ -109,13 +116,22 @@ def _untouched(names: Names, seen: Testimony, found: Seen, moved: Testimony, wri
 
 
 def _arrives(seen: Testimony, moved: Testimony, write: Write) -> Claim:
-    """That a write is seen where it was made, and by what the model returns."""
+    """That a write is seen where it was made, and by what comes behind it."""
     where, name, delta = write.where, write.name, write.delta
-    claim = "a write arrives in what the model returns"
-    was, now = seen.named[where, name].value, moved.value(where, name)
-    if now is None or not torch.equal(now, was + delta):
+    found, now = seen.named[where, name], moved.value(where, name)
+    if now is None or not torch.equal(now, found.value + delta):
         return Claim(str(where), name, "a write is there", False)
-    before, after = first_tensor(seen.result), first_tensor(moved.result)
-    if before is None or after is None:
-        return Claim(str(where), name, claim, None, why="the model returns no tensor")
-    return Claim(str(where), name, claim, not torch.equal(before, after))
+    claim = "a write arrives in what the model returns"
+    if name in _FOR_LATER:
+        return Claim(str(where), name, claim, None, why="the next step of a generation reads it")
+    pairs = zip(tensors(seen.result), tensors(moved.result), strict=False)
+    if any(not torch.equal(one, other) for one, other in pairs):
+        return Claim(str(where), name, claim, True)
+    if any(not _is_as_seen(each, moved.raw.get(site)) for site, each in seen.raw.items()):
+        why = "what comes behind it has moved, but what the model returns does not hang on that"
+        return Claim(str(where), name, claim, None, why=why)
+    return Claim(str(where), name, claim, False)
+
+
+def _is_as_seen(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)

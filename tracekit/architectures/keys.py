@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from tracekit.architectures.hook_names import BLOCK_HOOKS, KINDS, ROOT_HOOKS, SHORT, STACKS
 from tracekit.architectures.layouts import HeadsFirst
@@ -55,7 +55,8 @@ class Named:
 
     key: Key
     bound: Bound
-    call: int | None = None  # the how-manieth in a pass, where layers share their modules
+    call: int | None = None  # the how-manieth in a pass, where layers share their modules,
+    calls: int = 1  # of so many
 
     @property
     def axis(self) -> int | None:
@@ -145,6 +146,7 @@ class Keys:
         self.names = names
         self.spelling = Spelling({stack: len(places) for stack, places in names.stacks.items()})
         self.there: Mapping[str, Named] | None = None  # of them, those with modules; if found out
+        self.plan: Any = None  # how all of these are recorded (tracing/named_cache.py)
         self.every: dict[str, Named] = {}
         for bound in names.points(""):
             self.every[bound.name] = Named(Key(bound.name), bound)
@@ -153,7 +155,8 @@ class Keys:
             for layer, (path, call) in enumerate(places):
                 for bound in names.points(path):
                     key = Key(bound.name, layer, stack)
-                    self.every[str(key)] = Named(key, bound, call if is_repeated else None)
+                    calls = [each for each, _ in places].count(path) if is_repeated else 1
+                    self.every[str(key)] = Named(key, bound, call if is_repeated else None, calls)
 
     def matching(self, key: Key) -> list[Named]:
         """The activations that a key means, in all layers if it names none."""

@@ -88,6 +88,18 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Behind:
+    """A part of what is behind these widths of the last axis."""
+
+    widths: tuple[str, ...]
+    part: Layout
+
+    def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
+        begin = sum(sizes[each] for each in self.widths)
+        return self.part.view(tensor.narrow(-1, begin, tensor.shape[-1] - begin), sizes)
+
+
+@dataclass(frozen=True)
 class OfEachHead:
     """A part of each head: `[..., heads, part]`."""
 

@@ -8,7 +8,7 @@ from typing import Final
 from tracekit.architectures.layouts import Chunk, Part
 from tracekit.architectures.schema import Declared, Lacks, Sharing, given, output
 
-_IN_CACHE: Final = Lacks(
+IN_CACHE: Final = Lacks(
     "no module has it: the kv_cache that the model returns keeps it, "
     "as past_key_values (or cache_params).layers[i].recurrent_states"
 )
@@ -36,7 +36,7 @@ MAMBA_1: Final[Mapping[str, Declared]] = {
     "ssm_b": output("x_proj", Part(1, _FROM_X)),
     "ssm_c": output("x_proj", Part(2, _FROM_X)),
     "ssm_scan": _IN_THE_SCAN,
-    "ssm_state": _IN_CACHE,
+    "ssm_state": IN_CACHE,
 }
 
 # Mamba-2's: all from one projection.
@@ -63,13 +63,13 @@ MAMBA_2: Final[Mapping[str, Declared]] = {
     "ssm_dt": output("in_proj", Part(4, _FROM_IN)),
     "ssm_conv_out": Lacks("no module has it: ssm_x, ssm_b and ssm_c are what is convolved"),
     "ssm_scan": given("gate_norm"),
-    "ssm_state": _IN_CACHE,
+    "ssm_state": IN_CACHE,
 }
 
 # Experts. From transformers 5 they are one module, behind a router that gives all there is to know;
 # before, each was a module, and a linear map chose among them.
 ROUTED: Final[Mapping[str, Declared]] = {
-    "router_logits": output("router", key=0),
+    "router_logits": output("router", key=0, sharing=Sharing.UNUSED),
     "router_weights": output("router", key=1),
     "router_indices": output("router", key=2),
 }

@@ -55,6 +55,7 @@ _EVERYWHERE: Final[Mapping[str, Declared]] = {
     "cross_attn_out": (output("cross_norm_post"), output("cross_attn")),
     "mlp_pre": _NEURONS,
     "mlp_post": given("down"),
+    "mlp_gate": output("down_gate"),
     "router_logits": output("router"),
     "experts_out": output("experts"),
     "shared_expert_out": output("shared_expert"),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final, TypeAlias
 
@@ -31,6 +31,7 @@ class Sharing(Enum):
 
     OWN = "nobody: a write replaces it"
     SHARED = "it is the residual stream itself, used again later: a write goes into the tensor"
+    UNUSED = "nobody, nor does the model read it itself: a write is refused"
     APART = "it is used again later, and a write must not be seen there: a copy is handed out"
 
 
@@ -65,11 +66,12 @@ def output(
     module: str,
     layout: Layout | None = None,
     key: int | None = None,
+    sharing: Sharing = Sharing.OWN,
     inside: str = "",
     shape: str = "",
 ) -> Point:
     """What a module of the block returns."""
-    return Point(module, Slot.OUTPUT, layout or Whole(), key=key, inside=inside, shape=shape)
+    return Point(module, Slot.OUTPUT, layout or Whole(), sharing, key, inside, shape)
 
 
 def given(
@@ -115,6 +117,18 @@ class Block:
     # Axes that are others here, in the shape of every word: {"batch pos": "batch*pos"}.
     axes: Mapping[str, str] = field(default_factory=dict[str, str])
 
+    def __and__(self, other: Block) -> Block:
+        """Layers of this kind and of another: of a mixer, and of an MLP."""
+        return replace(
+            self,
+            modules={**self.modules, **other.modules},
+            activations={**self.activations, **other.activations},
+            added_last=other.added_last,
+            when=lambda layer, config: all(
+                each is None or each(layer, config) for each in (self.when, other.when)
+            ),
+        )
+
     def factor(self, name: str, config: Any) -> float:
         """What the activation of that name is multiplied by when it is added."""
         scale = self.scale if isinstance(self.scale, str) else (self.scale or {}).get(name)
@@ -135,6 +149,15 @@ class Stack:
     # The attribute that says how many layers there are, if modules are called several times: with
     # fewer lists (in a path with `*`) than that, each stands for as many in a row.
     repeats: str = ""
+    # What a model does to the residual stream between two layers of this stack, or between two of
+    # its lists if it has several; and between the last layer and the norm behind it.
+    between: str = ""
+    behind: str = ""
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether its lists are stages, of which each has other positions and another width."""
+        return bool(self.between) and "*" in str(self.path)
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def _hooks(names: Names, found: Testimony, write: Write | None, raw: bool) -> Ge
             module = names.modules[path]
             before, after = partial(watch.before, path), partial(watch.after, path)
             handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
+            handles.append(module.register_forward_hook(after, prepend=True))
         yield
     finally:
         for handle in handles:

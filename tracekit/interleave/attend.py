@@ -28,6 +28,8 @@ _GIVEN: Final = ("module", "query", "key", "value", "attention_mask")
 
 # An attention function: of module, query, key, value, mask and options, to (z, ...).
 Function: TypeAlias = Callable[..., Any]
+# Takes the same, and gives what runs the eager function on that.
+Beside: TypeAlias = Callable[..., Callable[[], Any]]
 
 
 class Pieces(Protocol):
@@ -49,7 +51,7 @@ class _Enough(BaseException):
 def attend(
     pieces: Pieces,
     function: Function,
-    eager: Function | None,
+    eager: Beside | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -74,7 +76,7 @@ def attend(
 def _with_pattern(
     pieces: Pieces,
     function: Function,
-    eager: Function | None,
+    eager: Beside | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -90,9 +92,10 @@ def _with_pattern(
         tap.check_came(args[0])
         return output
     tap.is_random = bool(kwargs.get("dropout"))
+    runs = eager(*args, **kwargs)
     try:
         with tap:
-            output = eager(*args, **kwargs)
+            output = runs()
     except _Enough:
         return function(*args, **kwargs)
     tap.check_came(args[0])

@@ -35,11 +35,13 @@ from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.worker import current_mediator, later_beside, run_beside, run_here
 from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
-from tracekit.tracing.call import Follower, TracedCall
+from tracekit.tracing.call import OVER, TracedCall
 from tracekit.tracing.changes import Changes
+from tracekit.tracing.cut import StopAt
 from tracekit.tracing.fixtures import Fixtures
 from tracekit.tracing.glance import Asked, Glance
 from tracekit.tracing.graph import Log
+from tracekit.tracing.hooked import Hooked
 from tracekit.tracing.overwritten import check_versions
 from tracekit.tracing.rows import AllRows, Copies
 from tracekit.tracing.select import Selector, select
@@ -59,6 +61,7 @@ class Intervention:
     forecast: Callable[[], Foretold | None] | None = None  # of what it will ask, if that is known
     asked: Asked | None = None  # all of it, if no value decides
     file: str = ""  # where the block stands, for a forecast
+    functions: Sequence[Hooked | StopAt] = ()  # in the place of a block: what stands at activations
 
 
 @final
@@ -80,7 +83,8 @@ class Execution:
         self._tree = tree
         self._call = call
         self._grad = grad
-        self._edits = edits
+        self._edits = [edit for edit in edits if not edit.functions]
+        self._functions = [each for edit in edits for each in edit.functions]
         self._has_grad = torch.is_grad_enabled() and grad is not False
         modes = (grad, torch.is_grad_enabled(), tree.root.training)
         self._kind = (*modes, bool(edits))  # models differ by it
@@ -128,7 +132,7 @@ class Execution:
 
     def _glance_of(self, interventions: Sequence[Intervention]) -> Glance | None:
         """What the blocks will ask, if that is all known and nothing else has a part in the run."""
-        if not interventions or self._edits or self._fixtures:
+        if not interventions or self._edits or self._functions or self._fixtures:
             return None
         blocks = [(each.asked, each.rows) for each in interventions if each.asked is not None]
         if len(blocks) < len(interventions):
@@ -155,6 +159,8 @@ class Execution:
             del error, results
 
     def _run_with_requests(self, interventions: Sequence[Intervention]) -> BaseException | None:
+        if self._functions:
+            self._fixtures.hook(self._functions, self._is_recomputed)
         if interventions or self._edits:
             if self._edits or any(each.has_rounds for each in interventions):
                 self.timeline.is_wanted = True  # it may choose positions when step 0 has begun
@@ -200,7 +206,7 @@ class Execution:
     @property
     def is_over(self) -> bool:
         """Whether the run has ended, with every hook off."""
-        return self._call is _OVER
+        return self._call is OVER
 
     def abandon(self) -> None:
         """Take the hooks off, if the block failed before the model ran."""
@@ -312,7 +318,7 @@ class Execution:
         self._ticker.end_step()
 
     def _close(self) -> None:
-        self._call, self._edits = _OVER, ()
+        self._call, self._edits, self._functions = OVER, [], []
         self.timeline.close()
         was_interrupted = False
         for clean in (self._interleaver.close, self._hooks.remove):
@@ -382,13 +388,6 @@ class Execution:
     def _is_recomputed(self, path: str) -> bool:
         above = filter(self._places.is_module, self._places.ancestors(path))
         return any(is_checkpointing(self._tree.module(ancestor)) for ancestor in above)
-
-
-def _run_again(_: Follower | None) -> Any:
-    raise AssertionError("an Execution runs once")
-
-
-_OVER = TracedCall(_run_again)
 
 
 def _was_foreseen(mediator: Mediator) -> bool:

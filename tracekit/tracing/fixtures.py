@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -10,17 +10,19 @@ from torch import nn
 
 from tracekit.capture import user_traceback
 from tracekit.core.keep import Keep
-from tracekit.core.site import Slot
+from tracekit.core.site import Slot, Visit
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, SiteOrderError
 from tracekit.interleave.hooks import Hooks
-from tracekit.interleave.interleaver import Interleaver
+from tracekit.interleave.interleaver import Interleaver, Look
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.passage import Passage
 from tracekit.interleave.protocol import Unwind
 from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.changes import Changes, Rounds
+from tracekit.tracing.cut import StopAt
+from tracekit.tracing.hooked import Firings, Hooked
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
@@ -34,6 +36,10 @@ def _edited(edit: PositionEdit, mediator: Mediator, timeline: Timeline, value: A
         error.__traceback__ = user_traceback(error)
         mediator.error = error
         raise Unwind from None
+
+
+def _never(_: str) -> bool:
+    return False
 
 
 @final
@@ -57,9 +63,13 @@ class Fixtures:
         self._kind = kind
         self._recorders: list[Recorder] = []
         self._rounds: dict[Mediator, Rounds] = {}
+        self._firings: Firings | None = None
+        self._is_cut = False  # it ends in front of a layer, as was asked
+        self.has_grad = False
+        self.is_recomputed: Callable[[str], bool] = _never
 
     def __bool__(self) -> bool:
-        return bool(self._recorders or self.changes.at_positions)
+        return bool(self._recorders or self.changes.at_positions or self._firings)
 
     @property
     def is_recording(self) -> bool:
@@ -144,6 +154,30 @@ class Fixtures:
         if mediator.note is not None:
             mediator.note("edit", f"{edit.site}.at({edit.chosen!r})", None, line)
 
+    # -- functions at activations ---------------------------------------------------------------
+
+    def hook(
+        self, functions: Sequence[Hooked | StopAt], is_recomputed: Callable[[str], bool]
+    ) -> None:
+        """Let these functions be called in the run."""
+        self.has_grad = bool(self._kind[1]) and self._kind[0] is not False
+        self.is_recomputed = is_recomputed
+        self._firings = Firings([one for one in functions if isinstance(one, Hooked)], self)
+        self._firings.place(self._hooks)
+        for one in functions:
+            if isinstance(one, StopAt):
+                one.place(self._hooks)
+                self._is_cut = True
+
+    @property
+    def step(self) -> int:
+        """The step of the run."""
+        return self._run.step
+
+    def look(self, visit: Visit, value: object) -> Sequence[Look]:
+        """Who wants to know what becomes of a value."""
+        return self.changes.look(visit, value)
+
     def _has(self, mediator: Mediator, rounds: list[Any], edit: PositionEdit) -> bool:
         known = self._rounds.setdefault(mediator, Rounds())
         return known.has(edit, rounds[-1] if rounds else None)
@@ -156,7 +190,7 @@ class Fixtures:
     def freeze(self, is_whole: bool) -> None:
         """Complete the caches, whatever the checks will say."""
         for recorder in self._recorders:
-            recorder.freeze(is_whole)
+            recorder.freeze(is_whole and not self._is_cut)
 
     def check(self, is_whole: bool) -> None:
         """Raise if a record is not what was seen, or if something that was asked for never came."""
@@ -164,11 +198,16 @@ class Fixtures:
             recorder.check(is_whole)
         for edit in self.changes.at_positions if is_whole else ():
             edit.check()
+        if self._firings is not None and is_whole:
+            self._firings.check()
 
     def let_go(self) -> None:
         """The model is done: what knows the run is not needed any more."""
         self._run = self._passage = None
         self._rounds.clear()
+        self.is_recomputed = _never
+        if self._firings is not None:
+            self._firings.let_go()
 
     def clear(self) -> None:
         """Let go of the recorders."""

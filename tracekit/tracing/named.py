@@ -4,6 +4,7 @@
 # An assigned value goes into a tensor of the same structure. Where the model goes on with a tensor
 # in two ways, as with the residual stream in front of a norm, the name says which is meant:
 #   - SHARED: both; what is assigned is written into the tensor;
+#   - UNUSED: neither, as the model does not read it again; it is a copy, and not to be assigned;
 #   - APART: this module's alone; a copy takes the tensor's place before it is handed out.
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tracekit.architectures import Bound, Lacks, Sharing
 from tracekit.core.nest import describe, first_input, first_tensor, misfit, replace_tensor, tensors
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.errors import MisfitError, MissingNameError, NeverRanError
+from tracekit.errors import MisfitError, MissingNameError, NeverRanError, UnsupportedError
 from tracekit.interleave.mediator import Mediator
 
 
@@ -28,11 +29,16 @@ def read_named(mediator: Mediator, site: Site, call: int, bound: Bound) -> Tenso
         apart = found.clone()
         mediator.write(site, replace_tensor(value, found, apart), call)
         found = apart
-    return bound.view(found)
+    return bound.view(found.clone() if bound.sharing is Sharing.UNUSED else found)
 
 
 def write_named(mediator: Mediator, site: Site, call: int, bound: Bound, new: object) -> None:
     """Let the model go on with `new` as the activation; MisfitError if it does not fit."""
+    if bound.sharing is Sharing.UNUSED:
+        raise UnsupportedError(
+            f"{bound.name} can't be written: nothing in the model reads what "
+            f"{site.path} gives of it."
+        )
     value = mediator.read(site, call)
     old = tensor_of(bound, value)
     part = bound.view(old)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from tracekit.tracing.cache import Cache
 from tracekit.tracing.entries import Entry
 from tracekit.tracing.execution import Execution
 from tracekit.tracing.sequence import TokenSequence, stitch
-from tracekit.tracing.sites import Cut, PosSlice, sites_of
-from tracekit.tracing.wanted import Spot, keys_of
+from tracekit.tracing.sites import Cut, PosSlice, Sites, sites_of
+from tracekit.tracing.wanted import Spot, keys_of, wanted
 
 
 @final
@@ -299,22 +299,47 @@ class Layer:
 def record_named(
     execution: Execution,
     tree: Tree,
-    spots: Iterable[Spot],
+    spots: Iterable[Spot] | None,
     keep: Keep,
     pos_slice: PosSlice = None,
     *,
     has_grads: bool = False,
     invoke: int | None = 0,
 ) -> NamedCache:
-    """Begin to record activations; the cache is complete when the run has ended."""
+    """Begin to record activations (None: all); the cache is complete when the run has ended."""
+    plan = _plan(tree, spots, pos_slice)
+    store = execution.record_sites(plan.sites, plan.named, keep, has_grads, invoke)
+    keys = keys_of(tree)
+    return NamedCache(store, plan.spots, Spelling({}) if keys is None else keys.spelling)
+
+
+class Plan(NamedTuple):
+    """How activations are recorded: by key, where, and which of the values must come."""
+
+    spots: Mapping[str, Spot]
+    sites: Sites
+    named: set[str]
+
+
+def everything(tree: Tree) -> Plan:
+    """The plan for every name; found out once for a model."""
+    keys = keys_of(tree)
+    if keys is None:
+        return _plan(tree, wanted(tree, None), None)
+    if keys.plan is None:
+        keys.plan = _plan(tree, wanted(tree, None), None)
+    return keys.plan
+
+
+def _plan(tree: Tree, spots: Iterable[Spot] | None, pos_slice: PosSlice) -> Plan:
+    if spots is None and pos_slice is None:
+        return everything(tree)
+    spots = wanted(tree, None) if spots is None else spots
     chosen = {spot.key: spot for spot in spots}
     whole = frozenset(spot.site for spot in chosen.values() if spot.named.bound.key is not None)
     cuts = _cuts(chosen.values(), pos_slice)
     sites = sites_of(tree, dict.fromkeys(spot.site for spot in chosen.values()), whole, cuts)
-    named = {str(spot.site) for spot in chosen.values() if spot.is_named}
-    store = execution.record_sites(sites, named, keep, has_grads, invoke)
-    keys = keys_of(tree)
-    return NamedCache(store, chosen, Spelling({}) if keys is None else keys.spelling)
+    return Plan(chosen, sites, {str(spot.site) for spot in chosen.values() if spot.is_named})
 
 
 def _cuts(spots: Iterable[Spot], pos_slice: PosSlice) -> dict[Site, Cut]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias, final
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Sites:
     whole: frozenset[Site]
     cuts: Mapping[Site, Cut]
 
-    @property
+    @cached_property
     def asked(self) -> list[str]:
         """Each value, as a cache of them has it."""
         return [str(Site(path, slot)) for slot in self.modules for path in self.modules[slot]]

@@ -1,4 +1,4 @@
-"""BART and Marian: an encoder and a decoder whose norms come behind what they norm."""
+"""BART: an encoder and a decoder whose norms come behind what they norm."""
 
 from tracekit.architectures.schema import Family, Residual, Stack
 from tracekit.architectures.shared import HEADS_OF_MODULE, NO_FINAL_NORM, bart_like
@@ -7,7 +7,7 @@ _POST = Residual.POST_NORM
 
 FAMILY = Family(
     "bart",
-    model_types=("bart", "marian", "blenderbot-small", "plbart"),
+    model_types=("bart", "plbart"),
     modules={
         "embed": "model.decoder.embed_tokens",
         "pos_embed": "model.decoder.embed_positions",

@@ -12,6 +12,7 @@ FAMILY = Family(
         "embed": tuple(f"{prefix}.embeddings.word_embeddings" for prefix in _PREFIXES),
         "pos_embed": tuple(f"{prefix}.embeddings.position_embeddings" for prefix in _PREFIXES),
         "embed_norm": tuple(f"{prefix}.embeddings.LayerNorm" for prefix in _PREFIXES),
+        "unembed_head": "cls.predictions.transform",
         "unembed": ("cls.predictions.decoder", "lm_head.decoder"),
     },
     stacks={"layers": Stack(tuple(f"{prefix}.encoder.layer" for prefix in _PREFIXES), (BERT,))},

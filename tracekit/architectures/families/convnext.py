@@ -6,6 +6,7 @@ from tracekit.architectures.schema import (
     Family,
     Lacks,
     Residual,
+    Sharing,
     Stack,
     given,
     output,
@@ -17,6 +18,7 @@ _BLOCK = Block(
     residual=Residual.SINGLE,
     activations={
         "resid_pre": given("", ChannelsFirst()),
+        "mixer_in": given("conv", ChannelsFirst(), Sharing.APART),
         "conv_out": Lacks("the convolution adds nothing: the MLP alone reads it, as mlp_in"),
         "mlp_in": given("norm2", Grid()),
         "mlp_pre": output("up", Grid()),
@@ -30,7 +32,13 @@ FAMILY = Family(
     "convnext",
     model_types=("convnext",),
     modules={"patch_embed": "convnext.embeddings.patch_embeddings"},
-    stacks={"layers": Stack("convnext.encoder.stages.*.layers.*", (_BLOCK,))},
+    stacks={
+        "layers": Stack(
+            "convnext.encoder.stages.*.layers.*",
+            (_BLOCK,),
+            between="each stage but the first begins with a norm and a convolution",
+        )
+    },
     lacks={
         **NO_LOGITS,
         **dict.fromkeys(

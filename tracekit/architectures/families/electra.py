@@ -12,6 +12,7 @@ FAMILY = Family(
         "embed": "electra.embeddings.word_embeddings",
         "pos_embed": "electra.embeddings.position_embeddings",
         "embed_norm": "electra.embeddings.LayerNorm",
+        "unembed_head": "generator_predictions",
         "unembed": "generator_lm_head",
     },
     stacks={"layers": Stack("electra.encoder.layer", (BERT,))},

@@ -1,4 +1,4 @@
-"""mBART, Pegasus, M2M-100 and Blenderbot: BART with the norms in front."""
+"""mBART and M2M-100: BART with the norms in front."""
 
 from tracekit.architectures.schema import Family, Residual, Stack
 from tracekit.architectures.shared import HEADS_OF_MODULE, bart_like
@@ -7,7 +7,7 @@ _PRE = Residual.SEQUENTIAL
 
 FAMILY = Family(
     "mbart",
-    model_types=("mbart", "pegasus", "m2m_100", "blenderbot"),
+    model_types=("mbart", "m2m_100"),
     modules={
         "embed": "model.decoder.embed_tokens",
         "pos_embed": "model.decoder.embed_positions",

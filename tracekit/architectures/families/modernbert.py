@@ -10,6 +10,7 @@ FAMILY = Family(
         "embed": "model.embeddings.tok_embeddings",
         "embed_norm": "model.embeddings.norm",
         "final_norm": "model.final_norm",
+        "unembed_head": "head",
         "unembed": "decoder",
     },
     stacks={

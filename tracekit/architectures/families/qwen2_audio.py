@@ -18,6 +18,7 @@ FAMILY = Family(
             "model.audio_tower.layers",
             bart_like(Residual.SEQUENTIAL, with_cross_attention=False),
             config="audio_config",
+            behind="frames are averaged two by two",
             sizes=HEADS_OF_MODULE,
         )
     },

@@ -1,4 +1,4 @@
-"""The text models of Qwen-VL: Llama's block, in the third generation with norms of q and k."""
+"""The text models of Qwen2-VL and Qwen2.5-VL: Llama's block."""
 
 from tracekit.architectures.schema import Block, Family, Stack
 
@@ -8,8 +8,6 @@ _BLOCK = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",
     "v": "self_attn.v_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
     "o": "self_attn.o_proj",
     "norm2": "post_attention_layernorm",
     "mlp": "mlp",
@@ -20,7 +18,7 @@ _BLOCK = {
 
 FAMILY = Family(
     "qwen_vl_text",
-    model_types=("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
+    model_types=("qwen2_vl_text", "qwen2_5_vl_text"),
     modules={"embed": "model.embed_tokens", "final_norm": "model.norm", "unembed": "lm_head"},
     stacks={"layers": Stack("model.layers", (Block(_BLOCK),))},
 )

@@ -46,6 +46,7 @@ FAMILY = Family(
         "layers": Stack(
             "swin.encoder.layers.*.blocks.*",
             (_BLOCK,),
+            between="each stage but the last ends by merging patches, four by four",
             sizes={"heads": "num_attention_heads", "kv_heads": "num_attention_heads"},
         )
     },

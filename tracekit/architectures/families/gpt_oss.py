@@ -1,0 +1,54 @@
+"""gpt-oss: experts for an MLP, sinks beside the keys."""
+
+from dataclasses import replace
+from typing import Any
+
+from tracekit.architectures.conditions import otherwise
+from tracekit.architectures.mixers import ROUTED
+from tracekit.architectures.schema import Block, Family, Lacks, Stack, output
+
+_BLOCK = Block(
+    {
+        "norm1": "input_layernorm",
+        "attn": "self_attn",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "norm2": "post_attention_layernorm",
+        "mlp": "mlp",
+        "router": "mlp.router",
+        "experts": "mlp.experts",
+    },
+    activations=ROUTED,
+)
+# Before transformers 5 the router gives the weights of all experts, and no logits.
+_BEFORE_5 = {
+    "router_logits": Lacks("before transformers 5 no module has them: use router_weights"),
+    "router_weights": output("router", key=0, shape="batch*pos experts"),
+    "router_indices": output("router", key=1),
+}
+
+
+def _gives_logits(layer: Any, _config: Any) -> bool:
+    return hasattr(layer.mlp.experts, "is_transposed")
+
+
+FAMILY = Family(
+    "gpt_oss",
+    model_types=("gpt_oss",),
+    modules={
+        "embed": "model.embed_tokens",
+        "final_norm": "model.norm",
+        "unembed": "lm_head",
+    },
+    stacks={
+        "layers": Stack(
+            "model.layers",
+            (
+                replace(_BLOCK, when=_gives_logits),
+                replace(_BLOCK, activations=_BEFORE_5, when=otherwise),
+            ),
+        )
+    },
+)
