@@ -122,8 +122,17 @@ def _readers(
     for path, sure in norms.items():
         known = found[id(root.get_submodule(path))].readers
         for reader in [each for each in sure if not known or "experts" in each]:
-            _note(known, reader, root.get_submodule(reader))
+            for inner, module in _reading(reader, root.get_submodule(reader)):
+                _note(known, inner, module)
     return list(found.values())
+
+
+def _reading(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A reader, or in a list of experts (transformers 4) the modules of each that read."""
+    if _weights_of(module):
+        return [(path, module)]
+    inside = module.named_modules(prefix=path)
+    return [each for each in inside if each[0].rpartition(".")[2] in _READING]
 
 
 def _memory(tensor: Tensor) -> int:
