@@ -14,6 +14,7 @@ PUBLIC = [
     "Entries",
     "Entry",
     "Envoy",
+    "FactoredMatrix",
     "Graph",
     "KeyValueCache",
     "KeyValueEntry",

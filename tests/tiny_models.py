@@ -25,10 +25,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 
-from tests.matrix import audio, decoders, encoders, relatives, vision
+from tests.matrix import audio, decoder_relatives, decoders, encoders, relatives, vision
 from tests.matrix.spec import Inputs, Spec
 
-__all__ = ["NAMES", "SPECS", "generate", "make"]
+__all__ = ["NAMES", "RELATIVES", "SPECS", "generate", "make"]
 
 EVERY_SPEC: dict[str, Spec] = {
     **decoders.SPECS,
@@ -57,6 +57,8 @@ SPECS = {
     if IS_TRANSFORMERS_5 or name not in NEED_TRANSFORMERS_5
 }
 NAMES = list(SPECS)
+# Close to these; only the proofs of standard names run them.
+RELATIVES = {**relatives.SPECS, **decoder_relatives.SPECS}
 
 
 def make(
@@ -64,7 +66,7 @@ def make(
 ) -> tuple[torch.nn.Module, Inputs]:
     """The model in eval mode, and the arguments of a forward pass; `config` overrides its sizes."""
     torch.manual_seed(seed)
-    model, inputs = (SPECS.get(name) or relatives.SPECS[name]).build(attn=attn, **config)
+    model, inputs = {**RELATIVES, **SPECS}[name].build(attn=attn, **config)
     model.eval()
     generation = getattr(model, "generation_config", None)
     if generation is not None:

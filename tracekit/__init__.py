@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tracekit import errors
 
 if TYPE_CHECKING:
+    from tracekit.core.factored import FactoredMatrix
     from tracekit.core.keep import Note
     from tracekit.core.settings import settings
     from tracekit.errors import TracekitError, TracekitWarning
@@ -37,6 +38,7 @@ _HOMES = {
     "Entries": "tracekit.tracing.entries",
     "Entry": "tracekit.tracing.entries",
     "Envoy": "tracekit.tracing.envoy",
+    "FactoredMatrix": "tracekit.core.factored",
     "Graph": "tracekit.tracing.graph",
     "KeyValueCache": "tracekit.models.kv_cache",
     "KeyValueEntry": "tracekit.models.kv_cache",
@@ -63,6 +65,7 @@ __all__ = [
     "Entries",
     "Entry",
     "Envoy",
+    "FactoredMatrix",
     "Graph",
     "KeyValueCache",
     "KeyValueEntry",

@@ -160,8 +160,8 @@ def test_what_is_no_module_is_refused_where_a_model_is_made() -> None:
 
 
 def test_an_option_that_no_loader_knows_is_named() -> None:
-    with pytest.raises(LoadingError, match="'device'; options go to from_pretrained"):
-        LanguageModel("tracekit/tiny", device="cpu")
+    with pytest.raises(LoadingError, match="'divice'; options go to from_pretrained"):
+        LanguageModel("tracekit/tiny", divice="cpu")
 
 
 def test_a_live_model_takes_no_loading_options() -> None:

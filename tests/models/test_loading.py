@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from tests.tiny_models import make
 from tests.tracing.plain import plain_hooks, state_of
@@ -165,8 +166,92 @@ def test_an_attention_implementation_passes_through(
     assert model.module.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("dispatch", [True, False])
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")], ids=repr)
+def test_a_device_is_where_all_weights_are(
+    device: Any, dispatch: bool, places: dict[str, Path]
+) -> None:
+    model = LanguageModel(places["llama"], device=device, dispatch=dispatch)
+    assert torch.equal(logits_of(model), make("llama")[0](IDS).logits)
+    assert {weight.device.type for weight in model.module.parameters()} == {"cpu"}
+    assert not any(hasattr(module, "_hf_hook") for module in model.module.modules())
+
+
+@pytest.mark.parametrize("dispatch", [True, False])
+@pytest.mark.parametrize("kind", ["keyword", "configuration"])
+def test_values_of_the_configuration_may_be_others(
+    kind: str, dispatch: bool, places: dict[str, Path]
+) -> None:
+    config = AutoConfig.from_pretrained(places["llama"], rms_norm_eps=0.5)
+    options = {"rms_norm_eps": 0.5} if kind == "keyword" else {"config": config}
+    model = LanguageModel(places["llama"], dispatch=dispatch, **options)
+    assert model.module.config.rms_norm_eps == 0.5
+    expected = LlamaForCausalLM.from_pretrained(places["llama"], config=config)(IDS).logits
+    assert torch.equal(logits_of(model), expected)
+    assert not torch.allclose(expected, make("llama")[0](IDS).logits, atol=1e-3)
+
+
+def test_late_weights_find_as_many_layers_as_were_asked_for(places: dict[str, Path]) -> None:
+    model = LanguageModel(places["llama"], num_hidden_layers=1, dispatch=False)
+    assert len(model.model.layers) == 1
+    early = LanguageModel(places["llama"], num_hidden_layers=1)
+    assert torch.equal(logits_of(model), logits_of(early))
+
+
+def test_a_configuration_without_weights_has_modules_and_shapes(
+    places: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copy(places["llama"] / "config.json", tmp_path)
+    model = LanguageModel(tmp_path, tokenizer=places["llama"], dispatch=False)
+    with model.scan(IDS):
+        shape = model.model.layers[1].output.shape
+    assert shape == (1, 5, model.module.config.hidden_size)
+    with pytest.raises(LoadingError, match="can't be loaded"):
+        logits_of(model)
+
+
+@pytest.mark.parametrize("dispatch", [True, False])
 @pytest.mark.parametrize(
-    "options", [{"dtype": torch.float16}, {"device_map": "cpu"}, {"revision": "main"}], ids=str
+    ("options", "says"),
+    [
+        ({"device": "cpu", "device_map": "auto"}, "device= .* and device_map= .* give one of them"),
+        ({"device": "cpu", "tp_plan": "auto"}, "and tp_plan= .* give one of them"),
+        ({"device": "meta"}, "dispatch=False leaves them out until they are needed"),
+        ({"revision": "v2"}, "is a directory, of which there is one"),
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other_or_say_nothing_are_refused(
+    options: dict[str, Any], says: str, dispatch: bool, places: dict[str, Path]
+) -> None:
+    with pytest.raises(LoadingError, match=says):
+        LanguageModel(places["llama"], dispatch=dispatch, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("bert", "BertForMaskedLM"),
+        ("t5", "T5ForConditionalGeneration"),
+        ("gpt2", "GPT2LMHeadModel"),
+    ],
+)
+def test_a_checkpoint_that_names_no_class_loads_as_what_its_family_is(
+    name: str, kind: str, places: dict[str, Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(places[name], tmp_path / name)
+    config = json.loads((path / "config.json").read_text())
+    del config["architectures"]
+    (path / "config.json").write_text(json.dumps(config))
+    model = LanguageModel(path)
+    assert type(model.module).__name__ == kind
+    assert torch.equal(logits_of(model, **inputs_of(name)), make(name)[0](**inputs_of(name)).logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": torch.float16}, {"device_map": "cpu"}, {"revision": "main"}, {"device": "cpu"}],
+    ids=str,
 )
 def test_a_live_model_takes_no_loading_options(options: dict[str, Any]) -> None:
     with pytest.raises(LoadingError, match=f"no loading options: {next(iter(options))}"):

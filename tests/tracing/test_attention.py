@@ -9,11 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from tests.tiny_models import generate, make
 from tests.tracing.plain import state_of
-from tracekit import Model
-from tracekit.errors import AttentionError, SiteOrderError, UnknownModuleError, UnsupportedError
+from tracekit import Model, settings
+from tracekit.errors import (
+    AttentionError,
+    SiteOrderError,
+    TracekitWarning,
+    UnknownModuleError,
+    UnsupportedError,
+)
+from tracekit.interleave.masks import additive_mask
 
 PATHS = {"gpt2": "transformer.h.{}.attn", "llama": "model.layers.{}.self_attn"}
 
@@ -300,3 +308,53 @@ def test_the_pattern_of_a_padded_row_leaves_the_padding_out(pair: Pair) -> None:
         pattern.transpose(1, 2)[real], expected.transpose(1, 2)[real], atol=1e-6, rtol=0
     )
     assert not pattern[0, :, 3:, :3].any()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_a_read_pattern_leaves_gradients_right_under_checkpointing() -> None:
+    net, inputs = make("llama", attn="sdpa")
+    plain, _ = make("llama", attn="sdpa")
+    net.gradient_checkpointing_enable({"use_reentrant": False})
+    net.train()
+    model = Model(net)
+    with model.trace(**inputs, use_cache=False) as tracer:
+        pattern = model.model.layers[0].self_attn.attention.pattern.output
+        logits = tracer.result.logits
+    logits.square().sum().backward()
+    plain(**inputs).logits.square().sum().backward()
+    assert pattern.shape == (2, 4, 8, 8)
+    for mine, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("is_lifted", [True, False])
+def test_blocks_in_place_write_patterns_too(is_lifted: bool) -> None:
+    net, inputs = make("llama", attn="sdpa")
+    model = Model(net)
+    with settings.changed(lift_blocks=is_lifted), model.trace(**inputs):
+        model.model.layers[0].self_attn.attention.pattern.output[:, 1] = 0
+        z = model.model.layers[0].self_attn.attention.z.output
+    assert not z[:, :, 1].any()
+
+
+def test_a_compiled_model_hands_out_patterns() -> None:
+    net, inputs = make("llama", attn="sdpa")
+    net.model.layers[0].compile(backend="eager")
+    model = Model(net)
+    with pytest.warns(TracekitWarning, match="compiled"), model.trace(**inputs):
+        pattern = model.model.layers[0].self_attn.attention.pattern.output
+    assert pattern.shape == (2, 4, 8, 8)
+
+
+def test_the_mask_of_flex_attention_is_added_as_eager_attention_adds_it() -> None:
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= batch)
+
+    block = create_block_mask(sees, 2, None, 5, 5, device="cpu", BLOCK_SIZE=128)
+    query = torch.zeros(2, 3, 5, 4)
+    added = additive_mask(nn.Module(), query, query, block, {})
+    places = torch.arange(5)
+    expected = (places <= places[:, None]) & (places >= torch.arange(2)[:, None, None])
+    assert added is not None
+    assert torch.equal(added == 0, expected[:, None].expand(2, 3, 5, 5))
+    assert (added[added != 0] == torch.finfo(torch.float32).min).all()

@@ -8,12 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple, final
 
 from torch import Tensor, nn
 
-from tracekit.architectures.layouts import Rows, Sizes, View, Whole
+from tracekit.architectures.keys import Keys
+from tracekit.architectures.layouts import Layout, Rows, Sizes, View, Whole
 from tracekit.architectures.rules import declared
 from tracekit.architectures.schema import (
     ANNEXES,
@@ -27,6 +28,7 @@ from tracekit.architectures.schema import (
     given,
     output,
 )
+from tracekit.architectures.weights import Stacked, Weight, is_weight, stacked, weight_of
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Slot
 from tracekit.core.words import (
@@ -71,6 +73,7 @@ class Bound:
     key: int | None  # which tensor of a structure; None: the first
     shape: str  # its axes, by name
     is_plain: bool  # the tensor itself, which nobody else is given
+    layout: Layout = field(default_factory=Whole)
     call: int = 0  # the how-manieth call of the module, where layers share it
 
 
@@ -117,8 +120,9 @@ class Layer:
     def _bound(self, name: str, path: str, point: Point, shape: str) -> Bound:
         view = partial(_view, point, self.sizes)
         is_plain = point.layout == Whole() and point.sharing is Sharing.OWN
+        at = (path, point.slot, view, point.sharing, point.key)
         call = self.calls.get(path, 0)
-        return Bound(name, path, point.slot, view, point.sharing, point.key, shape, is_plain, call)
+        return Bound(name, *at, shape, is_plain, point.layout, call)
 
 
 def _choices(declared: Declared | None) -> tuple[Point | Lacks, ...]:
@@ -177,6 +181,16 @@ class Names:
         reason = layer.why_not(name) or self.family.lacks.get(name)
         return reason or "there is no module here that has it"
 
+    def weight(self, owner: str, name: str) -> Weight | Lacks | None:
+        """The weight of that name in the layer (or model) at `owner`; None if it names none."""
+        if owner not in self.layers or not is_weight(name, of_model=owner == ""):
+            return None
+        return weight_of(self, self.modules, owner, name)
+
+    def weights(self, name: str, stack: str) -> Stacked | Lacks:
+        """The weight of that name in the layers of a stack that have it, and which these are."""
+        return stacked(self, self.modules, name, stack)
+
     def words(self, owner: str) -> list[str]:
         """Every standard name that there is in the module at `owner`."""
         layer = self.layers.get(owner)
@@ -194,6 +208,11 @@ class Names:
             if found is not None:
                 yield found
 
+    @cached_property
+    def keys(self) -> Keys:
+        """The keys of all activations: `layers.3.resid_post`."""
+        return Keys(self)
+
     # -- binding --------------------------------------------------------------------------------
 
     def _root(self) -> Layer:
@@ -202,7 +221,19 @@ class Names:
             found = self._found(paths)
             if found is not None:
                 modules[word] = found
-        return Layer(modules, {**_ROOT_POINTS, **self.family.activations}, {}, self._is_called)
+        declared = {**_ROOT_POINTS, **self.family.activations}
+        calls = self._calls_of_encoder(modules)
+        return Layer(modules, declared, {}, self._is_called, calls=calls)
+
+    def _calls_of_encoder(self, modules: Mapping[str, str]) -> dict[str, int]:
+        """The modules beside an encoder that it has called before: embeddings that are shared."""
+        encoder = modules.get("encoder")
+        inside = set(self.modules[encoder].modules()) if encoder is not None else set[nn.Module]()
+        return {
+            path: 1
+            for path in modules.values()
+            if self.modules[path] in inside and not f"{path}.".startswith(f"{encoder}.")
+        }
 
     def _found(self, paths: str | tuple[str, ...]) -> str | None:
         """The first of `paths` that is there, in a base model without its prefix."""

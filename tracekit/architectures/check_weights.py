@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -153,6 +153,13 @@ def _down(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     yield compared(str(where), "mlp_post", claim, total.reshape(out.shape), out)
 
 
+def _own_activation(names: Names, where: Where) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The module that is the nonlinearity of an MLP, if it has one under its usual name."""
+    mlp = names.layers[where.path].modules.get("mlp", "")
+    found = names.modules.get(f"{mlp}.act_fn")
+    return {} if found is None else {"act_fn": found}
+
+
 def _activated(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     """That the neurons are the activation of mlp_pre, times the linear part of a gated MLP."""
     pre, post = seen.value(where, "mlp_pre"), seen.value(where, "mlp_post")
@@ -167,7 +174,7 @@ def _activated(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
             str(where), "mlp_post", f"{name}(mlp_pre){times}",
             post, function(pre) * (1 if gated is None else gated),
         )
-        for name, function in _ACTIVATIONS.items()
+        for name, function in {**_ACTIVATIONS, **_own_activation(names, where)}.items()
     ]  # fmt: skip
     best = min(found, key=lambda claim: claim.deviation or 0.0)
     yield best

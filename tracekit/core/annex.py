@@ -1,49 +1,14 @@
-"""The values inside an attention as modules: each an identity that the value passes through."""
+"""The values inside an attention, as paths: `model.transformer.h.3.attn.attention.pattern`."""
 
-# They stand beside the model, at paths behind that of the attention they belong to:
-#
-#     model.transformer.h.3.attn.attention.pattern
-#
-# No module of the model refers to them. While a run has a hook on one, the call of the attention
-# function is intercepted for that run, and the value goes through it (interleave/attend.py).
+# They stand beside the model, behind the path of the attention that they belong to; core/pieces.py
+# has what is there.
 
 from __future__ import annotations
 
-from typing import Any, Final, final
-
-from torch import nn
+from typing import Final
 
 ANNEX: Final = "attention"
 PIECES: Final = ("q", "k", "v", "scores", "pattern", "z")  # in the order in which they are computed
-
-
-@final
-class Piece(nn.Module):
-    """One value of the attention at the path `owner`."""
-
-    def __init__(self, owner: str, name: str) -> None:
-        super().__init__()
-        self.owner = owner
-        self.name = name
-
-    def forward(self, value: Any) -> Any:
-        """The value itself."""
-        return value
-
-    def extra_repr(self) -> str:
-        """What is printed of it."""
-        return self.name
-
-
-@final
-class Annex(nn.Module):
-    """All values of the attention at the path `owner`; never called itself."""
-
-    def __init__(self, owner: str) -> None:
-        super().__init__()
-        self.owner = owner
-        for name in PIECES:
-            self.add_module(name, Piece(owner, name))
 
 
 def axis_of_positions(path: str, dims: int) -> int | None:

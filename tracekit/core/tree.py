@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, final
 
 from torch import nn
 
-from tracekit.core.annex import ANNEX, Annex, Piece, owner_of
+from tracekit.core.annex import ANNEX, owner_of
+from tracekit.core.pieces import Annex, Piece
 from tracekit.core.quirks import own_children
 from tracekit.core.renames import Renames, spellings
 from tracekit.core.site import Site, Slot
@@ -18,11 +19,16 @@ from tracekit.errors import UnknownModuleError, did_you_mean
 class StandardNames(Protocol):
     """What a model's architecture calls its modules and values; paths are below the root."""
 
-    stacks: dict[str, tuple[tuple[str, int], ...]]
+    @property
+    def stacks(self) -> Mapping[str, tuple[tuple[str, int], ...]]: ...
+    @property
+    def keys(self) -> Any: ...
 
     def module(self, owner: str, name: str) -> str | None: ...
     def point(self, owner: str, name: str) -> Any: ...
     def why_not(self, owner: str, name: str) -> str | None: ...
+    def weight(self, owner: str, name: str) -> Any: ...
+    def weights(self, name: str, stack: str) -> Any: ...
     def words(self, owner: str) -> list[str]: ...
 
 

@@ -180,5 +180,31 @@ BLOCK_ACTIVATIONS: Final = {
     "ssm_state": Word("the state behind the last position", "batch heads key value"),
     "ssm_inner": Word("what a mixer's output projection is given", _INNER),
 }
+# Weights, of the whole model and of a block; x @ W + b, from the left. Of the whole model those of
+# a block are stacked, with "layers" in front.
+ROOT_WEIGHTS: Final = {
+    "W_E": Word("token embeddings, as the module gives them", "vocabulary model"),
+    "W_pos": Word("learned embeddings of positions, from position 0 on", "positions model"),
+    "W_U": Word("unembedding", "model vocabulary"),
+    "b_U": Word("bias of the unembedding", "vocabulary"),
+}
+BLOCK_WEIGHTS: Final = {
+    "W_Q": Word("query weights: q is x @ W_Q + b_Q", "heads model head_dim"),
+    "W_K": Word("key weights", "kv_heads model head_dim"),
+    "W_V": Word("value weights", "kv_heads model head_dim"),
+    "W_O": Word("output weights of attention: head_result is z @ W_O", "heads head_dim model"),
+    "b_Q": Word("query biases", "heads head_dim"),
+    "b_K": Word("key biases", "kv_heads head_dim"),
+    "b_V": Word("value biases", "kv_heads head_dim"),
+    "b_O": Word("bias of attention's output", "model"),
+    "W_in": Word("weights into the MLP; in a gated one, of what the gate meets", "model neurons"),
+    "W_gate": Word("weights of an MLP's gate, whose nonlinearity comes next", "model neurons"),
+    "W_out": Word("weights out of the MLP", "neurons model"),
+    "b_in": Word("biases into the MLP", "neurons"),
+    "b_gate": Word("biases of an MLP's gate", "neurons"),
+    "b_out": Word("bias of the MLP's output", "model"),
+    "QK": Word("W_Q @ W_K.mT, factored; keys repeated for the heads", "heads model model"),
+    "OV": Word("W_V @ W_O, factored; values repeated for the heads", "heads model model"),
+}
 
 ACTIVATIONS: Final = frozenset({*ROOT_ACTIVATIONS, *BLOCK_ACTIVATIONS})

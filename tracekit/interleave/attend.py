@@ -28,10 +28,14 @@ _GIVEN: Final = ("module", "query", "key", "value", "attention_mask")
 
 # An attention function: of module, query, key, value, mask and options, to (z, ...).
 Function: TypeAlias = Callable[..., Any]
+# Takes the same, and gives what runs the eager function on that.
+Beside: TypeAlias = Callable[..., Callable[[], Any]]
 
 
 class Pieces(Protocol):
     """The modules that stand for the values of one attention, in one run."""
+
+    is_recomputed: bool  # by backward, without anything beside it
 
     def is_wanted(self, name: str) -> bool:
         """Whether anybody has a hook on it."""
@@ -49,7 +53,7 @@ class _Enough(BaseException):
 def attend(
     pieces: Pieces,
     function: Function,
-    eager: Function | None,
+    eager: Beside | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -74,7 +78,7 @@ def attend(
 def _with_pattern(
     pieces: Pieces,
     function: Function,
-    eager: Function | None,
+    eager: Beside | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -90,9 +94,11 @@ def _with_pattern(
         tap.check_came(args[0])
         return output
     tap.is_random = bool(kwargs.get("dropout"))
+    runs = eager(*args, **kwargs)
+    has_gradients = torch.is_grad_enabled() and not pieces.is_recomputed
     try:
-        with tap:
-            output = eager(*args, **kwargs)
+        with tap, torch.set_grad_enabled(has_gradients):
+            output = runs()
     except _Enough:
         return function(*args, **kwargs)
     tap.check_came(args[0])

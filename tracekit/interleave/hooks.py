@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeAlias, final
 
 from torch import nn
 
-from tracekit.core.annex import Piece
+from tracekit.core.pieces import Piece
 from tracekit.core.quirks import NO_BACKWARD, current_backward
 from tracekit.core.site import Slot, Visit
 from tracekit.interleave.forwards import Body, rewritable, skippable
@@ -138,6 +138,10 @@ class Hooks:
             else:
                 self._put_before(module, hook)
         self._observers.append((modules, slot, hook))
+
+    def module_at(self, path: str) -> nn.Module:
+        """The module that hooks are put on for a path."""
+        return self._module(path)
 
     def show(self, visit: Visit, value: Any) -> None:
         """Show the observers of a site a value that their hooks will not be reached with."""

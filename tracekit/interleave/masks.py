@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -13,16 +14,16 @@ from tracekit.errors import AttentionError
 _WANTED: Final = "load the model with attn_implementation='sdpa' or 'eager'"
 
 
-def beside(eager: Callable[..., Any]) -> Callable[..., Any]:
-    """The model's eager function, to be called with what another attention function is given."""
+def beside(eager: Callable[..., Any]) -> Callable[..., Callable[[], Any]]:
+    """What makes a call of the model's eager function of what another one is given."""
 
     def with_its_mask(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *more: Any, **kwargs: Any
-    ) -> Any:
+    ) -> Callable[[], Any]:
         added = additive_mask(module, query, key, mask, kwargs)
         if _implementation(module) == "sdpa":  # which leaves it out (4.57), or refuses it (5)
             kwargs.pop("softcap", None)
-        return eager(module, query, key, value, added, *more, **kwargs)
+        return partial(eager, module, query, key, value, added, *more, **kwargs)
 
     return with_its_mask
 
@@ -39,17 +40,27 @@ def additive_mask(
     if isinstance(mask, Tensor) and mask.dim() == 4:
         mask = mask[..., : key.shape[-2]]
         return _added(mask, query) if mask.dtype is torch.bool else mask
-    allowed = _allowed(module, query, key, mask, kwargs)
-    return None if allowed is None else _added(allowed, query)
-
-
-def _allowed(
-    module: Any, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
-) -> Tensor | None:
-    """Which keys each query sees; None if all see all."""
     name = _implementation(module)
     told = kwargs.get("is_causal")
     is_causal = bool(getattr(module, "is_causal", True) if told is None else told)
+    if mask is None and name == "sdpa":
+        return _later(query, key) if is_causal and query.shape[2] > 1 else None
+    allowed = _allowed(module, query, key, mask, is_causal, kwargs)
+    return None if allowed is None else _added(allowed, query)
+
+
+def _later(query: Tensor, key: Tensor) -> Tensor:
+    """The least there is for every key behind a query, counted from the first."""
+    size = (1, 1, query.shape[2], key.shape[2])
+    lowest = torch.finfo(query.dtype).min
+    return torch.full(size, lowest, dtype=query.dtype, device=query.device).triu_(1)
+
+
+def _allowed(
+    module: Any, query: Tensor, key: Tensor, mask: Any, is_causal: bool, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Which keys each query sees; None if all see all."""
+    name = _implementation(module)
     places = _Places(query, key)
     if _is_flash(name) and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
         return _of_flash(module, places, mask, is_causal, kwargs)
@@ -59,8 +70,7 @@ def _allowed(
         raise _refused(module, f"was given a mask of a kind that is not known ({_kind(mask)})")
     if name == "flex_attention" or not is_causal or query.shape[2] == 1:
         return None
-    is_plain = query.shape[2] == key.shape[2] and kwargs.get("sliding_window") is None
-    if name != "sdpa" and not is_plain:
+    if query.shape[2] != key.shape[2] or kwargs.get("sliding_window") is not None:
         raise _refused(module, "was given no mask, and is not one of transformers")
     return places.sees(0)
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Final, final
 
 import torch
@@ -68,7 +69,7 @@ class OwnAttention(TorchFunctionMode):
         options = {name: kwargs[name] for name in ("scale", "enable_gqa") if name in kwargs}
         options |= {"dropout": dropout, "is_causal": is_causal}
         given = (self._module, query, key, value, mask)
-        z = attend(self._pieces, _real, _by_hand, given, options)[0]
+        z = attend(self._pieces, _real, partial(partial, _by_hand), given, options)[0]
         return z.transpose(1, 2)
 
 

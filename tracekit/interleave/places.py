@@ -20,7 +20,7 @@ from torch import nn
 
 from tracekit.capture.functions import unwrap
 from tracekit.capture.operations import Listing, operations_of, with_operations
-from tracekit.core.annex import Piece
+from tracekit.core.pieces import Piece
 from tracekit.core.site import Visit
 from tracekit.core.tree import Tree
 from tracekit.errors import AttentionError, SourceError, UnsupportedError

@@ -12,6 +12,7 @@ from torch import nn
 from tracekit.capture.functions import unwrap
 from tracekit.capture.operations import Listing, operations_of
 from tracekit.core.annex import ANNEX
+from tracekit.core.quirks import is_checkpointing
 from tracekit.core.tree import Tree
 from tracekit.errors import AttentionError, SourceError
 from tracekit.interleave.attend import attend
@@ -37,6 +38,7 @@ class Tap:
     def __init__(self, tree: Tree, owner: str, hooks: Hooks, watches: dict[str, Watch]) -> None:
         self.is_by_interface = check_tappable(tree, owner)
         self._module = tree.module(owner)
+        self.is_recomputed = any(is_checkpointing(tree.module(x)) for x in tree.ancestors(owner))
         self._annex = f"{owner}.{ANNEX}"
         self._modules = tree.modules
         self._hooks = hooks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tracekit.core.annex import owner_of
 from tracekit.core.site import Slot, Visit
 from tracekit.errors import MisfitError, NeverCameError, NeverRanError, SiteOrderError, StepError
 
@@ -181,6 +182,12 @@ def never_ran(visit: Visit, callers: list[str], ran: list[str]) -> NeverRanError
         return NeverRanError(
             f"{visit} was asked for, but {around} ran without making the call {name}: it is on a "
             f"line that this run did not come to."
+        )
+    if ran and callers == [owner_of(visit.site.path)]:
+        return NeverRanError(
+            f"{visit} was asked for, but {callers[0]} ran without it: it made no call of an "
+            f"attention function that is given q, k and v. Of one that computes its pattern "
+            f"itself, scores, pattern and z can be had."
         )
     names = " and ".join(callers)
     if ran:

@@ -16,7 +16,7 @@ from tracekit.core.tree import Tree
 from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
-from tracekit.models.answers import Answer, labels_of
+from tracekit.models.answering import Answering
 from tracekit.models.batching import Batch, Padded
 from tracekit.models.behind import (
     behind,
@@ -26,10 +26,10 @@ from tracekit.models.behind import (
     run_behind,
     run_dry_behind,
 )
+from tracekit.models.fresh import config_of, fresh_model, refuse_to_run
 from tracekit.models.generate_options import refuse_in_header, translated
 from tracekit.models.generation import generate
 from tracekit.models.lengths import count_steps
-from tracekit.models.losses import loss_of
 from tracekit.models.model import is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
@@ -40,21 +40,22 @@ from tracekit.models.returned import Returning, wanted_of
 from tracekit.models.scanning import fake_twin
 from tracekit.models.signatures import accepts
 from tracekit.models.texts import Texts, is_list_of_texts
-from tracekit.models.tokenized import Tokenized
+from tracekit.models.weights import WithWeights
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
 
 
-class LanguageModel(Tokenized):
+class LanguageModel(Answering, WithWeights):
     """A Hugging Face model, by Hub id, by directory, packaged (`"tracekit/tiny"`), or live.
 
-    `dtype` (default: the checkpoint's), `device_map`, `revision`, `attn_implementation` and all
-    else go to `from_pretrained`. `dispatch=False` leaves the weights out until they are needed.
+    `device` is where all of it is put (default: the CPU). `dtype` (default: the checkpoint's),
+    `device_map`, `revision`, `quantization_config`, `attn_implementation` and all else go to
+    `from_pretrained`. `dispatch=False` leaves the weights out until they are needed.
     Batches of different lengths are padded on `padding_side` ("left" for decoders, else
     "right"), with positions such that every row is computed as it would be alone.
     """
 
-    __slots__ = ("_empty_from",)
+    __slots__ = ("_empty_from", "_processing")
 
     def __init__(
         self,
@@ -70,6 +71,8 @@ class LanguageModel(Tokenized):
         is_live = isinstance(model, nn.Module)
         if is_live and options:
             raise LoadingError(f"a live model takes no loading options: {', '.join(options)}.")
+        if not is_live:
+            loading.check_options(model, options)
         if is_live:
             module: Any = model
         elif dispatch:
@@ -87,13 +90,52 @@ class LanguageModel(Tokenized):
         object.__setattr__(self, "_tokenizer", tokenizer)
         object.__setattr__(self, "_padding_side", padding_side)
         object.__setattr__(self, "_empty_from", empty_from)
+        object.__setattr__(self, "_processing", {})
         if empty_from is not None:
             self._tree.load_first = self.dispatch
+
+    @classmethod
+    @showing_own_lines
+    def from_config(
+        cls,
+        config: Any,
+        *,
+        tokenizer: Any = None,
+        seed: int | None = 0,
+        dtype: Any = None,
+        device: Any = None,
+        attn_implementation: str | None = None,
+        padding_side: str | None = None,
+        name: str = "model",
+        rename: Rename | None = None,
+        **overrides: Any,
+    ) -> LanguageModel:
+        """A model with random weights, made of its configuration alone: nothing is downloaded.
+
+        `config` is one of transformers, a mapping with "model_type", a directory with config.json,
+        or the name of a family: `from_config("llama")` is a small one, 64 wide, of 2 layers.
+        `overrides` set values of it. The same seed gives the same weights, and the random numbers
+        of the user stay as they were; `seed=None` takes those. `device="meta"`: no weights at all,
+        for modules and shapes.
+        """
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = loading.load_tokenizer(tokenizer)
+        tokenizer = None if tokenizer is None else loading.with_padding(tokenizer)
+        found, is_small = config_of(config, overrides, tokenizer)
+        module = fresh_model(found, is_small, seed, dtype, device, attn_implementation)
+        model = cls(
+            module, tokenizer=tokenizer, padding_side=padding_side, name=name, rename=rename
+        )
+        if any(weight.is_meta for weight in module.parameters()):
+            model._tree.load_first = refuse_to_run
+        return model
 
     def dispatch(self) -> None:
         """Load the weights now, if they were left out. Envoys made before stay valid."""
         if self._tree.load_first is None:  # nothing was left out, or a copy has brought it
             return
+        if self._empty_from is None:
+            refuse_to_run()
         name, options = self._empty_from
         loaded = loading.load_model(name, **options)
         if set(options) & loading.CHANGES_MODULES:
@@ -117,8 +159,11 @@ class LanguageModel(Tokenized):
         """
         if is_without_input(args, kwargs):
             return self._tracer(self._batch(kwargs, run_behind, "trace"))
+        return self._tracer(self._pass(args, kwargs))
+
+    def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
-        return self._tracer(self._forward(inputs))
+        return self._forward(inputs)
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -211,7 +256,12 @@ class LanguageModel(Tokenized):
         """The outputs of a forward pass with the lasting edits, and no gradients."""
         with torch.inference_mode(False), torch.no_grad():
             call = TracedCall(lambda it: run_behind(self._tree, beginning(it), (), inputs))
-            return self._edited(call, grad=False) if self._edits else call.make(None)
+            return self._edited(call, grad=False) if self._is_edited else call.make(None)
+
+    def _outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
+        call = self._forward(inputs)
+        return inputs, self._edited(call) if self._edits else call.make(None)
 
     def _forward(self, inputs: dict[str, Any]) -> TracedCall:
         return TracedCall(lambda follower: run_behind(self._tree, follower, (), inputs))
@@ -251,52 +301,6 @@ class LanguageModel(Tokenized):
         return Texts(self.tokenizer, is_listed=is_listed, skip_special_tokens=skip_special_tokens)
 
     @showing_own_lines
-    def forward(
-        self,
-        *args: Any,
-        return_type: str | None = "logits",
-        loss_per_token: bool = False,
-        labels: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """What one pass over `input` says: takes what `trace` takes, and makes the lasting edits.
-
-        `return_type` is "logits", `[batch, pos, vocabulary]`; "loss"; "both", as `(logits, loss)`;
-        "predictions"; or None, for who only wants it to run.
-
-        The loss, in nats, is the mean over all tokens that have a token in front of them: padding
-        counts for nothing, the first token of a row is not foretold, and placeholders of images
-        and sounds are no targets. `loss_per_token=True`: `[batch, pos - 1]`, 0 at padding. With
-        `labels=`, for encoder-decoders and masked models, it is the model's own loss; of the
-        former they may be texts. Refused where a model sees the token that it is to foretell.
-        "predictions" are the likeliest next token of each row as text, or, of a masked model, a
-        list for each row, one for each mask.
-        """
-        answer = Answer(return_type, loss_per_token, labels)
-        module = self._tree.root
-        answer.check(module, self.tokenizer)
-        if labels is not None:
-            kwargs = {**kwargs, "labels": labels_of(labels, module, self.tokenizer)}
-        inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
-        call = self._forward(inputs)
-        outputs = self._edited(call) if self._edits else call.make(None)
-        return answer.of(outputs, inputs, self._tree.root, self.tokenizer)
-
-    @showing_own_lines
-    def loss_fn(
-        self,
-        logits: torch.Tensor,
-        tokens: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        per_token: bool = False,
-    ) -> torch.Tensor:
-        """The loss of logits, as from a trace, on their own next tokens: what `forward` computes.
-
-        The mean, or with `per_token` `[batch, pos - 1]`, 0 where attention_mask has padding.
-        """
-        return loss_of(logits, tokens, attention_mask, per_token)
-
-    @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on tensors as PyTorch would, or on text, with its lasting edits.
 
@@ -307,9 +311,9 @@ class LanguageModel(Tokenized):
         self.dispatch()
         if (args and not isinstance(args[0], torch.Tensor)) or kwargs.get("prefix") is not None:
             args, kwargs = (), self._prepared(args, kwargs)
-        if self._edits or "prefix" in kwargs:
+        if self._is_edited or "prefix" in kwargs:
             call = TracedCall(lambda follower: run_behind(self._tree, follower, args, kwargs))
-            return self._edited(call) if self._edits else call.make(None)
+            return self._edited(call) if self._is_edited else call.make(None)
         return self.module(*args, **kwargs)
 
     def _prepared(
@@ -339,7 +343,7 @@ class LanguageModel(Tokenized):
 
     def _completed(self, inputs: dict[str, Any], for_generate: bool) -> dict[str, Any]:
         """`inputs`, and what else a traced call is told."""
-        module = self._tree.root
+        module: Any = self._tree.root
         if not for_generate:
             check_options(module, names_of(inputs))
             if accepts(module, "use_cache") and inputs.get("past_key_values") is None:

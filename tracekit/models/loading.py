@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -37,12 +38,33 @@ def resolve(name: str | Path) -> str:
     return str(packaged) if packaged is not None else str(name)
 
 
-def load_model(name: str | Path, **options: Any) -> Any:
-    """The model with its weights, in evaluation mode. `options` go to `from_pretrained`."""
-    import transformers
+def check_options(name: str | Path, options: dict[str, Any]) -> None:
+    """LoadingError for options that contradict each other, or would say nothing."""
+    both = [each for each in ("device_map", "tp_plan") if options.get(each) is not None]
+    device = options.get("device")
+    if device is not None and both:
+        raise LoadingError(
+            f"device= puts the whole model on one device, and {both[0]}= its parts on several: "
+            f"give one of them."
+        )
+    if device is not None and torch.device(device).type == "meta":
+        raise LoadingError(
+            "device='meta' would leave the weights out for good: dispatch=False leaves them out "
+            "until they are needed, and LanguageModel.from_config(name, device='meta') for good."
+        )
+    if options.get("revision") is not None and Path(resolve(name)).is_dir():
+        raise LoadingError(
+            f"revision= is one of a repository of the Hub, and {str(name)!r} is a directory, of "
+            f"which there is one: leave it out."
+        )
 
-    config = _load(transformers.AutoConfig, name, **_config_options(options))
-    model, report = _load(_auto_class(config), name, output_loading_info=True, **options)
+
+def load_model(name: str | Path, *, device: Any = None, **options: Any) -> Any:
+    """The model with its weights, in evaluation mode. `options` go to `from_pretrained`."""
+    config = _config_of(name, options)
+    if device is not None:
+        options["device_map"] = {"": device}
+    model, report = _load(auto_class(config), name, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
         warn_user(
@@ -57,12 +79,12 @@ def load_empty(name: str | Path, **options: Any) -> Any:
     import accelerate
     import transformers
 
-    config = _load(transformers.AutoConfig, name, **_config_options(options))
+    config = _config_of(name, options)
     allowed = {key: options[key] for key in ("dtype", "attn_implementation") if key in options}
     if allowed.get("dtype") == "auto":
         del allowed["dtype"]  # which it is, is known when the weights come
     with accelerate.init_empty_weights():
-        model: Any = _auto_class(config).from_config(config, **allowed)
+        model: Any = auto_class(config).from_config(config, **allowed)
     if model.can_generate():
         with suppress(OSError):  # a checkpoint may come without one
             found = transformers.GenerationConfig.from_pretrained(resolve(name))
@@ -116,6 +138,9 @@ def with_padding(tokenizer: Any) -> Any:
 # With these, modules are not what their class alone makes them: they are taken over whole.
 CHANGES_MODULES = frozenset({"device_map", "quantization_config", "tp_plan", "load_in_8bit"})
 
+# Loading options that a configuration would take for values of its own.
+_NOT_OF_CONFIG = frozenset({"dtype", "torch_dtype", "attn_implementation", "quantization_config"})
+
 _CONFIG_OPTIONS = (
     "revision",
     "token",
@@ -129,6 +154,17 @@ _CONFIG_OPTIONS = (
 def _config_options(options: dict[str, Any]) -> dict[str, Any]:
     """Of the loading options, those that say where the files are."""
     return {key: options[key] for key in _CONFIG_OPTIONS if key in options}
+
+
+def _config_of(name: str | Path, options: dict[str, Any]) -> Any:
+    """The configuration that is given, else the one of the files, with what is set anew in it."""
+    import transformers
+
+    if options.get("config") is not None:
+        return options["config"]
+    changes = {key: options[key] for key in options if key not in _NOT_OF_CONFIG}
+    config, _ = _load(transformers.AutoConfig, name, return_unused_kwargs=True, **changes)
+    return config
 
 
 def _load(loader: Any, name: str | Path, **options: Any) -> Any:
@@ -148,18 +184,28 @@ def _load(loader: Any, name: str | Path, **options: Any) -> Any:
         ) from error
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """What makes a model of `config`, with its weights or without."""
     import transformers
 
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if found is not None and hasattr(found, "_from_config"):
             return _Named(found)
-    for name in _AUTO_CLASSES:
+    for name in _in_order(config):
         auto = getattr(transformers, name, None)
         if auto is not None and type(config) in auto._model_mapping:
             return auto
     raise LoadingError(f"transformers has no model class for {type(config).__name__}.")
+
+
+def _in_order(config: Any) -> tuple[str, ...]:
+    """The families, best first: an encoder has a class with the head of a decoder, too."""
+    if getattr(config, "is_encoder_decoder", False):
+        return ("AutoModelForSeq2SeqLM", *_AUTO_CLASSES)
+    if getattr(config, "is_decoder", False):
+        return _AUTO_CLASSES
+    return ("AutoModelForMaskedLM", *_AUTO_CLASSES)
 
 
 class _Named:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast, final, overload
+from typing import Any, Literal, TypeVar, cast, final, overload
 
+import torch
 from torch import nn
 
-from tracekit.architectures import Names, names_of
+from tracekit.architectures import names_of
 from tracekit.architectures.findings import Proof
 from tracekit.capture import caller_frame, is_with_item, showing_own_lines
 from tracekit.core.nest import tensors
@@ -18,20 +19,26 @@ from tracekit.core.renames import Rename, Renames
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
+from tracekit.models.face import Caching, Placed, both, calling, run_with_cache, run_with_hooks
 from tracekit.models.generation import forward, generate, generation
-from tracekit.models.naming import check_names, names_by_structure
+from tracekit.models.naming import proof_of
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
 from tracekit.tracing.call import TracedCall
+from tracekit.tracing.cut import StopAt
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits, run_edited
 from tracekit.tracing.envoy import Envoy
-from tracekit.tracing.execution import Intervention
+from tracekit.tracing.execution import Execution, Intervention
+from tracekit.tracing.hooked import Hooked, HookPoint, Pairs
+from tracekit.tracing.named_cache import NamedCache, keep_of
 from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
+from tracekit.tracing.sites import PosSlice
 from tracekit.tracing.tracer import Tracer
+from tracekit.tracing.wanted import Names
 
 M = TypeVar("M", bound="Model")
 
@@ -45,7 +52,7 @@ class Model(Envoy):
     are paths below any module, with `*` for any part of one, or classes of modules.
     """
 
-    __slots__ = ("_edits",)
+    __slots__ = ("_edits", "_functions")
 
     def __init__(
         self, module: nn.Module, name: str = "model", *, rename: Rename | None = None
@@ -59,6 +66,7 @@ class Model(Envoy):
         super().__init__(Tree(module, name, renames), name)
         self._tree.naming = names_of
         object.__setattr__(self, "_edits", [])
+        object.__setattr__(self, "_functions", [])
 
     @showing_own_lines
     def trace(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -69,9 +77,11 @@ class Model(Envoy):
         """
         if is_without_input(args, kwargs) and _takes_input(self._tree.root):
             return self._tracer(self._batch(kwargs, forward, "trace"))
-        return self._tracer(
-            TracedCall(lambda follower: forward(self._tree, follower, args, kwargs))
-        )
+        return self._tracer(self._pass(args, kwargs))
+
+    def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
+        """One forward pass, on what `trace` takes."""
+        return TracedCall(lambda follower: forward(self._tree, follower, args, kwargs))
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:
@@ -171,22 +181,105 @@ class Model(Envoy):
     def check_names(self, *args: Any, **kwargs: Any) -> Proof:
         """Prove the standard names of this model by its numbers; takes what `trace` takes.
 
-        It runs once, and then twice for every name: the residual stream adds up, each name is of
-        its stated shape and a view, heads add up, a write changes what it must and nothing in
-        front. Print what it returns; `.failed` lists what does not hold.
-        Names of an architecture that is not declared are looked for by its structure, and those
-        that are proved are there from then on; MissingNameError if there are none.
+        It runs several times for every name; print what it returns. Names of an architecture that
+        is not declared are looked for by structure: those proved are there from then on.
         """
-        trace = partial(self.trace, *args, **kwargs)
-        if self._tree.names is None:
-            self._tree.learn(names_by_structure(self._tree.root, trace))
-        names = self._tree.names
-        assert isinstance(names, Names)
-        return check_names(self, names, trace)
+        return proof_of(self, self._tree, partial(self.trace, *args, **kwargs))
+
+    # -- activations by name --------------------------------------------------------------------
+
+    @showing_own_lines
+    def run_with_cache(
+        self,
+        *args: Any,
+        names_filter: Names | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        remove_batch_dim: bool = False,
+        pos_slice: PosSlice = None,
+        stop_at_layer: int | None = None,
+        incl_bwd: bool | Callable[[Any], Any] = False,
+        detach: bool = True,
+        clone: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, NamedCache]:
+        """`logits, cache = model.run_with_cache(input)`: one forward pass, and its activations.
+
+        `cache["resid_post", 3]`, by standard name; TransformerLens' names mean the same. Takes
+        what `trace` takes; its edits and hooks are made. What is returned first are the logits,
+        or all that the model gives where it has none.
+
+        `names_filter`: a name of one layer or of all, a glob, a predicate of the name, the path of
+        a module, or a list of them; None is every name but `head_result`. `device` and `dtype` are
+        applied to each tensor as it is recorded; None leaves it. `pos_slice` keeps positions
+        alone: a number (the axis stays), a slice, a list; what has no axis "pos" is kept whole.
+        `stop_at_layer=k` ends the run in front of that layer, and returns the residual stream
+        there. `incl_bwd=True` runs backward from the output, a scalar, or from its `.loss`; or a
+        function of the output gives the scalar; `cache.grad` has the gradients.
+        """
+        keep = keep_of(device, dtype, detach=detach, clone=clone)
+        caching = Caching(names_filter, keep, remove_batch_dim, pos_slice, stop_at_layer, incl_bwd)
+        return run_with_cache(self._started, self._tree, self._pass(args, kwargs), caching)
+
+    @showing_own_lines
+    def run_with_hooks(
+        self,
+        *args: Any,
+        fwd_hooks: Pairs = (),
+        bwd_hooks: Pairs = (),
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One forward pass, with functions called at activations; its logits.
+
+        `fwd_hooks=[(("resid_post", 3), fn)]`: names are as for `run_with_cache`, and `fn(tensor,
+        hook)` returns what takes the activation's place, or None. `hook.name` is the name,
+        `hook.layer()` the number of its layer. Functions of `bwd_hooks` are called so with the
+        gradient, whenever backward comes there. NeverRanError for a function that was not called.
+        """
+        functions = both(self._tree, fwd_hooks, bwd_hooks)
+        stop = None if stop_at_layer is None else StopAt(self._tree, stop_at_layer)
+        return run_with_hooks(self._started, self._pass(args, kwargs), functions, stop)
+
+    def hooks(self, fwd_hooks: Pairs = (), bwd_hooks: Pairs = ()) -> Placed:
+        """`with model.hooks(fwd_hooks=[(name, fn)]):` functions at activations, in every run in it.
+
+        In calls, traces and generations of this model, in every forward. Its torch module is as it
+        was outside of them. NeverRanError, at the end, if there was no run.
+        """
+        return Placed(self._functions, both(self._tree, fwd_hooks, bwd_hooks))
+
+    @showing_own_lines
+    def add_hook(
+        self,
+        name: Names,
+        function: Callable[[Any, HookPoint], Any],
+        dir: Literal["fwd", "bwd"] = "fwd",
+        *,
+        is_permanent: bool = False,
+    ) -> Hooked:
+        """Let `function` be called at activations in every run, until it is removed.
+
+        By `.remove()` of what is returned, or `model.reset_hooks()`, if not `is_permanent`.
+        """
+        made = Hooked(self._tree, name, function, dir, "add_hook()", is_permanent=is_permanent)
+        self._functions.append(made)
+        return made
+
+    def reset_hooks(self, *, including_permanent: bool = False) -> None:
+        """Take away what `add_hook` added; neither what a `with model.hooks()` around it has, nor
+        PyTorch hooks on the modules."""
+        for each in self._functions:
+            if not each.is_scoped and (including_permanent or not each.is_permanent):
+                each.remove()
+
+    def _started(self, call: TracedCall, functions: Sequence[Hooked | StopAt] = ()) -> Execution:
+        more = [calling(functions)] if functions else []
+        return Execution(self._tree, call, None, [*self._interventions(), *more])
 
     def _made(self, call: TracedCall) -> Any:
         """What a generation returns, with the lasting edits."""
-        return self._edited(call, grad=False) if self._edits else call.make(None)
+        return self._edited(call, grad=False) if self._is_edited else call.make(None)
 
     def _generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         return generation(self._tree, args, kwargs)
@@ -204,7 +297,7 @@ class Model(Envoy):
     @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on values, with its lasting edits; no trace around sees this call."""
-        if not self._edits:
+        if not self._is_edited:
             return super().__call__(*args, **kwargs)
         return self._edited(
             TracedCall(lambda follower: forward(self._tree, follower, args, kwargs))
@@ -239,7 +332,7 @@ class Model(Envoy):
         the edit. What it binds is not handed back. Instead of a block, `edit(function)` takes a
         function of the model, and returns `edited`.
         """
-        edited = self if inplace else self._with(self._edits[:])
+        edited = self if inplace else self._with(self._edits[:], self._functions[:])
         if function is not None:
             edited._edits.append(of_function(function, self._with([])))
             return edited
@@ -250,14 +343,21 @@ class Model(Envoy):
         """The lasting edits, in order: to look at, remove, save to a file, and load from one."""
         return Edits(self._with([]), self._edits)
 
-    def _with(self: M, edits: list[Edit]) -> M:
+    def _with(self: M, edits: list[Edit], functions: Sequence[Hooked] = ()) -> M:
         """This model with other edits; the two share all else."""
         other = copy.copy(self)
         object.__setattr__(other, "_edits", edits)
+        object.__setattr__(other, "_functions", list(functions))
         return other
 
+    @property
+    def _is_edited(self) -> bool:
+        return bool(self._edits or self._functions)
+
     def _interventions(self) -> list[Intervention]:
-        return [edit.intervention() for edit in self._edits]
+        self._functions[:] = [each for each in self._functions if each.is_on]
+        hooks = [calling(self._functions)] if self._functions else []
+        return [*hooks, *(edit.intervention() for edit in self._edits)]
 
     def _tracer(
         self, call: TracedCall | Batch, grad: bool | None = None, tree: Tree | None = None

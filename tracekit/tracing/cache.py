@@ -70,6 +70,18 @@ class Cache(Mapping[str, Entries]):
         """Let it be read while it is filled, whenever the model stands still."""
         self._is_standing = is_standing
 
+    def _mapped(self, change: Callable[[Entry], Entry | None]) -> Cache:
+        """A complete cache with other entries; those of which `change` makes None are left out."""
+        self._check_readable("its entries")
+        changed = {path: list(map(change, found)) for path, found in self._entries.items()}
+        entries = {
+            path: [each for each in found if each is not None] for path, found in changed.items()
+        }
+        entries = {path: found for path, found in entries.items() if found}
+        other = Cache()
+        other._freeze(Recorded(entries, self._aliases, self._asked, self._changes))
+        return other
+
     # -- by key ---------------------------------------------------------------------------------
 
     def __getitem__(self, path: str | Envoy) -> Entries:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from tracekit.tracing.timeline import Timeline
 
@@ -37,3 +37,10 @@ class TracedCall:
 
     make: Callable[[Follower | None], Any]
     count_steps: Callable[[], int] = one_step
+
+
+def _run_again(_: Follower | None) -> Any:
+    raise AssertionError("a call is made once")
+
+
+OVER: Final = TracedCall(_run_again)  # in the place of one that was made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, final, overload
 
@@ -121,6 +121,14 @@ class Entry:
         in chunks; what was drafted and rejected is in it, too.
         """
         return None if self.during is None else range(self.during.start, self.during.stop)
+
+    def mapped(self, change: Callable[[Any], Any]) -> Entry:
+        """This entry with `change` made of each value in it."""
+        inputs, output, grad = (
+            each if each is ABSENT else map_leaves(change, each)
+            for each in (self._inputs, self._output, self._grad)
+        )
+        return Entry(self.path, self.step, self.call, inputs, output, grad, self.during)
 
     def _why_absent(self, option: str, otherwise: str) -> str:
         recorded = self._inputs if option == "include_output" else self._output

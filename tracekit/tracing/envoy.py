@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
@@ -11,16 +10,13 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from tracekit.architectures import Bound
-from tracekit.capture import showing_own_lines, takes_next
+from tracekit.capture import showing_own_lines
 from tracekit.core.annex import ANNEX
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.core.words import ACTIVATIONS
 from tracekit.errors import (
     LoadingError,
-    MissingNameError,
     NeverRanError,
     OutsideTraceError,
     UnknownModuleError,
@@ -31,9 +27,9 @@ from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.taps import check_tappable, is_attention
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.at import Spot
-from tracekit.tracing.named import read_named, write_named
-from tracekit.tracing.slots import Calls, Slots, mediator_of, path_in
+from tracekit.tracing.slots import Calls, mediator_of, path_in
 from tracekit.tracing.source import Source, source_of
+from tracekit.tracing.standard import Standard
 
 _SLOTS = ("output", "input", "inputs", "hidden", "skip")
 _VALUES = (*_SLOTS, "next", "calls", "source", "path", "module")
@@ -43,7 +39,7 @@ _CHANGES: Final = frozenset(
 )
 
 
-class Envoy(Slots):
+class Envoy(Standard):
     """Stands for the module at `path`; children by attribute, index or name.
 
     Inside a trace, `.output`, `.input`, `.inputs` and `.hidden` are the module's real values at
@@ -194,14 +190,10 @@ class Envoy(Slots):
         try:
             value = getattr(module, name)
         except AttributeError:
-            if self._tree.names is not None and name in self._words():
-                return self._named(name)
+            found = self._standard(name)
+            if found is not None:
+                return found
             children = [*own_children(module), *aliases]
-            why = self._why_not(name)
-            if why is not None:
-                raise MissingNameError(
-                    f"{self._path} ({type(module).__name__}) has no {name!r}: {why}."
-                ) from None
             near = did_you_mean(name, [*children, *module._parameters, *_VALUES, *self._words()])
             is_near = not children or any(repr(child) in near for child in children)
             there = "" if is_near else f" (there: {', '.join(children[:8])})"
@@ -224,46 +216,6 @@ class Envoy(Slots):
             )
         return value
 
-    # -- standard names -------------------------------------------------------------------------
-
-    def _words(self) -> list[str]:
-        """The standard names that there are in this module."""
-        names = self._tree.names
-        return names.words(self._tree.below(self._path)) if names is not None else []
-
-    def _why_not(self, name: str) -> str | None:
-        names = self._tree.names
-        if names is None and name in ACTIVATIONS:
-            return (
-                "its architecture is not declared; model.check_names(input) looks for standard "
-                "names by its structure, and proves them"
-            )
-        return names.why_not(self._tree.below(self._path), name) if names is not None else None
-
-    def _named(self, name: str) -> Any:
-        """The module, the layers or the value that a standard name means here."""
-        tree = self._tree
-        assert tree.names is not None
-        path = tree.named_module(self._path, name)
-        if path is not None:
-            return Envoy(tree, path, self._call)
-        found = activation_of(self, name)
-        if found is None:
-            places = tree.names.stacks[name]
-            return tuple(Envoy(tree, f"{tree.name}.{path}", call) for path, call in places)
-        at, bound = found
-        if takes_next(sys._getframe(3), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
-            return at._spot_of(bound)
-        return read_named(*at._at(bound.slot, name), at._call, bound)
-
-    def _spot_of(self, bound: Bound) -> Spot:
-        if not bound.is_plain:
-            raise UnsupportedError(
-                f"positions can't be chosen of {bound.name}, which is a part of {self._path}."
-                f"{bound.slot.value}, or shared with others: choose them there."
-            )
-        return self._spot(bound.slot)
-
     @showing_own_lines
     def _annex(self) -> Envoy:
         """The values inside this attention, as modules."""
@@ -272,6 +224,9 @@ class Envoy(Slots):
             check_tappable(tree, path)
             tree.attach(path)
         return Envoy(self._tree, self._tree.attach(self._tree.canonical(self._path)))
+
+    def _envoy(self, path: str, call: int) -> Envoy:
+        return Envoy(self._tree, path, call)
 
     def _changed(self, name: str, *args: Any, **kwargs: Any) -> Envoy:
         """This Envoy, after `module.to(...)` or another method that returns its module."""
@@ -286,10 +241,7 @@ class Envoy(Slots):
             object.__setattr__(self, name, value)
             return
         module = self.module
-        found = activation_of(self, name)
-        if found is not None:
-            place, bound = found
-            write_named(*place._at(bound.slot, name), place._call, bound, value)
+        if self._write_standard(name, value):
             return
         if isinstance(value, Envoy):
             value = value.module
@@ -362,25 +314,6 @@ def child_of(envoy: Envoy, name: str) -> Envoy | None:
     if child is None and name == ANNEX and is_attention(envoy.module):
         return envoy._annex()  # pyright: ignore[reportPrivateUsage] - a friend
     return envoy._child(name) if child is not None else None  # pyright: ignore[reportPrivateUsage] - a friend
-
-
-def named_child_of(envoy: Envoy, name: str) -> Envoy | None:
-    """What stands for the module that a standard name means; None if there is none."""
-    if hasattr(envoy.module, name) or name in envoy._tree.renamed(envoy._path):  # pyright: ignore[reportPrivateUsage] - a friend
-        return None
-    path = envoy._tree.named_module(envoy._path, name)  # pyright: ignore[reportPrivateUsage] - a friend
-    return None if path is None else Envoy(envoy._tree, path, envoy._call)  # pyright: ignore[reportPrivateUsage] - a friend
-
-
-def activation_of(envoy: Envoy, name: str) -> tuple[Envoy, Bound] | None:
-    """The module that has the value of that standard name, and how; None if there is none."""
-    tree: Tree = envoy._tree  # pyright: ignore[reportPrivateUsage] - a friend
-    names = tree.names if name in ACTIVATIONS and not hasattr(envoy.module, name) else None
-    bound = names.point(tree.below(envoy.path), name) if names is not None else None
-    if bound is None:
-        return None
-    call = envoy._call + bound.call  # pyright: ignore[reportPrivateUsage] - a friend
-    return Envoy(tree, f"{tree.name}.{bound.path}".rstrip("."), call), bound
 
 
 def place_of(envoy: Envoy, tree: Tree, slot: Slot) -> tuple[Site, int]:

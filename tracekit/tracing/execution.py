@@ -35,14 +35,17 @@ from tracekit.interleave.protocol import Unwind
 from tracekit.interleave.worker import current_mediator, later_beside, run_beside, run_here
 from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
-from tracekit.tracing.call import Follower, TracedCall
+from tracekit.tracing.call import OVER, TracedCall
 from tracekit.tracing.changes import Changes
+from tracekit.tracing.cut import StopAt
 from tracekit.tracing.fixtures import Fixtures
 from tracekit.tracing.glance import Asked, Glance
 from tracekit.tracing.graph import Log
+from tracekit.tracing.hooked import Hooked
 from tracekit.tracing.overwritten import check_versions
 from tracekit.tracing.rows import AllRows, Copies
 from tracekit.tracing.select import Selector, select
+from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
 
 
@@ -58,6 +61,7 @@ class Intervention:
     forecast: Callable[[], Foretold | None] | None = None  # of what it will ask, if that is known
     asked: Asked | None = None  # all of it, if no value decides
     file: str = ""  # where the block stands, for a forecast
+    functions: Sequence[Hooked | StopAt] = ()  # in the place of a block: what stands at activations
 
 
 @final
@@ -79,7 +83,8 @@ class Execution:
         self._tree = tree
         self._call = call
         self._grad = grad
-        self._edits = edits
+        self._edits = [edit for edit in edits if not edit.functions]
+        self._functions = [each for edit in edits for each in edit.functions]
         self._has_grad = torch.is_grad_enabled() and grad is not False
         modes = (grad, torch.is_grad_enabled(), tree.root.training)
         self._kind = (*modes, bool(edits))  # models differ by it
@@ -127,7 +132,7 @@ class Execution:
 
     def _glance_of(self, interventions: Sequence[Intervention]) -> Glance | None:
         """What the blocks will ask, if that is all known and nothing else has a part in the run."""
-        if not interventions or self._edits or self._fixtures:
+        if not interventions or self._edits or self._functions or self._fixtures:
             return None
         blocks = [(each.asked, each.rows) for each in interventions if each.asked is not None]
         if len(blocks) < len(interventions):
@@ -154,6 +159,8 @@ class Execution:
             del error, results
 
     def _run_with_requests(self, interventions: Sequence[Intervention]) -> BaseException | None:
+        if self._functions:
+            self._fixtures.hook(self._functions, self._is_recomputed)
         if interventions or self._edits:
             if self._edits or any(each.has_rounds for each in interventions):
                 self.timeline.is_wanted = True  # it may choose positions when step 0 has begun
@@ -199,7 +206,7 @@ class Execution:
     @property
     def is_over(self) -> bool:
         """Whether the run has ended, with every hook off."""
-        return self._call is _OVER
+        return self._call is OVER
 
     def abandon(self) -> None:
         """Take the hooks off, if the block failed before the model ran."""
@@ -240,16 +247,32 @@ class Execution:
 
         `invoke` is what the graph says of a cache that is made in no block of the run.
         """
+        own = self._own_mediator()
+        found, named = select(self._tree, modules)
+        cache = self._fixtures.record(own, found, named, keep, (inputs, outputs, grads))
+        self._note_cache(own, invoke, f"{len(found)} module{'s' * (len(found) != 1)}")
+        return cache
+
+    def record_sites(
+        self, sites: Sites, named: set[str], keep: Keep, grads: bool, invoke: int | None = 0
+    ) -> Cache:
+        """Begin to record values each by itself; CacheError if the model has passed one."""
+        own = self._own_mediator()
+        cache = self._fixtures.record_sites(own, sites, named, keep, grads)
+        self._note_cache(own, invoke, f"{len(sites.asked)} values")
+        return cache
+
+    def _own_mediator(self) -> Mediator | None:
+        """That of the block which asks for a cache; None outside of blocks."""
         if self.is_over:
             raise CacheError("tracer.cache() belongs into the block of the trace.")
         own = current_mediator()
-        own = own if own in self.mediators else None
-        found, named = select(self._tree, modules)
-        cache = self._fixtures.record(own, found, named, keep, (inputs, outputs, grads))
+        return own if own in self.mediators else None
+
+    def _note_cache(self, own: Mediator | None, invoke: int | None, what: str) -> None:
         note = None if own is None else own.note
         note = note or partial(self.log.note, invoke)
-        note("cache", f"{len(found)} module{'s' * (len(found) != 1)}", None, _line())
-        return cache
+        note("cache", what, None, _line())
 
     def _begin(self, mediator: Mediator, intervention: Intervention) -> None:
         body = intervention.body
@@ -295,7 +318,7 @@ class Execution:
         self._ticker.end_step()
 
     def _close(self) -> None:
-        self._call, self._edits = _OVER, ()
+        self._call, self._edits, self._functions = OVER, [], []
         self.timeline.close()
         was_interrupted = False
         for clean in (self._interleaver.close, self._hooks.remove):
@@ -365,13 +388,6 @@ class Execution:
     def _is_recomputed(self, path: str) -> bool:
         above = filter(self._places.is_module, self._places.ancestors(path))
         return any(is_checkpointing(self._tree.module(ancestor)) for ancestor in above)
-
-
-def _run_again(_: Follower | None) -> Any:
-    raise AssertionError("an Execution runs once")
-
-
-_OVER = TracedCall(_run_again)
 
 
 def _was_foreseen(mediator: Mediator) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -10,18 +10,21 @@ from torch import nn
 
 from tracekit.capture import user_traceback
 from tracekit.core.keep import Keep
-from tracekit.core.site import Slot
+from tracekit.core.site import Slot, Visit
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, SiteOrderError
 from tracekit.interleave.hooks import Hooks
-from tracekit.interleave.interleaver import Interleaver
+from tracekit.interleave.interleaver import Interleaver, Look
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.passage import Passage
 from tracekit.interleave.protocol import Unwind
 from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.changes import Changes, Rounds
+from tracekit.tracing.cut import StopAt
+from tracekit.tracing.hooked import Firings, Hooked
 from tracekit.tracing.recorder import Recorder
+from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
 
 
@@ -33,6 +36,10 @@ def _edited(edit: PositionEdit, mediator: Mediator, timeline: Timeline, value: A
         error.__traceback__ = user_traceback(error)
         mediator.error = error
         raise Unwind from None
+
+
+def _never(_: str) -> bool:
+    return False
 
 
 @final
@@ -56,9 +63,13 @@ class Fixtures:
         self._kind = kind
         self._recorders: list[Recorder] = []
         self._rounds: dict[Mediator, Rounds] = {}
+        self._firings: Firings | None = None
+        self._is_cut = False  # it ends in front of a layer, as was asked
+        self.has_grad = False
+        self.is_recomputed: Callable[[str], bool] = _never
 
     def __bool__(self) -> bool:
-        return bool(self._recorders or self.changes.at_positions)
+        return bool(self._recorders or self.changes.at_positions or self._firings)
 
     @property
     def is_recording(self) -> bool:
@@ -78,6 +89,23 @@ class Fixtures:
         Of the rows of the mediator's block alone. CacheError if the model has passed one.
         """
         inputs, outputs, grads = what
+        self._check(modules, inputs, grads)
+        recorder = self._recorder(mediator, modules, named, keep)
+        recorder.place(self._hooks, self._run, inputs, outputs, grads)
+        return recorder.cache
+
+    def record_sites(
+        self, mediator: Mediator | None, sites: Sites, named: set[str], keep: Keep, grads: bool
+    ) -> Cache:
+        """Begin to record each value by itself; CacheError if the model has passed one."""
+        for slot, modules in sites.modules.items():
+            self._check(modules, slot is Slot.INPUT, grads)
+        modules = {path: it for slot in sites.modules for path, it in sites.modules[slot].items()}
+        recorder = self._recorder(mediator, modules, named, keep)
+        recorder.place_at(self._hooks, self._run, sites, grads)
+        return recorder.cache
+
+    def _check(self, modules: dict[str, nn.Module], inputs: bool, grads: bool) -> None:
         has_grad = self._kind[1] and self._kind[0] is not False
         if grads and not has_grad:
             raise CacheError(
@@ -91,14 +119,20 @@ class Fixtures:
                 f"{self._run.step}); make the cache first in the block, or name modules that come "
                 f"later."
             )
-        cache = Cache()
+
+    def _recorder(
+        self,
+        mediator: Mediator | None,
+        modules: dict[str, nn.Module],
+        named: set[str],
+        keep: Keep,
+    ) -> Recorder:
         rows = mediator.rows if mediator is not None else None
         rows = None if rows is None or rows.is_all else rows
-        recorder = Recorder(cache, self._tree, modules, named, keep, self._kind, self.changes, rows)
+        made = Recorder(Cache(), self._tree, modules, named, keep, self._kind, self.changes, rows)
         self.changes.is_wanted = True
-        recorder.place(self._hooks, self._run, inputs, outputs, grads)
-        self._recorders.append(recorder)
-        return cache
+        self._recorders.append(made)
+        return made
 
     def edit(self, mediator: Mediator, edit: PositionEdit, line: str) -> None:
         """Make an edit of tokens in all forwards to come; SiteOrderError if its module ran."""
@@ -120,6 +154,30 @@ class Fixtures:
         if mediator.note is not None:
             mediator.note("edit", f"{edit.site}.at({edit.chosen!r})", None, line)
 
+    # -- functions at activations ---------------------------------------------------------------
+
+    def hook(
+        self, functions: Sequence[Hooked | StopAt], is_recomputed: Callable[[str], bool]
+    ) -> None:
+        """Let these functions be called in the run."""
+        self.has_grad = bool(self._kind[1]) and self._kind[0] is not False
+        self.is_recomputed = is_recomputed
+        self._firings = Firings([one for one in functions if isinstance(one, Hooked)], self)
+        self._firings.place(self._hooks)
+        for one in functions:
+            if isinstance(one, StopAt):
+                one.place(self._hooks)
+                self._is_cut = True
+
+    @property
+    def step(self) -> int:
+        """The step of the run."""
+        return self._run.step
+
+    def look(self, visit: Visit, value: object) -> Sequence[Look]:
+        """Who wants to know what becomes of a value."""
+        return self.changes.look(visit, value)
+
     def _has(self, mediator: Mediator, rounds: list[Any], edit: PositionEdit) -> bool:
         known = self._rounds.setdefault(mediator, Rounds())
         return known.has(edit, rounds[-1] if rounds else None)
@@ -132,7 +190,7 @@ class Fixtures:
     def freeze(self, is_whole: bool) -> None:
         """Complete the caches, whatever the checks will say."""
         for recorder in self._recorders:
-            recorder.freeze(is_whole)
+            recorder.freeze(is_whole and not self._is_cut)
 
     def check(self, is_whole: bool) -> None:
         """Raise if a record is not what was seen, or if something that was asked for never came."""
@@ -140,11 +198,16 @@ class Fixtures:
             recorder.check(is_whole)
         for edit in self.changes.at_positions if is_whole else ():
             edit.check()
+        if self._firings is not None and is_whole:
+            self._firings.check()
 
     def let_go(self) -> None:
         """The model is done: what knows the run is not needed any more."""
         self._run = self._passage = None
         self._rounds.clear()
+        self.is_recomputed = _never
+        if self._firings is not None:
+            self._firings.let_go()
 
     def clear(self) -> None:
         """Let go of the recorders."""

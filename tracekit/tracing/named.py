@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tracekit.architectures import Bound, Sharing
+from tracekit.architectures import Bound, Lacks, Sharing
 from tracekit.core.nest import describe, first_input, first_tensor, misfit, replace_tensor, tensors
 from tracekit.core.site import Site, Slot
-from tracekit.errors import MisfitError, NeverRanError, UnsupportedError
+from tracekit.core.tree import Tree
+from tracekit.errors import MisfitError, MissingNameError, NeverRanError, UnsupportedError
 from tracekit.interleave.mediator import Mediator
 
 
@@ -65,4 +66,17 @@ def tensor_of(bound: Bound, value: Any) -> Tensor:
         found = list(tensors(value))[bound.key]
     if found is None:
         raise NeverRanError(f"{bound.name} is no tensor here, but {describe(value)}.")
+    return found
+
+
+def read_weight(tree: Tree, path: str, name: str) -> Any:
+    """The weight of that standard name in the module at `path`; MissingNameError if it has none."""
+    if tree.load_first is not None:
+        tree.load_first()
+    found = tree.names.weight(tree.below(path), name) if tree.names is not None else None
+    if found is None or isinstance(found, Lacks):
+        why = found.reason if found is not None else "it is no layer whose names are known"
+        raise MissingNameError(
+            f"{path} ({type(tree.module(path)).__name__}) has no {name!r}: {why}."
+        )
     return found

@@ -16,13 +16,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias, final
+from functools import partial
+from typing import Any, Protocol, final
 from weakref import ref
 
 from torch import Tensor, nn
 
 from tracekit.core.keep import Keep
-from tracekit.core.nest import map_leaves, tensors
+from tracekit.core.nest import first_input, first_tensor, map_leaves, tensors
 from tracekit.core.site import Site, Slot, Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import storage_key, version
@@ -32,18 +33,15 @@ from tracekit.interleave.hooks import Hooks, is_elsewhere
 from tracekit.tracing.arrivals import await_gradients
 from tracekit.tracing.cache import Cache, Recorded
 from tracekit.tracing.changes import Changes
-from tracekit.tracing.entries import ABSENT, Entry
+from tracekit.tracing.entries import ABSENT
+from tracekit.tracing.listing import Listing, Record
+from tracekit.tracing.sites import Sites
 
 
 class Clock(Protocol):
     """Tells the step of a run (an Interleaver)."""
 
     step: int
-
-
-# One slot of one call: the module, the slot, the step, the value as it was kept, and the versions
-# of its tensors then. A plain tuple: to make anything else takes a tenth of all that a hook takes.
-Record: TypeAlias = tuple[nn.Module, Slot, int, Any, int | tuple[int, ...]]
 
 
 @final
@@ -66,9 +64,11 @@ class Recorder:
         self._timeline = changes.timeline
         self._marks: list[int] = []  # how many records there were when each forward began
         self._rows = rows  # of the block that records; None: all
-        self._cache = cache
+        self.cache = cache
         self._tree = tree
         self._modules = modules
+        self._sites: Sites | None = None  # whose values are recorded each by itself, if they are
+        self._structures: set[nn.Module] = set()  # of whose outputs all tensors are kept
         self._paths = {module: path for path, module in modules.items()}
         self._named = named
         self._keep = keep
@@ -80,19 +80,35 @@ class Recorder:
         self._handed_out: set[int] = set()  # storages that blocks have seen
         self._awaited: dict[int, Any] = {}  # record -> its gradients, to come
         self._nodes: list[Any] = []  # what those wait at, until the model goes on
-        self._found: dict[str, list[Entry]] = {}
-        self._begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
-        self._listed = 0  # records of which there are entries
-        self._read = 0  # of those, the ones that were read meanwhile: in memory of their own
+        self._listing = Listing(self._paths)
+        self._read = 0  # records that were read meanwhile: in memory of their own
         self._refused: set[int] = set()  # records of which there will be none
 
-    def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool, grads: bool) -> None:
-        """Put the hooks on; `run` tells the step."""
+    def _begin(self, hooks: Hooks, run: Clock) -> None:
         self._thread, self._run = hooks.thread, run
         self._marks = [0] * len(self._timeline.passes)  # those that began before
         self._timeline.subscribe(self._mark)
+
+    def place_at(self, hooks: Hooks, run: Clock, sites: Sites, grads: bool) -> None:
+        """Put hooks on that keep each of these values by itself."""
+        self._begin(hooks, run)
+        self._sites, self._listing.is_apart = sites, True
+        self._structures = {self._modules[site.path] for site in sites.whole}
+        quick = {Slot.OUTPUT: self._see_first_of_output, Slot.INPUT: self._see_first_of_input}
+        for slot, see in quick.items():
+            modules = sites.modules[slot]
+            is_quick = not (grads or sites.cuts or self._rows)
+            plain, rest = (
+                self._by_habit(slot, modules) if is_quick else ([], list(modules.values()))
+            )
+            hooks.observe(plain, slot, see)
+            hooks.observe(rest, slot, partial(self._see_site, slot, grads))
+
+    def place(self, hooks: Hooks, run: Clock, inputs: bool, outputs: bool, grads: bool) -> None:
+        """Put the hooks on; `run` tells the step."""
+        self._begin(hooks, run)
         if outputs:
-            plain, copied = self._by_habit(Slot.OUTPUT)
+            plain, copied = self._by_habit(Slot.OUTPUT, self._modules)
             hooks.observe(plain, Slot.OUTPUT, self._see_output)
             hooks.observe(copied, Slot.OUTPUT, self._see_output_copied)
         if inputs:
@@ -101,16 +117,18 @@ class Recorder:
             see = self._see_gradients if outputs else self._see_gradients_alone
             hooks.observe(list(self._modules.values()), Slot.OUTPUT, see)
 
-    def _by_habit(self, slot: Slot) -> tuple[list[nn.Module], list[nn.Module]]:
+    def _by_habit(
+        self, slot: Slot, modules: dict[str, nn.Module]
+    ) -> tuple[list[nn.Module], list[nn.Module]]:
         """Modules whose values may be kept as they are, and those whose values are copied."""
         habits = self._habits[slot]
         if not self._keep.detach or self._tree.original is not None:
             # a copy would have no gradient; the values of a dry run can't be overwritten
-            return list(self._modules.values()), []
-        plain = [module for path, module in self._modules.items() if habits.get(path) is False]
-        if len(plain) == len(self._modules):
+            return list(modules.values()), []
+        plain = [module for path, module in modules.items() if habits.get(path) is False]
+        if len(plain) == len(modules):
             return plain, []
-        return plain, [m for path, m in self._modules.items() if habits.get(path) is not False]
+        return plain, [m for path, m in modules.items() if habits.get(path) is not False]
 
     def _mark(self) -> None:
         self._marks.append(len(self._records))
@@ -150,6 +168,47 @@ class Recorder:
         if not is_elsewhere(self._thread):
             self._add(module, Slot.OUTPUT, ABSENT)
             self._see_gradients(module, args, output)
+
+    # Of values by themselves: one tensor of each, mostly.
+
+    def _see_first_of_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        if is_elsewhere(self._thread):
+            return
+        tensor = output if type(output) is Tensor else first_tensor(output)
+        if tensor is None or self._handed_out or module in self._structures:
+            self._see_site(Slot.OUTPUT, False, module, args, output)
+        else:
+            kept = self._keep.tensor(tensor)
+            self._records.append((module, Slot.OUTPUT, self._run.step, kept, version(kept)))
+
+    def _see_first_of_input(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if is_elsewhere(self._thread):
+            return
+        tensor = args[0] if args else first_input((args, kwargs or {}))
+        if type(tensor) is not Tensor or self._handed_out:
+            self._see_site(Slot.INPUT, False, module, args, kwargs)
+        else:
+            kept = self._keep.tensor(tensor)
+            self._records.append((module, Slot.INPUT, self._run.step, kept, version(kept)))
+
+    def _see_site(
+        self, slot: Slot, has_grads: bool, module: nn.Module, args: Any, value: Any = None
+    ) -> None:
+        if is_elsewhere(self._thread):
+            return
+        assert self._sites is not None
+        whole = self._part(module, slot, (args, value or {}) if slot is Slot.INPUT else value)
+        found = self._sites.of_interest(Site(self._paths[module], slot), whole)
+        if found is None:
+            return
+        kept = self._sites.cut(Site(self._paths[module], slot), found)
+        if kept is found and self._keep.detach:
+            kept = self._copied(module, slot, kept)
+        self._add(module, slot, self._keep(kept))
+        if has_grads:
+            awaited, nodes = await_gradients(found, self._keep)
+            self._awaited[len(self._records) - 1] = awaited
+            self._nodes += nodes
 
     def _part(self, module: nn.Module, slot: Slot, value: Any) -> Any:
         if self._rows is None:
@@ -236,7 +295,7 @@ class Recorder:
         self._list()
         self._awaited.clear()
         self._nodes.clear()
-        self._cache._freeze(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        self.cache._freeze(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
     def list_so_far(self) -> None:
         """Put what was recorded until now into the cache, in memory of its own.
@@ -249,12 +308,15 @@ class Recorder:
         for index in range(self._read, len(self._records)):
             self._records[index] = self._with_own(self._records[index])
         self._list()
-        self._read = self._listed
-        self._cache._show(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        self._read = self._listing.count
+        self.cache._show(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+
+    def _asked(self) -> list[str]:
+        return list(self._modules) if self._sites is None else self._sites.asked
 
     def _told(self) -> Recorded:
         changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
-        return Recorded(self._found, self._tree.aliases, list(self._modules), changes)
+        return Recorded(self._listing.found, self._tree.aliases, self._asked(), changes)
 
     def _refuse_overwritten(self) -> None:
         errors: list[OverwrittenError] = []
@@ -281,30 +343,8 @@ class Recorder:
 
     def _list(self) -> None:
         """Make entries of the records."""
-        found, begun = self._found, self._begun
-        passes = iter([*zip(self._marks, self._timeline.passes, strict=True), (-1, None)])
-        following, during = next(passes), None
-        for index in range(self._listed, len(self._records)):
-            if index in self._refused:
-                continue
-            module, slot, step, value, _ = self._records[index]
-            while index >= following[0] >= 0:
-                during, following = following[1], next(passes)
-            path = self._paths[module]
-            awaited = self._awaited.get(index, ABSENT)
-            if slot is Slot.OUTPUT and begun.get(path):
-                entry = begun[path].pop()
-                entry._output, entry._grad = value, awaited  # pyright: ignore[reportPrivateUsage] - it is being made
-                continue
-            entries = found.setdefault(path, [])
-            is_again = bool(entries) and entries[-1].step == step
-            call = entries[-1].call + 1 if is_again else 0
-            if slot is Slot.OUTPUT:
-                entries.append(Entry(path, step, call, ABSENT, value, awaited, during))
-            else:
-                entries.append(Entry(path, step, call, value, ABSENT, ABSENT, during))
-                begun.setdefault(path, []).append(entries[-1])
-        self._listed = len(self._records)
+        passes = self._timeline.passes
+        self._listing.add(self._records, self._refused, self._awaited, self._marks, passes)
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""
@@ -314,14 +354,15 @@ class Recorder:
                 continue
             if index not in self._refused:
                 self._check(self._records[index])
-        if not was_whole or len(self._cache) == len(self._modules):
+        asked = self._asked()
+        if not was_whole or len(self.cache) == len(asked):
             return
-        missing = [path for path in self._modules if path not in self._cache]
+        missing = [path for path in asked if path not in self.cache]
         named = [path for path in missing if path in self._named]
-        if named or len(missing) == len(self._modules):
+        if named or len(missing) == len(asked):
             raise NeverRanError(
                 f"{(named or missing)[0]} was to be recorded, but was not called in this run "
-                f"({len(named or missing)} such of {len(self._modules)}); its weights may be used "
+                f"({len(named or missing)} such of {len(asked)}); its weights may be used "
                 f"without calling it. Name modules that run: tracer.cache() shows them."
             )
 

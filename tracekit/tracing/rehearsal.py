@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tracekit.capture.functions import unwrap
 from tracekit.capture.operations import operations_of, with_operations
-from tracekit.core.annex import ANNEX, Annex, Piece
+from tracekit.core.annex import ANNEX
 from tracekit.core.nest import Nest, named_tensors
+from tracekit.core.pieces import Annex, Piece
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.core.twin import twin

@@ -17,7 +17,6 @@ from tracekit.capture import (
     show_own_lines,
     showing_own_lines,
 )
-from tracekit.core.keep import Keep
 from tracekit.core.settings import settings
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -32,10 +31,13 @@ from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.graph import Graph, Log
 from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
+from tracekit.tracing.named_cache import NamedCache, keep_of, record_named
 from tracekit.tracing.quiet import asks_for_nothing
 from tracekit.tracing.select import Selector
+from tracekit.tracing.sites import PosSlice
 from tracekit.tracing.steps import Steps
 from tracekit.tracing.unentered import warn_if_dropped
+from tracekit.tracing.wanted import Names, wanted
 from tracekit.tracing.ways import Lifted, Quiet, Way
 
 T = TypeVar("T")
@@ -71,6 +73,7 @@ class Tracer:
 
     # -- in the block ---------------------------------------------------------------------------
 
+    @overload
     def cache(
         self,
         modules: Selector | None = None,
@@ -80,9 +83,36 @@ class Tracer:
         include_output: bool = True,
         include_inputs: bool = False,
         *,
+        names: None = None,
         include_grads: bool = False,
         clone: bool = False,
-    ) -> Cache:
+    ) -> Cache: ...
+    @overload
+    def cache(
+        self,
+        *,
+        names: Names,
+        device: torch.device | str | None = "cpu",
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_grads: bool = False,
+        clone: bool = False,
+        pos_slice: PosSlice = None,
+    ) -> NamedCache: ...
+    def cache(
+        self,
+        modules: Selector | None = None,
+        device: torch.device | str | None = "cpu",
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        *,
+        names: Names | None = None,
+        include_grads: bool = False,
+        clone: bool = False,
+        pos_slice: PosSlice = None,
+    ) -> Cache | NamedCache:
         """Record modules while the model runs, with hooks alone; the fast way to capture.
 
         `modules`: an Envoy, a path, a glob (`"transformer.h.*.mlp"`), a predicate of path and
@@ -91,6 +121,10 @@ class Tracer:
         `dtype` leaves integers and booleans alone. `clone=True` copies tensors even where that
         is not needed to move them: for modules that work in place. `include_grads=True` adds the
         gradients of outputs: `.grad`, once a backward pass has run, in the block or after it.
+
+        `names` instead of modules: activations by standard name (`"resid_post"`, every layer's;
+        `("pattern", 3)`; a glob, a predicate of the name, a list), in a NamedCache; of these,
+        `pos_slice` keeps positions alone.
 
         In the block of an invoke, its rows alone are recorded. Of a generation there is an entry
         for each step; `cache.sequence(path)` puts them together, and `cache.verify()` holds them
@@ -105,13 +139,19 @@ class Tracer:
         mediator = current_mediator()
         if mediator in execution.mediators and mediator.answers is not None:
             return cast("Cache", mediator.recall("cache"))  # it was made ahead of the block
+        invoke = None if isinstance(self._way, Gathered) else 0
+        if names is not None:
+            keep = keep_of(device, dtype, detach=detach, clone=clone)
+            spots = wanted(self._tree, names, "names=")
+            grads = include_grads
+            return record_named(
+                execution, self._tree, spots, keep, pos_slice, has_grads=grads, invoke=invoke
+            )
+        if pos_slice is not None:
+            raise CacheError("pos_slice= is of activations by name: give names=, too.")
         if not (include_output or include_inputs or include_grads):
             raise CacheError("include_output=False and include_inputs=False record nothing.")
-        if dtype is not None and not isinstance(cast("object", dtype), torch.dtype):
-            raise CacheError(f"dtype= takes a torch.dtype, as in torch.float16, not {dtype!r}.")
-        place = torch.device(device) if device is not None else None
-        keep = Keep(place, dtype, detach, clone)
-        invoke = None if isinstance(self._way, Gathered) else 0
+        keep = keep_of(device, dtype, detach=detach, clone=clone)
         return execution.record(
             modules, keep, include_inputs, include_output, include_grads, invoke
         )

@@ -7,13 +7,15 @@ FAMILY = Family(
     "clip_vision",
     model_types=("clip_vision_model",),
     modules={
-        "patch_embed": "vision_model.embeddings.patch_embedding",
-        "embed_norm": "vision_model.pre_layrnorm",
-        "final_norm": "vision_model.post_layernorm",
+        "patch_embed": ("vision_model.embeddings.patch_embedding", "embeddings.patch_embedding"),
+        "embed_norm": ("vision_model.pre_layrnorm", "pre_layrnorm"),
+        "final_norm": ("vision_model.post_layernorm", "post_layernorm"),
     },
     stacks={
         "layers": Stack(
-            "vision_model.encoder.layers", (CLIP,), behind="the norm is given the class token alone"
+            ("vision_model.encoder.layers", "encoder.layers"),
+            (CLIP,),
+            behind="the norm is given the class token alone",
         )
     },
     activations={

@@ -1,10 +1,10 @@
-"""GLM-4: Llama with gate and up in one, and norms of what attention and MLP add."""
+"""GLM and GLM-4: Llama with gate and up in one; GLM-4 also norms what is added."""
 
 from tracekit.architectures.schema import Block, Family, Stack
 
 FAMILY = Family(
     "glm4",
-    model_types=("glm4",),
+    model_types=("glm", "glm4"),
     modules={
         "embed": "model.embed_tokens",
         "final_norm": "model.norm",

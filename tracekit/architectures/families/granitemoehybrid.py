@@ -1,11 +1,14 @@
 """Granite 4: Mamba-2 or attention; experts and a shared MLP side by side, or that MLP alone."""
 
+from dataclasses import replace
+
 from tracekit.architectures.conditions import has, otherwise
 from tracekit.architectures.layouts import Chunk
 from tracekit.architectures.mixers import (
     MAMBA_2,
     MAMBA_2_SIZES,
     ROUTED,
+    ROUTED_BEFORE_5,
     mamba_2_modules,
 )
 from tracekit.architectures.schema import Block, Family, Lacks, Stack, output
@@ -52,6 +55,16 @@ _SPARSE = Block(
     added_last=("experts_out", "shared_expert_out"),
     when=has("block_sparse_moe"),
 )
+_SPARSE_BEFORE_5 = replace(
+    _SPARSE,
+    activations={
+        **_SPARSE.activations,
+        **ROUTED_BEFORE_5,
+        "router_logits": output("router", inside="layer"),
+        "experts_out": output("mlp", shape="batch pos model"),
+    },
+    when=has("block_sparse_moe.router.layer"),
+)
 FAMILY = Family(
     "granitemoehybrid",
     model_types=("granitemoehybrid",),
@@ -63,7 +76,11 @@ FAMILY = Family(
     stacks={
         "layers": Stack(
             "model.layers",
-            tuple(mixer & mlp for mixer in (_ATTENTION, _MAMBA) for mlp in (_SPARSE, _DENSE)),
+            tuple(
+                mixer & mlp
+                for mixer in (_ATTENTION, _MAMBA)
+                for mlp in (_SPARSE_BEFORE_5, _SPARSE, _DENSE)
+            ),
         )
     },
 )

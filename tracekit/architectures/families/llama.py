@@ -4,7 +4,20 @@ from tracekit.architectures.schema import Block, Family, Stack
 
 FAMILY = Family(
     "llama",
-    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"),
+    model_types=(
+        "llama",
+        "ernie4_5",
+        "gemma",
+        "helium",
+        "hunyuan_v1_dense",
+        "ministral",
+        "mistral",
+        "olmo",
+        "qwen2",
+        "qwen3",
+        "seed_oss",
+        "smollm3",
+    ),
     modules={
         "embed": "model.embed_tokens",
         "final_norm": "model.norm",
@@ -22,8 +35,8 @@ FAMILY = Family(
                         "k": "self_attn.k_proj",
                         "v": "self_attn.v_proj",
                         "o": "self_attn.o_proj",
-                        "q_norm": "self_attn.q_norm",
-                        "k_norm": "self_attn.k_norm",
+                        "q_norm": ("self_attn.q_norm", "self_attn.query_layernorm"),
+                        "k_norm": ("self_attn.k_norm", "self_attn.key_layernorm"),
                         "norm2": "post_attention_layernorm",
                         "mlp": "mlp",
                         "gate": "mlp.gate_proj",

@@ -5,7 +5,7 @@ from tracekit.architectures.shared import text_part, vision_part
 
 FAMILY = Family(
     "llava",
-    model_types=("llava", "paligemma", "gemma3", "idefics3"),
+    model_types=("llava", "paligemma", "gemma3", "idefics3", "smolvlm"),
     modules={
         "vision_tower": ("model.vision_tower", "model.vision_model"),
         "projector": ("model.multi_modal_projector", "model.connector"),

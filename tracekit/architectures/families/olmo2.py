@@ -1,10 +1,10 @@
-"""OLMo 2 and 3: no norms in front, but of what attention and MLP add."""
+"""OLMo 2 and 3, EXAONE 4: no norms in front, but of what attention and MLP add."""
 
 from tracekit.architectures.schema import Block, Family, Stack
 
 FAMILY = Family(
     "olmo2",
-    model_types=("olmo2", "olmo3"),
+    model_types=("olmo2", "olmo3", "exaone4"),
     modules={
         "embed": "model.embed_tokens",
         "final_norm": "model.norm",

@@ -1,6 +1,8 @@
 """Qwen-VL: patches of all images in one row of a vision tower, merged for the text model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from tracekit.architectures.layouts import OneBehindTheOther
 from tracekit.architectures.schema import Block, Declared, Family, Lacks, Stack, output
@@ -10,8 +12,7 @@ from tracekit.architectures.shared import text_part
 _IN_TURN: Mapping[str, Declared] = dict.fromkeys(
     ("attn_q", "attn_k", "attn_v", "scores", "pattern"),
     Lacks(
-        "attention is called for one image, or window, after the other: name q, k, v or z, or "
-        "read attn.attention.pattern.calls[i]"
+        "attention is called for one image, or window, after the other: name q, k, v or z, of all"
     ),
 )
 _BLOCK = {
@@ -28,7 +29,7 @@ _MLPS = (
     {"up": "mlp.fc1", "down": "mlp.fc2"},
 )
 
-FAMILY = Family(
+_GIVES_TWO = Family(
     "qwen_vl",
     model_types=("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
     modules={
@@ -53,7 +54,18 @@ FAMILY = Family(
         )
     },
     # In windows, the second generation's merger gives the patches in another order than the text
-    # model is given them; the tower's second tensor has them in that of the text.
+    # model is given them; the second tensor of the tower has them in that of the text.
     activations={"image_features": output("vision_tower", key=1)},
     parts=(text_part("model.language_model"),),
 )
+
+# In transformers 4 the tower's configuration has no name of its own, and the tower gives the
+# features first.
+_GIVES_FEATURES_FIRST = replace(_GIVES_TWO, activations={"image_features": output("vision_tower")})
+
+
+def _is_named(config: Any) -> bool:
+    return config.vision_config.model_type != config.model_type
+
+
+FAMILY = replace(_GIVES_TWO, when=_is_named, otherwise=_GIVES_FEATURES_FIRST)

@@ -7,9 +7,9 @@ FAMILY = Family(
     "siglip_vision",
     model_types=("siglip_vision_model", "idefics3_vision", "idefics2_vision", "smolvlm_vision"),
     modules={
-        "patch_embed": "vision_model.embeddings.patch_embedding",
-        "final_norm": "vision_model.post_layernorm",
+        "patch_embed": ("vision_model.embeddings.patch_embedding", "embeddings.patch_embedding"),
+        "final_norm": ("vision_model.post_layernorm", "post_layernorm"),
     },
-    stacks={"layers": Stack("vision_model.encoder.layers", (CLIP,))},
+    stacks={"layers": Stack(("vision_model.encoder.layers", "encoder.layers"), (CLIP,))},
     lacks=NO_LOGITS,
 )

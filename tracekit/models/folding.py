@@ -1,0 +1,208 @@
+"""Fold the gains and biases of norms into the weights that read what they give."""
+
+# A norm gives gain * n + bias, and a reader W @ that + b: so W * gain and b + W @ bias read n. Who
+# reads a norm is seen by running the model: whoever is called with the very memory it gave.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tracekit.architectures import Names
+from tracekit.architectures.matrices import is_transposed
+from tracekit.architectures.schema import Residual
+from tracekit.core.nest import first_input, first_tensor
+from tracekit.errors import UnsupportedError
+from tracekit.models.norms import Norm, norm_of, width_of
+
+_INTO_LAYER: Final = ("norm1", "cross_norm", "norm2")
+# Of experts in one tensor: the weights that read the stream.
+_READING: Final = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3")
+
+
+class Readers(NamedTuple):
+    """A norm in front of a part of a layer, and all that reads what it gives."""
+
+    path: str
+    norm: nn.Module
+    readers: list[tuple[str, nn.Module]]
+
+
+def reading_norms(names: Names) -> dict[str, list[str]]:
+    """The paths of the norms that the stream is read through; of each, who surely reads it."""
+    found: dict[str, list[str]] = {}
+    for path, _ in names.stacks["layers"]:
+        modules = names.layers[path].modules
+        for word in _INTO_LAYER:
+            if word in modules:
+                found.setdefault(modules[word], [])
+        last = modules.get("norm2", modules.get("norm1"))
+        if last is not None and "experts" in modules:
+            found[last].append(modules["experts"])
+    final, unembed = names.module("", "final_norm"), names.module("", "unembed")
+    if final is not None:
+        found.setdefault(final, []).extend([unembed] if unembed is not None else [])
+    return found
+
+
+def why_not_fold(names: Names, root: nn.Module) -> str | None:
+    """Why norms can't be folded here; None if they can."""
+    for path, _ in names.stacks["layers"]:
+        layer = names.layers.get(path)
+        residual = layer.block.residual if layer is not None and layer.block is not None else None
+        if residual is None or residual is Residual.OTHER:
+            return f"how {path} adds to the residual stream is not known"
+        if residual is Residual.POST_NORM:
+            return "what its norms give is the residual stream itself, which is read again unnormed"
+    for path in reading_norms(names):
+        norm = root.get_submodule(path)
+        width = width_of(norm)
+        if width is None and any(True for _ in norm.parameters()):
+            return f"{path} ({type(norm).__name__}) is no norm whose gain is known"
+        if width is not None and norm_of(norm, width) is None:
+            return f"{path} ({type(norm).__name__}) is no norm whose gain is known"
+    return None
+
+
+def fold_norms(names: Names, root: nn.Module, run: Callable[[], object]) -> None:
+    """Leave every norm that the stream is read through with no gain and no bias."""
+    for each in _readers(root, reading_norms(names), run):
+        width = width_of(each.norm)
+        norm = norm_of(each.norm, width) if width is not None else None
+        if norm is not None:
+            _fold(each, norm)
+
+
+def _readers(
+    root: nn.Module, norms: dict[str, list[str]], run: Callable[[], object]
+) -> list[Readers]:
+    """Of every norm, who was called with what it gave in `run()`, or surely reads it."""
+    given: dict[int, nn.Module] = {}  # by the memory of it
+    kept: list[Tensor] = []  # so that no memory is used again meanwhile
+    found = {
+        id(root.get_submodule(path)): Readers(path, root.get_submodule(path), []) for path in norms
+    }
+    paths = {id(module): path for path, module in root.named_modules()}
+
+    def gave(module: nn.Module, args: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is not None:
+            kept.append(tensor)
+            given[_memory(tensor)] = module
+
+    def reads(module: nn.Module, args: Any, kwargs: Any) -> None:
+        value = first_input((args, kwargs))
+        norm = given.get(_memory(value)) if isinstance(value, Tensor) else None
+        if norm is not None:
+            _note(found[id(norm)].readers, paths[id(module)], module)
+
+    hooks = [each.norm.register_forward_hook(gave) for each in found.values()]
+    for module in root.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            hooks.append(module.register_forward_pre_hook(reads, with_kwargs=True))
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path, sure in norms.items():
+        known = found[id(root.get_submodule(path))].readers
+        for reader in [each for each in sure if not known or "experts" in each]:
+            _note(known, reader, root.get_submodule(reader))
+    return list(found.values())
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _note(readers: list[tuple[str, nn.Module]], path: str, module: nn.Module) -> None:
+    if all(module is not known for _, known in readers):
+        readers.append((path, module))
+
+
+def _fold(each: Readers, norm: Norm) -> None:
+    gain = norm.gain(each.norm)
+    bias = getattr(each.norm, "bias", None)
+    shift = bias.detach().double() if isinstance(bias, Tensor) and bias.any() else None
+    folded = [_into(path, module, gain, shift) for path, module in each.readers]
+    if not any(folded):
+        raise UnsupportedError(
+            f"fold_norms: nothing that reads {each.path} is a linear map that was found."
+        )
+    weight: Any = each.norm.weight
+    put(each.norm, "weight", torch.full_like(weight, norm.neutral))
+    if isinstance(bias, Tensor):
+        put(each.norm, "bias", torch.zeros_like(bias))
+
+
+def _into(path: str, module: nn.Module, gain: Tensor, shift: Tensor | None) -> bool:
+    """Fold into one reader; False if it has no weights that read."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2:
+        _into_matrix(path, module, weight, gain, shift)
+        return True
+    every = [name for name in _READING if _is_stack(getattr(module, name, None))]
+    for name in every:
+        if shift is not None:
+            raise UnsupportedError(
+                f"fold_norms: the norm in front of {path} has a bias, which experts can't take."
+            )
+        stack: Tensor = getattr(module, name)
+        put(module, name, stack.double() * _along(stack, gain, module))
+    return bool(every)
+
+
+def _into_matrix(
+    path: str, module: nn.Module, weight: Tensor, gain: Tensor, shift: Tensor | None
+) -> None:
+    is_in_first = is_transposed(module)
+    matrix = weight.detach().double()
+    put(module, "weight", matrix * (gain[:, None] if is_in_first else gain))
+    if shift is not None:
+        if "bias" not in module._parameters:  # pyright: ignore[reportPrivateUsage] - None counts
+            raise UnsupportedError(
+                f"fold_norms: {path} ({type(module).__name__}) takes no bias, and the norm in "
+                f"front of it has one."
+            )
+        add_bias(module, shift @ matrix if is_in_first else matrix @ shift)
+
+
+def _is_stack(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3
+
+
+def _along(stack: Tensor, gain: Tensor, module: nn.Module) -> Tensor:
+    """`gain`, along the axis of a stack of matrices that reads the stream."""
+    width = gain.numel()
+    is_last = stack.shape[-1] == width
+    if is_last and stack.shape[-2] == width:  # either could be it, but for what the class says
+        is_last = not getattr(module, "is_transposed", False)
+    return gain if is_last else gain[:, None]
+
+
+# -- parameters ----------------------------------------------------------------------------------
+
+
+def put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Let `module` have a parameter of its own with these numbers, in the dtype of the old one."""
+    old: Any = module._parameters[name]  # pyright: ignore[reportPrivateUsage]
+    new = value.detach().to(old.device, old.dtype).clone().contiguous()
+    setattr(module, name, nn.Parameter(new, old.requires_grad))
+
+
+def add_bias(module: nn.Module, value: Tensor) -> None:
+    """Add to the bias of a linear module, which may have had none."""
+    weight: Any = module.weight
+    bias = getattr(module, "bias", None)
+    total = value if bias is None else bias.detach().double() + value
+    new = total.to(weight.device, weight.dtype)
+    module.bias = nn.Parameter(new, weight.requires_grad)
+
+
+def every(paths: Iterable[str | None]) -> list[str]:
+    """Those that are there, each once, in order."""
+    return list(dict.fromkeys(path for path in paths if path is not None))
