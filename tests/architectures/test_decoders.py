@@ -186,6 +186,17 @@ def test_falcons_queries_by_groups_are_no_view_and_its_keys_are() -> None:
         model.layers[0].q
 
 
+def test_codegens_values_are_in_the_middle_of_each_quarter_and_no_view_has_them_all() -> None:
+    model, inputs = stirred_model("codegen")
+    quarters = hooked(model, inputs, "transformer.h.1.attn.qkv_proj")[0].view(2, 8, 4, 3, 2, 4)
+    values = quarters[:, :, :, 1].flatten(2, 3).transpose(1, 2)
+    pattern, z = read(model, inputs, 1, "pattern", "z")
+    torch.testing.assert_close((pattern @ values).transpose(1, 2), z)
+    for name in ("q", "k", "v"):
+        with pytest.raises(MissingNameError, match="quarter"), model.trace(**inputs):
+            getattr(model.layers[1], name)
+
+
 def test_deepseeks_keys_are_not_to_be_had_as_projected() -> None:
     model, inputs = stirred_model("deepseek_v3")
     with pytest.raises(MissingNameError, match="use attn_k"), model.trace(**inputs):

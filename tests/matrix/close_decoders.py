@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.matrix.decoders import FULL, PLAIN, causal
-from tests.matrix.spec import HEADS, WIDTH
+from tests.matrix.spec import GPT2, HEADS, WIDTH
 
 PHI = dict(FULL, num_key_value_heads=2, max_position_embeddings=128)
 
@@ -32,6 +32,8 @@ SPECS = {
         "transformer.h",
         dict(PLAIN, n_embd=WIDTH, n_layer=2, n_head=HEADS, n_positions=128),
     ),
+    # Eight heads: with four, the four parts of its projection would be one head each.
+    "codegen": causal("decoder", "codegen", "transformer.h", GPT2, n_head=8, rotary_dim=2),
     "mpt": causal(
         "decoder",
         "mpt",
