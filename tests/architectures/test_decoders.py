@@ -74,6 +74,11 @@ VARIANTS = {
     "qwen3 moe, a dense layer": ("qwen3_moe", dict(mlp_only_layers=[0])),
     "llama 4, a dense layer": ("llama4_text", dict(moe_layers=[1])),
     "deepseek, whole queries": ("deepseek_v3", dict(q_lora_rank=None)),
+    "mobilebert, wide": ("mobilebert", dict(use_bottleneck=False)),
+    "mobilebert, one mlp": (
+        "mobilebert",
+        dict(use_bottleneck=False, num_feedforward_networks=1, normalization_type="layer_norm"),
+    ),
     "mamba2, three groups": ("mamba2", dict(n_groups=2)),
 }
 
@@ -140,6 +145,34 @@ def test_what_is_added_is_what_the_norm_behind_gives(name: str) -> None:
     (raw,) = hooked(model, inputs, "model.layers.0.self_attn")
     assert not torch.allclose(raw, attn)
     torch.testing.assert_close(pre + attn, mid)
+
+
+def test_mobileberts_blocks_add_what_their_narrow_stream_becomes() -> None:
+    model, inputs = stirred_model("mobilebert")
+    pre, post, z = read(model, inputs, 1, "resid_pre", "resid_post", "z")
+    layer = model.layers[1].module
+    path = "mobilebert.encoder.layer.1"
+    added, start, mid = hooked(
+        model,
+        inputs,
+        f"{path}.output.bottleneck.dense",
+        f"{path}.bottleneck.input",
+        f"{path}.attention",
+    )
+    torch.testing.assert_close(layer.output.bottleneck.LayerNorm(pre + added), post)
+    attended = layer.attention.output.dense(z.flatten(2))
+    torch.testing.assert_close(layer.attention.output.LayerNorm(start + attended), mid)
+    for name in ("attn_out", "resid_mid", "W_Q", "W_O"):
+        with pytest.raises(MissingNameError, match="narrow stream"), model.trace(**inputs):
+            getattr(model.layers[1], name)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_mobilebert_without_a_bottleneck_norms_behind_attention(count: int) -> None:
+    config = dict(use_bottleneck=False, num_feedforward_networks=count)
+    model, inputs = stirred_model("mobilebert", **config)
+    pre, attn, mid = read(model, inputs, 0, "resid_pre", "attn_out", "resid_mid")
+    torch.testing.assert_close(model.layers[0].norm1.module(pre + attn), mid)
 
 
 def test_falcon_overwrites_what_its_mlp_gives_and_the_name_still_has_it() -> None:

@@ -50,6 +50,7 @@ DINO = dict(
     mlp_ratio=2,
     layerscale_value=0.5,
 )
+MOBILE = dict(embedding_size=8, intra_bottleneck_size=16, num_feedforward_networks=3)
 T5_LAYERS = ("encoder.block", "decoder.block")
 WAV2VEC2 = dict(
     BLOCK,
@@ -98,6 +99,7 @@ SPECS = {
     "bert_decoder": attends_to_an_encoder("bert", "bert.encoder.layer", BERT, is_decoder=True),
     "xglm_crossing": attends_to_an_encoder("xglm", "model.layers", XGLM),
     "electra_narrow": encoder("electra", "electra.encoder.layer", embedding_size=16),
+    "mobilebert": encoder("mobilebert", "mobilebert.encoder.layer", **MOBILE),
     "albert_groups": encoder(
         "albert",
         "albert.encoder.albert_layer_groups",
