@@ -75,6 +75,11 @@ VARIANTS = {
     "qwen3 moe, a dense layer": ("qwen3_moe", dict(mlp_only_layers=[0])),
     "llama 4, a dense layer": ("llama4_text", dict(moe_layers=[1])),
     "deepseek, whole queries": ("deepseek_v3", dict(q_lora_rank=None)),
+    "mobilebert, wide": ("mobilebert", dict(use_bottleneck=False)),
+    "mobilebert, one mlp": (
+        "mobilebert",
+        dict(use_bottleneck=False, num_feedforward_networks=1, normalization_type="layer_norm"),
+    ),
     "mamba2, three groups": ("mamba2", dict(n_groups=2)),
 }
 
@@ -143,6 +148,34 @@ def test_what_is_added_is_what_the_norm_behind_gives(name: str) -> None:
     torch.testing.assert_close(pre + attn, mid)
 
 
+def test_mobileberts_blocks_add_what_their_narrow_stream_becomes() -> None:
+    model, inputs = stirred_model("mobilebert")
+    pre, post, z = read(model, inputs, 1, "resid_pre", "resid_post", "z")
+    layer = model.layers[1].module
+    path = "mobilebert.encoder.layer.1"
+    added, start, mid = hooked(
+        model,
+        inputs,
+        f"{path}.output.bottleneck.dense",
+        f"{path}.bottleneck.input",
+        f"{path}.attention",
+    )
+    torch.testing.assert_close(layer.output.bottleneck.LayerNorm(pre + added), post)
+    attended = layer.attention.output.dense(z.flatten(2))
+    torch.testing.assert_close(layer.attention.output.LayerNorm(start + attended), mid)
+    for name in ("attn_out", "resid_mid", "W_Q", "W_O"):
+        with pytest.raises(MissingNameError, match="narrow stream"), model.trace(**inputs):
+            getattr(model.layers[1], name)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_mobilebert_without_a_bottleneck_norms_behind_attention(count: int) -> None:
+    config = dict(use_bottleneck=False, num_feedforward_networks=count)
+    model, inputs = stirred_model("mobilebert", **config)
+    pre, attn, mid = read(model, inputs, 0, "resid_pre", "attn_out", "resid_mid")
+    torch.testing.assert_close(model.layers[0].norm1.module(pre + attn), mid)
+
+
 def test_falcon_overwrites_what_its_mlp_gives_and_the_name_still_has_it() -> None:
     model, inputs = stirred_model("falcon")
     (mlp,) = hooked(model, inputs, "transformer.h.0.mlp")
@@ -185,6 +218,17 @@ def test_falcons_queries_by_groups_are_no_view_and_its_keys_are() -> None:
     assert torch.equal(k, fused.view(2, 8, 2, 4, 8)[:, :, :, 2])  # two queries of each group
     with pytest.raises(MissingNameError, match="use attn_q"), model.trace(**inputs):
         model.layers[0].q
+
+
+def test_codegens_values_are_in_the_middle_of_each_quarter_and_no_view_has_them_all() -> None:
+    model, inputs = stirred_model("codegen")
+    quarters = hooked(model, inputs, "transformer.h.1.attn.qkv_proj")[0].view(2, 8, 4, 3, 2, 4)
+    values = quarters[:, :, :, 1].flatten(2, 3).transpose(1, 2)
+    pattern, z = read(model, inputs, 1, "pattern", "z")
+    torch.testing.assert_close((pattern @ values).transpose(1, 2), z)
+    for name in ("q", "k", "v"):
+        with pytest.raises(MissingNameError, match="quarter"), model.trace(**inputs):
+            getattr(model.layers[1], name)
 
 
 def test_deepseeks_keys_are_not_to_be_had_as_projected() -> None:

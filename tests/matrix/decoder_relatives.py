@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tests.matrix.decoders import FULL, PLAIN, causal
-from tests.matrix.spec import HEADS, WIDTH
+from tests.matrix.spec import GPT2, HEADS, INNER, WIDTH
 
+XGLM = dict(PLAIN, num_attention_heads=HEADS, max_position_embeddings=128, ffn_dim=INNER)
 PHI = dict(FULL, num_key_value_heads=2, max_position_embeddings=128)
 
 SPECS = {
@@ -32,6 +33,8 @@ SPECS = {
         "transformer.h",
         dict(PLAIN, n_embd=WIDTH, n_layer=2, n_head=HEADS, n_positions=128),
     ),
+    # Eight heads: with four, the four parts of its projection would be one head each.
+    "codegen": causal("decoder", "codegen", "transformer.h", GPT2, n_head=8, rotary_dim=2),
     "mpt": causal(
         "decoder",
         "mpt",
@@ -39,6 +42,7 @@ SPECS = {
         dict(PLAIN, d_model=WIDTH, n_layers=2, n_heads=HEADS, max_seq_len=128),
     ),
     "biogpt": causal("decoder", "biogpt", "biogpt.layers", dict(FULL, max_position_embeddings=128)),
+    "xglm": causal("decoder", "xglm", base=XGLM),
     "qwen2_moe": causal(
         "moe",
         "qwen2_moe",

@@ -10,6 +10,7 @@ import transformers
 
 from tests.matrix.audio import SPECS as AUDIO
 from tests.matrix.audio import listens, samples
+from tests.matrix.decoder_relatives import XGLM
 from tests.matrix.encoders import BART_LAYERS, BERT, ONE_START, T5, encoder, two_stacks
 from tests.matrix.spec import (
     BLOCK,
@@ -48,6 +49,7 @@ DINO = dict(
     mlp_ratio=2,
     layerscale_value=0.5,
 )
+MOBILE = dict(embedding_size=8, intra_bottleneck_size=16, num_feedforward_networks=3)
 T5_LAYERS = ("encoder.block", "decoder.block")
 WAV2VEC2 = dict(
     BLOCK,
@@ -71,14 +73,18 @@ def over(spec: Spec, **config: Any) -> Spec:
     return replace(spec, build=build)
 
 
-def bert_that_attends_to_an_encoder() -> Spec:
+def attends_to_an_encoder(
+    model_type: str, layers: str, config: dict[str, Any], **switches: Any
+) -> Spec:
+    """A decoder with cross-attention, and random states of an encoder for it to read."""
+
     def build(attn: str | None = None, **more: Any) -> tuple[torch.nn.Module, Inputs]:
-        config = dict(BERT, is_decoder=True, add_cross_attention=True, **more)
-        model = from_type(transformers.AutoModelForCausalLM, "bert", attn, **config)
+        sizes = dict(config, add_cross_attention=True, **switches, **more)
+        model = from_type(transformers.AutoModelForCausalLM, model_type, attn, **sizes)
         states = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
         return model, {**text(), "encoder_hidden_states": states}
 
-    return Spec("encoder", build, layers=("bert.encoder.layer",))
+    return Spec("encoder", build, layers=(layers,))
 
 
 def tower(model_type: str, **config: Any) -> Spec:
@@ -88,8 +94,10 @@ def tower(model_type: str, **config: Any) -> Spec:
 SPECS = {
     "camembert": encoder("camembert", "roberta.encoder.layer", pad_token_id=1),
     "xlm-roberta": encoder("xlm-roberta", "roberta.encoder.layer", pad_token_id=1),
-    "bert_decoder": bert_that_attends_to_an_encoder(),
+    "bert_decoder": attends_to_an_encoder("bert", "bert.encoder.layer", BERT, is_decoder=True),
+    "xglm_crossing": attends_to_an_encoder("xglm", "model.layers", XGLM),
     "electra_narrow": encoder("electra", "electra.encoder.layer", embedding_size=16),
+    "mobilebert": encoder("mobilebert", "mobilebert.encoder.layer", **MOBILE),
     "albert_groups": encoder(
         "albert",
         "albert.encoder.albert_layer_groups",

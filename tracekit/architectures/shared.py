@@ -18,6 +18,14 @@ OWN_ATTENTION: Final[Mapping[str, Lacks]] = dict.fromkeys(
         "transformers: read it there, in attn_core.source"
     ),
 )
+# Of families whose attention calls a softmax itself: the pattern is met there, what made it is not.
+OWN_SOFTMAX: Final[Mapping[str, Lacks]] = dict.fromkeys(
+    ("attn_q", "attn_k", "attn_v"),
+    Lacks(
+        "attention is computed in the forward of attn_core, and given to no attention function: "
+        "use scores, pattern and z, or read it in attn_core.source"
+    ),
+)
 # Of families that end with the last layer, which is normed already.
 NO_FINAL_NORM: Final[Mapping[str, str]] = dict.fromkeys(
     ("resid_final", "final_norm_out"),

@@ -38,6 +38,8 @@ class Stacked(NamedTuple):
 
 def weight_of(names: Names, modules: Modules, owner: str, name: str) -> Weight | Lacks:
     """The weight of that name in the layer at `owner`; in the whole model, of all its layers."""
+    if name in names.family.lacks:
+        return Lacks(names.family.lacks[name])
     if name in _ROOT:
         return _of_root(names, modules, name) if owner == "" else Lacks("it is the whole model's")
     if owner == "":
