@@ -13,6 +13,7 @@ from tracekit.models.folding import add_bias, every, put, reading_norms, why_not
 from tracekit.models.norms import norm_of, width_of
 
 _WRITERS: Final = ("o", "cross_o", "out_proj", "down")
+_CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _POST: Final = ("norm1_post", "norm2_post")
 _OTHER_WRITERS: Final = ("embed_norm", "vision_tower", "audio_tower", "projector")
 
@@ -60,7 +61,7 @@ def why_not_center_unembed(names: Names, root: nn.Module) -> str | None:
     """Why the mean of the logits can't be dropped; None if it can."""
     config: Any = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "final_logit_softcapping", None) is not None:
+    if any(getattr(text, cap, None) is not None for cap in _CAPS):
         return "its logits are capped, which is no addition: their mean counts"
     return None
 

@@ -40,6 +40,11 @@ class Functional(Envoy):
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         """The call of one forward pass."""
 
+    @property
+    @abstractmethod
+    def _is_edited(self) -> bool:
+        """Whether lasting edits, or functions, are made in every run."""
+
     @abstractmethod
     def _interventions(self) -> list[Intervention]:
         """The lasting edits."""
@@ -74,7 +79,8 @@ class Functional(Envoy):
         function of the output gives the scalar; `cache.grad` has the gradients.
         """
         keep = keep_of(device, dtype, detach=detach, clone=clone)
-        caching = Caching(names_filter, keep, remove_batch_dim, pos_slice, stop_at_layer, incl_bwd)
+        how = (remove_batch_dim, pos_slice, stop_at_layer, incl_bwd, not self._is_edited)
+        caching = Caching(names_filter, keep, *how)
         return run_with_cache(self._started, self._tree, self._pass(args, kwargs), caching)
 
     @showing_own_lines

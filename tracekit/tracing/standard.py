@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tracekit.architectures import Bound, is_weight
 from tracekit.capture import takes_next
+from tracekit.core.annex import inner_owner_of
 from tracekit.core.tree import Tree
 from tracekit.core.words import ACTIVATIONS
 from tracekit.errors import MissingNameError, UnsupportedError
-from tracekit.tracing.named import read_named, read_weight, write_named
+from tracekit.tracing.named import attach_inner, read_named, read_weight, write_named
 from tracekit.tracing.slots import Slots
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ class Standard(Slots):
         bound = names.point(tree.below(self._path), name) if names is not None else None
         if bound is None:
             return None
+        if inner_owner_of(bound.path) is not None and not attach_inner(tree, bound):
+            raise MissingNameError(
+                f"{self._path} has no {name!r}: it can't be told from its module."
+            )
         path = f"{tree.name}.{bound.path}".rstrip(".")
         return self._envoy(path, self._call + bound.call), bound
 
