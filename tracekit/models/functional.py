@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from tracekit.architectures import Names as Architecture
 from tracekit.architectures.findings import Proof
 from tracekit.capture import showing_own_lines
 from tracekit.models.face import Caching, Placed, both, calling, run_with_cache, run_with_hooks
-from tracekit.models.naming import check_names, names_by_structure
+from tracekit.models.naming import proof_of
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.cut import StopAt
 from tracekit.tracing.envoy import Envoy
@@ -143,15 +142,9 @@ class Functional(Envoy):
     def check_names(self, *args: Any, **kwargs: Any) -> Proof:
         """Prove the standard names of this model by its numbers; takes what `trace` takes.
 
-        It runs once, and then twice for every name: the residual stream adds up, each name is of
-        its stated shape and a view, heads add up, a write changes what it must and nothing in
-        front. Print what it returns; `.failed` lists what does not hold.
-        Names of an architecture that is not declared are looked for by its structure, and those
-        that are proved are there from then on; MissingNameError if there are none.
+        The residual stream adds up, each name is of its stated shape and a view, heads add up, a
+        write changes what it must and nothing in front. It runs several times for every name; print
+        what it returns, `.failed` lists what does not hold. Names of an architecture that is not
+        declared are looked for by structure: those proved are there from then on.
         """
-        trace = partial(self.trace, *args, **kwargs)
-        if self._tree.names is None:
-            self._tree.learn(names_by_structure(self._tree.root, trace))
-        names = self._tree.names
-        assert isinstance(names, Architecture)
-        return check_names(self, names, trace)
+        return proof_of(self, self._tree, partial(self.trace, *args, **kwargs))

@@ -16,10 +16,20 @@ from tracekit.architectures.infer import inferred
 from tracekit.architectures.schema import Sharing
 from tracekit.architectures.witness import ROOT, Run, Testimony, Where, Write, layers_of, observe
 from tracekit.core.nest import tensors
+from tracekit.core.tree import Tree
 from tracekit.errors import MissingNameError, OverwrittenError, TracekitError
 
 Trace = Callable[[], Any]  # the tracer of one forward pass
 _PIECES: Final = ("attn_q", "attn_k", "attn_v", "scores", "pattern")
+
+
+def proof_of(model: Any, tree: Tree, trace: Trace) -> Proof:
+    """The proof of a model's names; those of no declared family it gets by it."""
+    if tree.names is None:
+        tree.learn(names_by_structure(tree.root, trace))
+    names = tree.names
+    assert isinstance(names, Names)
+    return check_names(model, names, trace)
 
 
 def names_by_structure(root: nn.Module, trace: Trace) -> Names:
