@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tracekit.analysis.components import Components, Positions, at_positions, recorded
+from tracekit.core.norms import known_kind
 from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
-from tracekit.models.norms import norm_of
 from tracekit.tracing.named_cache import NamedCache
 
 
@@ -43,13 +43,13 @@ def through(norm: Any, parts: Tensor, whole: Tensor) -> Tensor:
 
     Parts that add up to `whole` add up to what it gives for it, but for its bias.
     """
-    kind = norm_of(norm, whole.shape[-1])
+    kind = known_kind(norm)
     if kind is None:
         raise UnsupportedError(f"{type(norm).__name__} is no norm that parts can be sent through.")
     gain = kind.gain(norm).to(whole.dtype)
 
     def centred(value: Tensor) -> Tensor:
-        return value - value.mean(-1, keepdim=True) if kind.is_centring else value
+        return value - value.mean(-1, keepdim=True) if kind.centers else value
 
     bias = getattr(norm, "bias", None)
     given = norm(whole) - (bias if bias is not None else 0)

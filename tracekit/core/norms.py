@@ -21,6 +21,16 @@ class NormKind:
     centers: bool
     offset: float
 
+    @property
+    def neutral(self) -> float:
+        """The weight that is no gain: 1, or for Gemma 0."""
+        return 1 - self.offset
+
+    def gain(self, module: nn.Module) -> Tensor:
+        """What the norm multiplies the normalized values by, in float64."""
+        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType] - a norm of this kind
+        return weight.detach().double() + self.offset
+
     def centered(self, x: Tensor) -> Tensor:
         """What is divided by the scale, in float32 at least."""
         wide = x if x.dtype in _WIDE else x.float()

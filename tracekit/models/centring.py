@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tracekit.architectures import Lacks, Names
 from tracekit.architectures.matrices import Matrix, is_transposed, matrix_of
+from tracekit.core.norms import known_kind
 from tracekit.models.folding import add_bias, every, put, reading_norms, why_not_fold
-from tracekit.models.norms import norm_of, width_of
 
 _WRITERS: Final = ("o", "cross_o", "out_proj", "down")
 _CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -25,9 +25,8 @@ def why_not_center_writing(names: Names, root: nn.Module) -> str | None:
         return why
     for path in reading_norms(names):
         norm = root.get_submodule(path)
-        width = width_of(norm)
-        kind = norm_of(norm, width) if width is not None else None
-        if kind is None or not kind.is_centring:
+        kind = known_kind(norm)
+        if kind is None or not kind.centers:
             return (
                 f"{path} ({type(norm).__name__}) does not take the mean off, so that the mean of "
                 f"the residual stream counts"

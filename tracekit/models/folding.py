@@ -15,8 +15,8 @@ from tracekit.architectures import Names
 from tracekit.architectures.matrices import is_transposed
 from tracekit.architectures.schema import Residual
 from tracekit.core.nest import first_input, first_tensor
+from tracekit.core.norms import NormKind, known_kind
 from tracekit.errors import UnsupportedError
-from tracekit.models.norms import Norm, norm_of, width_of
 
 _INTO_LAYER: Final = ("norm1", "cross_norm", "norm2")
 # Of experts in one tensor: the weights that read the stream.
@@ -59,10 +59,7 @@ def why_not_fold(names: Names, root: nn.Module) -> str | None:
             return "what its norms give is the residual stream itself, which is read again unnormed"
     for path in reading_norms(names):
         norm = root.get_submodule(path)
-        width = width_of(norm)
-        if width is None and any(True for _ in norm.parameters()):
-            return f"{path} ({type(norm).__name__}) is no norm whose gain is known"
-        if width is not None and norm_of(norm, width) is None:
+        if known_kind(norm) is None and any(True for _ in norm.parameters()):
             return f"{path} ({type(norm).__name__}) is no norm whose gain is known"
     return None
 
@@ -76,10 +73,9 @@ def fold_norms(names: Names, root: nn.Module, run: Callable[[], object]) -> None
 
     NoReader, before anything is changed, if a norm is read by nothing that it could be folded into.
     """
-    folds: list[tuple[Readers, Norm]] = []
+    folds: list[tuple[Readers, NormKind]] = []
     for each in _readers(root, reading_norms(names), run):
-        width = width_of(each.norm)
-        norm = norm_of(each.norm, width) if width is not None else None
+        norm = known_kind(each.norm)
         if norm is not None and not any(_weights_of(reader) for _, reader in each.readers):
             raise NoReader(f"nothing that reads {each.path} as it is is a linear map")
         folds += [(each, norm)] if norm is not None else []
@@ -144,7 +140,7 @@ def _note(readers: list[tuple[str, nn.Module]], path: str, module: nn.Module) ->
         readers.append((path, module))
 
 
-def _fold(each: Readers, norm: Norm) -> None:
+def _fold(each: Readers, norm: NormKind) -> None:
     gain = norm.gain(each.norm)
     bias = getattr(each.norm, "bias", None)
     shift = bias.detach().double() if isinstance(bias, Tensor) and bias.any() else None
