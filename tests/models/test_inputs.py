@@ -227,3 +227,22 @@ def test_any_arguments_of_any_module() -> None:
     assert result["names"] == ["a", "b"]
     assert len(args) == 3 and list(kwargs) == ["scale", "a", "b"]
     assert first is args[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "cure"),
+    [
+        ("stop_at_layer", "run_with_cache"),
+        ("remove_batch_dim", "run_with_cache"),
+        ("fwd_hooks", "run_with_hooks"),
+        ("start_at_layer", "begins with the first layer"),
+    ],
+)
+def test_an_option_of_another_call_is_refused_where_a_forward_would_ignore_it(
+    option: str, cure: str
+) -> None:
+    net, inputs = make("gpt2")
+    model = LanguageModel(net)
+    for run in (model.trace, model.forward):
+        with pytest.raises(InputError, match=f"{option}= would be ignored here: .*{cure}"):
+            run(**inputs, **{option: 1})

@@ -407,3 +407,16 @@ def test_a_cache_and_hooks_hold_no_model() -> None:
         assert cache["resid_post"].shape[0] == 2
     finally:
         gc.enable()
+
+
+def test_forward_calls_the_functions_that_a_model_has() -> None:
+    net, inputs = make("gpt2")
+    model = LanguageModel(net)
+    doubled = [(("mlp_out", 0), doubled_in_place)]
+    with torch.no_grad():
+        expected = model.run_with_hooks(**inputs, fwd_hooks=doubled)
+        with model.hooks(fwd_hooks=doubled):
+            found = model.forward(**inputs)
+        clean = model.forward(**inputs)
+    assert torch.equal(found, expected)
+    assert not torch.equal(clean, expected)

@@ -188,3 +188,14 @@ def test_positions_that_are_not_there_are_an_error() -> None:
     net, inputs = make("gpt2")
     with pytest.raises(CacheError, match="pos_slice"):
         LanguageModel(net).run_with_cache(**inputs, pos_slice=99)
+
+
+def test_a_predicate_that_speaks_of_names_of_both_kinds_leaves_none_out() -> None:
+    net, inputs = make("gpt2")
+    model = LanguageModel(net)
+
+    def fits(name: str) -> bool:
+        return name.endswith("hook_z") or "resid_mid" in name
+
+    _, cache = model.run_with_cache(**inputs, names_filter=fits)
+    assert set(cache) == {f"layers.{i}.{name}" for i in (0, 1) for name in ("z", "resid_mid")}

@@ -32,7 +32,8 @@ OPTIONS: Final = frozenset(
 )
 # What only says how the result is handed back, and what a tracer has in its place.
 OF_RESULT: Final = {
-    "return_type": "read tracer.result, and decode it with model.tokenizer",
+    "return_type": "read tracer.result, and decode it with model.tokenizer; for the loss of one "
+    "pass, model.forward(input, return_type='loss'), in `with model.hooks(...)` if you like",
     "return_cache": "write `cache = tracer.cache()` in the block",
     "names_filter": "write `cache = tracer.cache(modules)` in the block",
     "device": "write `cache = tracer.cache(device=...)` in the block",

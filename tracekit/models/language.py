@@ -261,7 +261,7 @@ class LanguageModel(Answering, WithWeights):
     def _outputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
         call = self._forward(inputs)
-        return inputs, self._edited(call) if self._edits else call.make(None)
+        return inputs, self._edited(call) if self._is_edited else call.make(None)
 
     def _forward(self, inputs: dict[str, Any]) -> TracedCall:
         return TracedCall(lambda follower: run_behind(self._tree, follower, (), inputs))

@@ -41,6 +41,19 @@ _OF_GENERATE: Final = frozenset(
         "verbose",
     }
 )
+# Of other calls of a model; a forward would go on as if they had not been said.
+_OF_CACHES: Final = "it is an option of model.run_with_cache(input, ...)"
+_OF_HOOKS: Final = "it is an option of model.run_with_hooks(input, ...), and of model.hooks(...)"
+_OF_OTHERS: Final = {
+    "remove_batch_dim": _OF_CACHES,
+    "pos_slice": _OF_CACHES,
+    "incl_bwd": _OF_CACHES,
+    "stop_at_layer": f"{_OF_CACHES}, and of run_with_hooks",
+    "start_at_layer": "a run begins with the first layer",
+    "fwd_hooks": _OF_HOOKS,
+    "bwd_hooks": _OF_HOOKS,
+    "loss_per_token": "it is an option of model.forward(input, return_type='loss')",
+}
 # What forwards take by `**kwargs` (transformers 4.57 to 5.23).
 _OF_FORWARDS: Final = frozenset(
     {
@@ -60,6 +73,8 @@ def check_options(module: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if accepts(module, name) or name in _OF_FORWARDS:
             continue
+        if name in _OF_OTHERS:
+            raise InputError(f"{name}= would be ignored here: {_OF_OTHERS[name]}.")
         if name in _OF_GENERATE or name in OF_RESULT:
             cure = OF_RESULT.get(name, f"write `with model.generate(input, {name}=...) as tracer:`")
             raise InputError(

@@ -1,7 +1,8 @@
 """Which activations are meant: a name in any spelling, a path, a glob, a predicate, a list."""
 
-# A glob, or a predicate, is tried on the standard names; if none fits, on TransformerLens'; if none
-# fits again, on the paths of modules. So `lambda name: "hook_z" in name` means what it means there.
+# A glob is tried on the standard names; if none fits, on TransformerLens'; if none fits again, on
+# the paths of modules. A predicate may speak of both, as in `"hook_z" in name or "embed" in name`:
+# it means whatever it is true of by either name, so that nothing is left out silently.
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def _matches(tree: Tree, names: Names, what: str) -> list[Spot]:
     if isinstance(names, tuple) and _reads(tree, names):
         return _by_key(tree, names, "")
     if callable(names):
-        return _fitting(tree, names, f"the predicate given as {what}")
+        return _fitting(tree, names, f"the predicate given as {what}", is_of_both=True)
     if not isinstance(cast("object", names), Iterable):
         raise CacheError(
             f"{what} takes names of activations, globs, predicates or a list of them, not "
@@ -146,13 +147,16 @@ def _by_glob(tree: Tree, glob: str) -> list[Spot]:
     return _fitting(tree, lambda name: fnmatchcase(name, glob), f"the glob {glob!r}", near)
 
 
-def _fitting(tree: Tree, fits: Callable[[str], bool], what: str, near: str = "") -> list[Spot]:
+def _fitting(
+    tree: Tree, fits: Callable[[str], bool], what: str, near: str = "", *, is_of_both: bool = False
+) -> list[Spot]:
     keys = keys_of(tree)
     every = [] if keys is None else list(_there(tree, keys).values())
-    found = [_spot(tree, each) for each in every if fits(str(each.key))]
-    if not found:
-        hooks = ((each, each.key.hook) for each in every)
-        found = [_spot(tree, each, hook) for each, hook in hooks if hook and fits(hook)]
+    fitting = {str(each.key): "" for each in every if fits(str(each.key))}
+    if not fitting or is_of_both:
+        hooks = {str(each.key): each.key.hook for each in every}
+        fitting = {key: hook for key, hook in hooks.items() if hook and fits(hook)} | fitting
+    found = [_spot(tree, each, fitting[key]) for each in every if (key := str(each.key)) in fitting]
     if not found:
         paths = [path for path in tree.called if fits(tree.below(path)) or fits(path)]
         found = [_of_path(tree, path, Slot.OUTPUT, "", is_named=False) for path in paths]
