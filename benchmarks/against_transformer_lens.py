@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +27,8 @@ import torch  # noqa: E402
 from tests.tiny_models import NAMES, make  # noqa: E402
 from tracekit import LanguageModel  # noqa: E402
 
-CLOSE: Final = 1e-5
+CLOSE: Final = 1e-5  # float32
+MASKED: Final = -1e30  # below it a score is a mask's: of -inf, or of the least of its dtype
 WEIGHTS: Final = (
     "W_Q",
     "W_K",
@@ -41,6 +43,7 @@ WEIGHTS: Final = (
     "b_in",
     "b_out",
 )
+KNOWN: Final[dict[tuple[str, str], str]] = {}
 WEIGHTS_OF_ALL: Final = ("W_E", "W_U", "b_U", "W_pos")
 
 
@@ -52,11 +55,14 @@ def main(names: list[str]) -> int:
     for name in names:
         try:
             net, inputs, bridge = _bridged(name)
+            with torch.no_grad():
+                _, theirs = bridge.run_with_cache(**_for_bridge(inputs))
         except Exception as error:  # noqa: BLE001 - of whatever kind: it does not take this model
             print(f"{name:16s} TransformerLens: {str(error).splitlines()[0][:70]}")
             continue
         with torch.no_grad():
-            differ += not _is_alike(name, net, inputs, bridge)
+            _, ours = LanguageModel(net).run_with_cache(**inputs)
+            differ += not _is_alike(name, ours, theirs)
     return differ
 
 
@@ -69,29 +75,46 @@ def _bridged(name: str) -> tuple[Any, dict[str, Any], Any]:
     bridge = builder.build_bridge_from_module(
         inner, type(net).__name__, hf_config=inner.config, dtype=torch.float32, device="cpu"
     )
-    inputs = {"input_ids": inputs["input_ids"]}
-    bridge.run_with_cache(inputs["input_ids"])
     return net, inputs, bridge
 
 
-def _is_alike(name: str, net: Any, inputs: dict[str, Any], bridge: Any) -> bool:
-    model: Any = LanguageModel(net)
-    _, theirs = bridge.run_with_cache(inputs["input_ids"])
-    _, ours = model.run_with_cache(**inputs)
+def _for_bridge(inputs: dict[str, Any]) -> dict[str, Any]:
+    main = "input_ids" if "input_ids" in inputs else next(iter(inputs))
+    return {"input": inputs[main], **{k: v for k, v in inputs.items() if k != main}}
+
+
+def _is_alike(name: str, ours: Any, theirs: Any) -> bool:
     common = [key for key in theirs if key in ours]
-    off = {key: _difference(ours[key], theirs[key]) for key in common}
-    worst = max(off, key=off.__getitem__)
-    print(f"{name:16s} {len(list(theirs)):7d} {len(common):9d} {off[worst]:19.1e}")
-    wrong = [key for key in common if off[key] > CLOSE]
-    for key in wrong[:5]:
+    off = {key: _difference(key, ours[key], theirs[key]) for key in common}
+    unknown = {key: each for key, each in off.items() if _reason(name, key) is None}
+    worst = max(unknown.values())
+    print(f"{name:16s} {len(list(theirs)):7d} {len(common):9d} {worst:19.1e}")
+    wrong = [key for key in unknown if not off[key] <= CLOSE]
+    for key in wrong[:12]:
         print(f"    {key}: {off[key]:.1e}, {tuple(ours[key].shape)}, {tuple(theirs[key].shape)}")
+    known = {_reason(name, key) for key in common if off[key] > CLOSE} - {None}
+    for reason in known:
+        print(f"    known: {reason}")
     return not wrong
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def _reason(name: str, key: str) -> str | None:
+    return next(
+        (why for (model, keys), why in KNOWN.items() if fnmatch(name, model) and fnmatch(key, keys)),
+        None,
+    )
+
+
+def _difference(key: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference; without bound where the shapes differ."""
+    if ours.shape[:1] == (1,) and "pos_embed" in key:
+        theirs = theirs[:1]  # of one row: they repeat it
+    if ours.dim() == theirs.dim() - 1 and ours.shape[0] == theirs.shape[0] * theirs.shape[1]:
+        ours = ours.unflatten(0, theirs.shape[:2])  # rows and positions in one axis, in the model
     if ours.shape != theirs.shape:
         return float("inf")
+    if key.endswith("hook_attn_scores"):
+        ours = torch.where(ours < MASKED, theirs, ours)  # the patterns tell what is masked
     return (ours.float() - theirs.float()).abs().max().item()
 
 
@@ -101,7 +124,7 @@ def processed(name: str) -> Iterator[tuple[str, float]]:
     bridge.enable_compatibility_mode(disable_warnings=True)
     model: Any = LanguageModel(net).processed()
     for weight in (*WEIGHTS, *WEIGHTS_OF_ALL):
-        yield weight, _difference(getattr(model, weight), getattr(bridge, weight))
+        yield weight, _difference("", getattr(model, weight), getattr(bridge, weight))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tracekit.architectures import Lacks, Names
 from tracekit.architectures.matrices import Matrix, is_transposed, matrix_of
+from tracekit.core.quirks import LOGIT_CAPS
 from tracekit.models.folding import add_bias, every, put, reading_norms, why_not_fold
 from tracekit.models.norms import norm_of, width_of
 
@@ -60,7 +61,7 @@ def why_not_center_unembed(names: Names, root: nn.Module) -> str | None:
     """Why the mean of the logits can't be dropped; None if it can."""
     config: Any = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "final_logit_softcapping", None) is not None:
+    if any(getattr(text, cap, None) is not None for cap in LOGIT_CAPS):
         return "its logits are capped, which is no addition: their mean counts"
     return None
 

@@ -124,11 +124,24 @@ def _note(readers: list[tuple[str, nn.Module]], path: str, module: nn.Module) ->
         readers.append((path, module))
 
 
+class _Given(NamedTuple):
+    """What a norm gives its readers: gain * normed + shift."""
+
+    gain: Tensor
+    shift: Tensor | None
+    is_centred: bool  # what is normed has mean zero
+
+    def folded(self, weight: Tensor, axis: int) -> Tensor:
+        """Weights that read what is normed, along an axis; their mean, if that reads nothing, off."""
+        found = weight.detach().double() * (self.gain if axis == -1 else self.gain[:, None])
+        return found - found.mean(axis, keepdim=True) if self.is_centred else found
+
+
 def _fold(each: Readers, norm: Norm) -> None:
-    gain = norm.gain(each.norm)
     bias = getattr(each.norm, "bias", None)
     shift = bias.detach().double() if isinstance(bias, Tensor) and bias.any() else None
-    folded = [_into(path, module, gain, shift) for path, module in each.readers]
+    given = _Given(norm.gain(each.norm), shift, norm.is_centring)
+    folded = [_into(path, module, given) for path, module in each.readers]
     if not any(folded):
         raise UnsupportedError(
             f"fold_norms: nothing that reads {each.path} is a linear map that was found."
@@ -139,29 +152,27 @@ def _fold(each: Readers, norm: Norm) -> None:
         put(each.norm, "bias", torch.zeros_like(bias))
 
 
-def _into(path: str, module: nn.Module, gain: Tensor, shift: Tensor | None) -> bool:
+def _into(path: str, module: nn.Module, given: _Given) -> bool:
     """Fold into one reader; False if it has no weights that read."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2:
-        _into_matrix(path, module, weight, gain, shift)
+        _into_matrix(path, module, weight, given)
         return True
     every = [name for name in _READING if _is_stack(getattr(module, name, None))]
     for name in every:
-        if shift is not None:
+        if given.shift is not None:
             raise UnsupportedError(
                 f"fold_norms: the norm in front of {path} has a bias, which experts can't take."
             )
         stack: Tensor = getattr(module, name)
-        put(module, name, stack.double() * _along(stack, gain, module))
+        put(module, name, given.folded(stack, _reading_axis(stack, given.gain.numel(), module)))
     return bool(every)
 
 
-def _into_matrix(
-    path: str, module: nn.Module, weight: Tensor, gain: Tensor, shift: Tensor | None
-) -> None:
+def _into_matrix(path: str, module: nn.Module, weight: Tensor, given: _Given) -> None:
     is_in_first = is_transposed(module)
-    matrix = weight.detach().double()
-    put(module, "weight", matrix * (gain[:, None] if is_in_first else gain))
+    matrix, shift = weight.detach().double(), given.shift
+    put(module, "weight", given.folded(weight, -2 if is_in_first else -1))
     if shift is not None:
         if "bias" not in module._parameters:  # pyright: ignore[reportPrivateUsage] - None counts
             raise UnsupportedError(
@@ -175,13 +186,12 @@ def _is_stack(value: object) -> bool:
     return isinstance(value, Tensor) and value.ndim == 3
 
 
-def _along(stack: Tensor, gain: Tensor, module: nn.Module) -> Tensor:
-    """`gain`, along the axis of a stack of matrices that reads the stream."""
-    width = gain.numel()
+def _reading_axis(stack: Tensor, width: int, module: nn.Module) -> int:
+    """The axis of a stack of matrices that reads the stream."""
     is_last = stack.shape[-1] == width
     if is_last and stack.shape[-2] == width:  # either could be it, but for what the class says
         is_last = not getattr(module, "is_transposed", False)
-    return gain if is_last else gain[:, None]
+    return -1 if is_last else -2
 
 
 # -- parameters ----------------------------------------------------------------------------------
