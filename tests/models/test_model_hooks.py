@@ -261,10 +261,9 @@ def test_a_function_that_was_never_called_is_an_error() -> None:
     with pytest.raises(NeverRanError, match="did not run"):
         with model.hooks(fwd_hooks=[("resid_post", lambda v, h: None)]):
             net(**inputs)
-    hooks = [("transformer.h.0.attn.resid_dropout", lambda v, h: None)]
-    net.transformer.h[0].attn.resid_dropout.forward = lambda x: x
+    hooks = [("transformer.h.0.mlp.c_fc", lambda v, h: None)]
     model.run_with_hooks(**inputs, fwd_hooks=hooks)
-    net.transformer.h[0].forward = lambda x, *args, **kwargs: x
+    net.transformer.h[0].mlp.forward = lambda x: x
     with pytest.raises(NeverRanError, match="never called"):
         model.run_with_hooks(**inputs, fwd_hooks=hooks)
 

@@ -41,7 +41,7 @@ def calls_of(net: nn.Module, inputs: dict[str, Any]) -> dict[str, tuple[Tensor, 
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given = [*args, *kwargs.values()]
             if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
-                found[path] = given[0], output
+                found[path] = given[0].clone(), output.clone()  # some are overwritten later
 
         return hook
 

@@ -43,6 +43,8 @@ _ROOT_POINTS: Final[Mapping[str, Declared]] = {
     "embed_out": output("embed"),
     "pos_embed_out": output("pos_embed"),
     "resid_final": given("final_norm"),
+    "final_norm_scale": output("final_norm", inside="norm_scale"),
+    "final_norm_normalized": output("final_norm", inside="norm_normalized"),
     "final_norm_out": output("final_norm"),
     "logits": output("unembed"),
     "encoder_out": output("encoder"),
@@ -75,6 +77,7 @@ class Bound:
     is_plain: bool  # the tensor itself, which nobody else is given
     layout: Layout = field(default_factory=Whole)
     call: int = 0  # the how-manieth call of the module, where layers share it
+    heads: int = 0  # of its layer's attention, if that is known
 
 
 @final
@@ -122,7 +125,7 @@ class Layer:
         is_plain = point.layout == Whole() and point.sharing is Sharing.OWN
         at = (path, point.slot, view, point.sharing, point.key)
         call = self.calls.get(path, 0)
-        return Bound(name, *at, shape, is_plain, point.layout, call)
+        return Bound(name, *at, shape, is_plain, point.layout, call, self.sizes.get("heads", 0))
 
 
 def _choices(declared: Declared | None) -> tuple[Point | Lacks, ...]:

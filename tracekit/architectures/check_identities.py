@@ -27,8 +27,6 @@ FINAL_NORMS: Final = {
 }
 
 
-
-
 def identities(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
     """What the residual stream of one layer adds up to, as its block states it."""
     layer = names.layers.get(where.path)

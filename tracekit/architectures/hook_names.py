@@ -16,12 +16,12 @@ STACKS: Final[Mapping[str, str]] = {
 }
 # Of the whole model, by standard name: all spellings.
 ROOT_HOOKS: Final[Mapping[str, tuple[str, ...]]] = {
-    "embed_out": ("hook_embed", "embed.hook_out"),
-    "pos_embed_out": ("hook_pos_embed", "pos_embed.hook_out"),
+    "embed_out": ("hook_embed", "embed.hook_out", "decoder_embed.hook_out"),
+    "pos_embed_out": ("hook_pos_embed", "pos_embed.hook_out", "decoder_pos_embed.hook_out"),
     "resid_final": ("ln_final.hook_in",),
     "final_norm_scale": ("ln_final.hook_scale",),
     "final_norm_normalized": ("ln_final.hook_normalized",),
-    "final_norm_out": ("ln_final.hook_out", "unembed.hook_in"),
+    "final_norm_out": ("ln_final.hook_out",),
     "logits": ("unembed.hook_out", "hook_unembed"),
 }
 # Behind `blocks.3.`
@@ -67,14 +67,14 @@ BLOCK_HOOKS: Final[Mapping[str, tuple[str, ...]]] = {
     "cross_pattern": ("cross_attn.hook_pattern",),
     "cross_z": ("cross_attn.hook_z",),
     "cross_attn_out": ("hook_cross_attn_out",),
-    "resid_mid": ("hook_resid_mid",),
+    "resid_mid": ("hook_resid_mid", "hook_resid_mid2"),
     "mlp_in": ("hook_mlp_in",),
-    "norm2_scale": ("ln2.hook_scale",),
-    "norm2_normalized": ("ln2.hook_normalized",),
+    "norm2_scale": ("ln2.hook_scale", "ln3.hook_scale"),
+    "norm2_normalized": ("ln2.hook_normalized", "ln3.hook_normalized"),
     "mlp_pre": ("mlp.hook_pre", "channel_mix.hook_pre"),
     "mlp_pre_linear": ("mlp.hook_pre_linear",),
     "mlp_post": ("mlp.hook_post", "mlp.out.hook_in", "channel_mix.hook_post"),
-    "router_logits": ("mlp.router.hook_out",),
+    "router_logits": ("mlp.router.hook_out"),
     "router_indices": ("mlp.hook_expert_indices",),
     "shared_expert_out": ("mlp.shared_expert.hook_out", "mlp.shared_experts.hook_out"),
     "mlp_out": ("hook_mlp_out", "hook_channel_mix_out", "channel_mix.hook_out"),

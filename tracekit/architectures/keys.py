@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
@@ -146,17 +147,23 @@ class Keys:
         self.names = names
         self.spelling = Spelling({stack: len(places) for stack, places in names.stacks.items()})
         self.there: Mapping[str, Named] | None = None  # of them, those with modules; if found out
-        self.plan: Any = None  # how all of these are recorded (tracing/named_cache.py)
+        self.plans: dict[bool, Any] = {}  # how all of these are recorded (tracing/named_cache.py)
         self.every: dict[str, Named] = {}
         for bound in names.points(""):
             self.every[bound.name] = Named(Key(bound.name), bound)
         for stack, places in names.stacks.items():
-            is_repeated = len({path for path, _ in places}) < len(places)
-            for layer, (path, call) in enumerate(places):
-                for bound in names.points(path):
-                    key = Key(bound.name, layer, stack)
-                    calls = [each for each, _ in places].count(path) if is_repeated else 1
-                    self.every[str(key)] = Named(key, bound, call if is_repeated else None, calls)
+            found = [
+                (Key(bound.name, layer, stack), bound)
+                for layer, (path, _) in enumerate(places)
+                for bound in names.points(path)
+            ]
+            counts = Counter((bound.name, bound.path) for _, bound in found)
+            before: Counter[tuple[str, str]] = Counter()
+            for key, bound in found:
+                at = (bound.name, bound.path)
+                call = before[at] if counts[at] > 1 else None  # layers share the module
+                before[at] += 1
+                self.every[str(key)] = Named(key, bound, call, counts[at])
 
     def matching(self, key: Key) -> list[Named]:
         """The activations that a key means, in all layers if it names none."""

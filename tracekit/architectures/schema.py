@@ -86,7 +86,7 @@ def given(
 
 
 # Modules that stand beside those of a model, for values that no module has.
-ANNEXES: Final = ("attention", "head_result")
+ANNEXES: Final = ("attention", "head_result", "norm_scale", "norm_normalized")
 
 
 def attended(name: str, layout: Layout | None = None, core: str = "attn_core") -> Point:

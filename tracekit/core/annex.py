@@ -11,6 +11,10 @@ ANNEX: Final = "attention"
 PIECES: Final = ("q", "k", "v", "scores", "pattern", "z")  # in the order in which they are computed
 
 
+# Values inside other modules, each at a path behind its module's: layers.3.ln_1.norm_scale.
+INNER: Final = ("norm_scale", "norm_normalized", "head_result")
+
+
 def axis_of_positions(path: str, dims: int) -> int | None:
     """The axis of the positions (the queries, where there are keys as well) in a value at `path`.
 
@@ -19,6 +23,12 @@ def axis_of_positions(path: str, dims: int) -> int | None:
     if dims != 4 or path.rpartition(".")[2] not in PIECES or owner_of(path) is None:
         return None
     return 1 if path.endswith(".z") else 2
+
+
+def inner_owner_of(path: str) -> str | None:
+    """The norm, or output projection, that a path is a value inside of; None for others."""
+    above, _, last = path.rpartition(".")
+    return above if last in INNER and above else None
 
 
 def owner_of(path: str) -> str | None:

@@ -14,12 +14,13 @@ from tracekit.core.annex import PIECES
 
 @final
 class Piece(nn.Module):
-    """One value of the attention at the path `owner`."""
+    """One value of the attention, or of another module, at the path `owner`."""
 
-    def __init__(self, owner: str, name: str) -> None:
+    def __init__(self, owner: str, name: str, heads: int = 0) -> None:
         super().__init__()
         self.owner = owner
         self.name = name
+        self.heads = heads  # of the attention, where an output projection divides by them
 
     def forward(self, value: Any) -> Any:
         """The value itself."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol, final
 from torch import nn
 
 from tracekit.core.annex import ANNEX, owner_of
+from tracekit.core.norms import NormKind
 from tracekit.core.pieces import Annex, Piece
 from tracekit.core.quirks import own_children
 from tracekit.core.renames import Renames, spellings
@@ -56,6 +57,8 @@ class Tree:
         self._relatives: dict[tuple[str, str], list[str]] = {}  # what was found out before
         self.called: dict[str, nn.Module] = {}  # by canonical path: what has a forward
         self.annexes: dict[str, Annex] = {}  # by canonical path of the attention each belongs to
+        self.inner: dict[str, Piece] = {}  # values inside norms and output projections, by path
+        self.norm_kinds: dict[str, NormKind] = {}  # by path, as their numbers told
         self._beside: set[str] = set()  # the paths of annexes, and of what is in them
         self._states: list[dict[str, Any]] = []  # each module's __dict__
         self._shape: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
@@ -120,6 +123,22 @@ class Tree:
         self.annexes = {path: annex for path, annex in self.annexes.items() if path in self.called}
         for path in self.annexes:
             self.attach(path)
+        inner, self.inner = self.inner, {}
+        self.norm_kinds.clear()
+        for path, piece in inner.items():
+            if piece.owner in self.called:
+                self.attach_inner(path, piece.heads)
+
+    def attach_inner(self, path: str, heads: int = 0) -> None:
+        """Let there be a module for a value inside another, at a path behind a canonical one."""
+        if path in self.inner:
+            return
+        owner, _, name = path.rpartition(".")
+        self.inner[path] = self.modules[path] = Piece(owner, name, heads)
+        self._canonical[path] = path
+        self._parents[path] = [owner]
+        self._beside.add(path)
+        self._relatives.clear()
 
     def attach(self, owner: str) -> str:
         """Let there be the annex of the attention at a canonical path; the path of the annex.
@@ -226,6 +245,10 @@ class Tree:
         if self._names is None:
             self._names = (self.naming(self.root) if self.naming is not None else None,)
         return self._names[0]
+
+    def learn(self, names: StandardNames) -> None:
+        """Go by these standard names, until modules change."""
+        self._names = (names,)
 
     def below(self, path: str) -> str:
         """`path` without the root's name, as standard names have it."""

@@ -51,6 +51,8 @@ def twin(
     found.original, found.naming = tree, tree.naming
     for owner in tree.annexes:
         found.attach(owner)
+    for path, piece in tree.inner.items():
+        found.attach_inner(path, piece.heads)
     return found
 
 

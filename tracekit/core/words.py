@@ -110,6 +110,8 @@ ROOT_ACTIVATIONS: Final = {
     "embed_out": Word("token embeddings, as the module gives them", _RESIDUAL),
     "pos_embed_out": Word("embeddings of positions, as the module gives them", "1|batch pos model"),
     "resid_final": Word("residual stream behind the last layer", _RESIDUAL),
+    "final_norm_scale": Word("what the final norm divides by", "batch pos 1"),
+    "final_norm_normalized": Word("divided by it, before weight and bias", _RESIDUAL),
     "final_norm_out": Word("residual stream, normed", _RESIDUAL),
     "logits": Word(
         "what the unembedding gives, before a scale or cap of the model", "batch pos vocabulary"
@@ -127,6 +129,8 @@ BLOCK_ACTIVATIONS: Final = {
     ),
     "mixer_in": Word("what a recurrent mixer or convolution reads, as attn_in", _RESIDUAL),
     "shared_out": Word("what a block that layers share gives the mixer to read", _RESIDUAL),
+    "norm1_scale": Word("what norm1 divides by", "batch pos 1"),
+    "norm1_normalized": Word("divided by it, before weight and bias", _RESIDUAL),
     "q": Word("queries as projected, before norms and rotary embedding", _HEADS),
     "k": Word("keys as projected", "batch pos kv_heads head_dim"),
     "v": Word("values as projected", "batch pos kv_heads head_dim"),
@@ -156,6 +160,8 @@ BLOCK_ACTIVATIONS: Final = {
     "cross_attn_out": Word("what cross-attention adds to the residual stream", _RESIDUAL),
     "resid_mid": Word("residual stream between attention (or mixer) and MLP", _RESIDUAL),
     "mlp_in": Word("what the MLP reads; a write is for it alone", _RESIDUAL),
+    "norm2_scale": Word("what norm2 divides by", "batch pos 1"),
+    "norm2_normalized": Word("divided by it, before weight and bias", _RESIDUAL),
     "mlp_pre": Word("neurons before their nonlinearity", "batch pos neurons"),
     "mlp_pre_linear": Word("what a gate is multiplied with", "batch pos neurons"),
     "mlp_post": Word("neurons: what the down projection is given", "batch pos neurons"),

@@ -69,7 +69,7 @@ def attend(
     if not pieces.is_wanted("z"):
         pieces.passed("z", None)
         return output
-    z = pieces.passed("z", _own(output[0]))
+    z = pieces.passed("z", own(output[0]))
     if z is not output[0] and output[0].is_contiguous():
         z = z.contiguous()  # the model may view it in another shape
     return output if z is output[0] else (z, *output[1:])
@@ -106,7 +106,7 @@ def _with_pattern(
         return output
     with torch.no_grad():
         real = function(*args, **kwargs)
-    return (cast("Tensor", _RealWithGradients.apply(output[0], real[0])), *real[1:])
+    return (cast("Tensor", RealWithGradients.apply(output[0], real[0])), *real[1:])
 
 
 def through_softmax(
@@ -129,8 +129,8 @@ def _led(
         return whole, False
     given = whole if whole.shape[-1] == keys else whole[..., :keys]
     given = given.to(dtype)
-    given = _own(given) if name == "pattern" else given  # its softmax needs it in backward
-    was = _Was(given)
+    given = own(given) if name == "pattern" else given  # its softmax needs it in backward
+    was = Was(given)
     new = pieces.passed(name, given)
     is_written = new is not given or was.changed()
     is_seen = is_written or given.requires_grad  # what was handed out has to be what is used
@@ -191,7 +191,7 @@ def softmax_of(
 
 
 @final
-class _Was:
+class Was:
     """What a tensor was, to tell whether it was written into."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -207,7 +207,7 @@ class _Was:
         return version(self._tensor) != self._version
 
 
-def _own(tensor: Tensor) -> Tensor:
+def own(tensor: Tensor) -> Tensor:
     """`tensor`, copied if the operation that made it may want it unchanged in backward."""
     return tensor.clone() if tensor.requires_grad else tensor
 
@@ -220,7 +220,7 @@ def _put_back(new: Tensor, whole: Tensor) -> Tensor:
 
 
 @final
-class _RealWithGradients(torch.autograd.Function):
+class RealWithGradients(torch.autograd.Function):
     """The value that the model computed, with the gradient through the pattern."""
 
     @staticmethod

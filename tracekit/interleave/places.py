@@ -20,12 +20,14 @@ from torch import nn
 
 from tracekit.capture.functions import unwrap
 from tracekit.capture.operations import Listing, operations_of, with_operations
+from tracekit.core.annex import INNER
 from tracekit.core.pieces import Piece
 from tracekit.core.site import Visit
 from tracekit.core.tree import Tree
 from tracekit.errors import AttentionError, SourceError, UnsupportedError
 from tracekit.interleave.forwards import own_forward
 from tracekit.interleave.hooks import Hooks, Subscriber, is_elsewhere
+from tracekit.interleave.inner import Inner
 from tracekit.interleave.passage import Watch
 from tracekit.interleave.taps import Tap, Wrap
 
@@ -43,6 +45,7 @@ class Places:
         self._watches: dict[str, Watch] = {}  # of operations
         self._callees: dict[str, Callable[..., Any]] = {}  # of operations that are being called
         self._taps: dict[str, Tap] = {}  # by the path of the attention
+        self._inner: dict[str, Inner] = {}  # by the path of the norm, or projection
         hooks.tap = self.tap
 
     # -- what Passage needs to know -------------------------------------------------------------
@@ -128,12 +131,18 @@ class Places:
     def untapped(self, path: str) -> str | None:
         """The attention that `path` is a value in, if no value of it was asked for so far."""
         piece = self._tree.modules.get(path)
-        return piece.owner if type(piece) is Piece and piece.owner not in self._taps else None
+        if type(piece) is not Piece or piece.owner in self._taps or piece.owner in self._inner:
+            return None
+        return piece.owner
 
     def tap(self, piece: Piece) -> None:
         """Let the values of an attention go through its annex; AttentionError if that can't be."""
         owner = piece.owner
-        if owner in self._taps:
+        if owner in self._taps or owner in self._inner:
+            return
+        if piece.name in INNER:
+            self._inner[owner] = Inner(self._tree, owner, self._hooks, self._watches)
+            self._hooks.rewrite(owner, self._inner[owner].around)
             return
         try:
             self._taps[owner] = Tap(self._tree, owner, self._hooks, self._watches)

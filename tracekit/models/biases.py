@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from tracekit.errors import InputError, UnsupportedError
 # What adds to the stream, and the projection whose bias comes last in it.
 _MIXERS: Final = {"attn": "o", "ssm": "out_proj", "conv": "out_proj", "cross_attn": "cross_o"}
 _MLP: Final = {"mlp": "down"}
+_FIRST: Final = ("attn_out", "ssm_out", "conv_out", "cross_attn_out")
 _ADDING: Final = (Residual.SEQUENTIAL, Residual.PARALLEL, Residual.SINGLE)
 
 
@@ -38,6 +39,31 @@ def accumulated_bias(
         every += [] if reads_before else _biases(root, own, layer, _MIXERS)
     zero = _zero(names, root)
     return sum((bias.to(zero.device) for bias in every), zero)
+
+
+class Addition(NamedTuple):
+    """An activation that is added to the residual stream, times a factor."""
+
+    name: str
+    factor: float
+    is_last: bool  # behind resid_mid, where there is one
+
+
+def additions(names: Names, root: nn.Module, layer: int) -> tuple[Addition, ...]:
+    """What a layer adds, in order."""
+    path = names.stacks["layers"][layer].path
+    found = names.layers.get(path)
+    if found is None or found.block is None or _residual(found) not in _ADDING:
+        raise UnsupportedError(
+            f"layer {layer} does not just add to the residual stream: it can't be taken apart."
+        )
+    last = found.block.added_last
+    first = [name for name in _FIRST if name not in last]
+    return tuple(
+        Addition(name, factor_of(root, found, name), name in last)
+        for name in (*first, *last)
+        if names.point(path, name) is not None
+    )
 
 
 def _zero(names: Names, root: nn.Module) -> Tensor:

@@ -40,6 +40,7 @@ class Caching:
     pos_slice: PosSlice = None
     stop_at_layer: int | None = None
     incl_bwd: bool | Callable[[Any], Any] = False
+    is_plain: bool = False  # nothing edits what is recorded
 
 
 def run_with_cache(
@@ -61,6 +62,7 @@ def run_with_cache(
         caching.keep,
         caching.pos_slice,
         has_grads=bool(caching.incl_bwd),
+        is_plain=caching.is_plain,
     )
     _run(execution)
     result = results.pop() if stop is None else stop.residual

@@ -67,13 +67,24 @@ def why_not_fold(names: Names, root: nn.Module) -> str | None:
     return None
 
 
+class NoReader(Exception):
+    """A norm can't be folded, and no norm has been yet."""
+
+
 def fold_norms(names: Names, root: nn.Module, run: Callable[[], object]) -> None:
-    """Leave every norm that the stream is read through with no gain and no bias."""
+    """Leave every norm that the stream is read through with no gain and no bias.
+
+    NoReader, before anything is changed, if a norm is read by nothing that it could be folded into.
+    """
+    folds: list[tuple[Readers, Norm]] = []
     for each in _readers(root, reading_norms(names), run):
         width = width_of(each.norm)
         norm = norm_of(each.norm, width) if width is not None else None
-        if norm is not None:
-            _fold(each, norm)
+        if norm is not None and not any(_weights_of(reader) for _, reader in each.readers):
+            raise NoReader(f"nothing that reads {each.path} as it is is a linear map")
+        folds += [(each, norm)] if norm is not None else []
+    for each, norm in folds:
+        _fold(each, norm)
 
 
 def _readers(
@@ -111,8 +122,17 @@ def _readers(
     for path, sure in norms.items():
         known = found[id(root.get_submodule(path))].readers
         for reader in [each for each in sure if not known or "experts" in each]:
-            _note(known, reader, root.get_submodule(reader))
+            for inner, module in _reading(reader, root.get_submodule(reader)):
+                _note(known, inner, module)
     return list(found.values())
+
+
+def _reading(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A reader, or in a list of experts (transformers 4) the modules of each that read."""
+    if _weights_of(module):
+        return [(path, module)]
+    inside = module.named_modules(prefix=path)
+    return [each for each in inside if each[0].rpartition(".")[2] in _READING]
 
 
 def _memory(tensor: Tensor) -> int:
@@ -132,7 +152,7 @@ class _Given(NamedTuple):
     is_centred: bool  # what is normed has mean zero
 
     def folded(self, weight: Tensor, axis: int) -> Tensor:
-        """Weights that read what is normed, along an axis; their mean, if that reads nothing, off."""
+        """Weights that read what is normed, along an axis; less their mean, if it reads nothing."""
         found = weight.detach().double() * (self.gain if axis == -1 else self.gain[:, None])
         return found - found.mean(axis, keepdim=True) if self.is_centred else found
 
@@ -141,32 +161,35 @@ def _fold(each: Readers, norm: Norm) -> None:
     bias = getattr(each.norm, "bias", None)
     shift = bias.detach().double() if isinstance(bias, Tensor) and bias.any() else None
     given = _Given(norm.gain(each.norm), shift, norm.is_centring)
-    folded = [_into(path, module, given) for path, module in each.readers]
-    if not any(folded):
-        raise UnsupportedError(
-            f"fold_norms: nothing that reads {each.path} is a linear map that was found."
-        )
+    for path, module in each.readers:
+        _into(path, module, given)
     weight: Any = each.norm.weight
     put(each.norm, "weight", torch.full_like(weight, norm.neutral))
     if isinstance(bias, Tensor):
         put(each.norm, "bias", torch.zeros_like(bias))
 
 
-def _into(path: str, module: nn.Module, given: _Given) -> bool:
-    """Fold into one reader; False if it has no weights that read."""
+def _weights_of(module: nn.Module) -> list[str]:
+    """The names of the weights of a reader that what it reads is multiplied with."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.ndim == 2:
-        _into_matrix(path, module, weight, given)
-        return True
-    every = [name for name in _READING if _is_stack(getattr(module, name, None))]
-    for name in every:
-        if given.shift is not None:
+        return ["weight"]
+    return [name for name in _READING if _is_stack(getattr(module, name, None))]
+
+
+def _into(path: str, module: nn.Module, given: _Given) -> None:
+    """Fold into one reader; into none that has no weights that read, as a container."""
+    for name in _weights_of(module):
+        weight: Tensor = getattr(module, name)
+        if name == "weight":
+            _into_matrix(path, module, weight, given)
+        elif given.shift is not None:
             raise UnsupportedError(
                 f"fold_norms: the norm in front of {path} has a bias, which experts can't take."
             )
-        stack: Tensor = getattr(module, name)
-        put(module, name, given.folded(stack, _reading_axis(stack, given.gain.numel(), module)))
-    return bool(every)
+        else:
+            axis = _reading_axis(weight, given.gain.numel(), module)
+            put(module, name, given.folded(weight, axis))
 
 
 def _into_matrix(path: str, module: nn.Module, weight: Tensor, given: _Given) -> None:

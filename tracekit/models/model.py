@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, cast, final, overload
+from typing import Any, TypeVar, cast, final, overload
 
-import torch
 from torch import nn
 
 from tracekit.architectures import names_of
@@ -17,30 +16,26 @@ from tracekit.core.renames import Rename, Renames
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
 from tracekit.models.batching import Batch, Inputs, join_inputs
-from tracekit.models.face import Caching, Placed, both, calling, run_with_cache, run_with_hooks
+from tracekit.models.face import calling
+from tracekit.models.functional import Functional
 from tracekit.models.generation import forward, generate, generation
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
 from tracekit.tracing.call import TracedCall
-from tracekit.tracing.cut import StopAt
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits, run_edited
-from tracekit.tracing.envoy import Envoy
-from tracekit.tracing.execution import Execution, Intervention
-from tracekit.tracing.hooked import Hooked, HookPoint, Pairs
-from tracekit.tracing.named_cache import NamedCache, keep_of
+from tracekit.tracing.execution import Intervention
+from tracekit.tracing.hooked import Hooked
 from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
-from tracekit.tracing.sites import PosSlice
 from tracekit.tracing.tracer import Tracer
-from tracekit.tracing.wanted import Names
 
 M = TypeVar("M", bound="Model")
 
 
-class Model(Envoy):
+class Model(Functional):
     """Any PyTorch module, ready to be traced.
 
     The module itself is not changed: outside a trace it runs as if tracekit were not there.
@@ -49,7 +44,7 @@ class Model(Envoy):
     are paths below any module, with `*` for any part of one, or classes of modules.
     """
 
-    __slots__ = ("_edits", "_functions")
+    __slots__ = ("_edits",)
 
     def __init__(
         self, module: nn.Module, name: str = "model", *, rename: Rename | None = None
@@ -173,97 +168,6 @@ class Model(Envoy):
         `Tracer.run` says what `capture` and `edits` take.
         """
         return self.trace(*args, **kwargs).run(capture=capture, edits=edits)
-
-    # -- activations by name --------------------------------------------------------------------
-
-    @showing_own_lines
-    def run_with_cache(
-        self,
-        *args: Any,
-        names_filter: Names | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        remove_batch_dim: bool = False,
-        pos_slice: PosSlice = None,
-        stop_at_layer: int | None = None,
-        incl_bwd: bool | Callable[[Any], Any] = False,
-        detach: bool = True,
-        clone: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Any, NamedCache]:
-        """`logits, cache = model.run_with_cache(input)`: one forward pass, and its activations.
-
-        `cache["resid_post", 3]`, by standard name; TransformerLens' names mean the same. Takes
-        what `trace` takes; its edits and hooks are made. What is returned first are the logits,
-        or all that the model gives where it has none.
-
-        `names_filter`: a name of one layer or of all, a glob, a predicate of the name, the path of
-        a module, or a list of them; None is every name but `head_result`. `device` and `dtype` are
-        applied to each tensor as it is recorded; None leaves it. `pos_slice` keeps positions
-        alone: a number (the axis stays), a slice, a list; what has no axis "pos" is kept whole.
-        `stop_at_layer=k` ends the run in front of that layer, and returns the residual stream
-        there. `incl_bwd=True` runs backward from the output, a scalar, or from its `.loss`; or a
-        function of the output gives the scalar; `cache.grad` has the gradients.
-        """
-        keep = keep_of(device, dtype, detach=detach, clone=clone)
-        caching = Caching(names_filter, keep, remove_batch_dim, pos_slice, stop_at_layer, incl_bwd)
-        return run_with_cache(self._started, self._tree, self._pass(args, kwargs), caching)
-
-    @showing_own_lines
-    def run_with_hooks(
-        self,
-        *args: Any,
-        fwd_hooks: Pairs = (),
-        bwd_hooks: Pairs = (),
-        stop_at_layer: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """One forward pass, with functions called at activations; its logits.
-
-        `fwd_hooks=[(("resid_post", 3), fn)]`: names are as for `run_with_cache`, and `fn(tensor,
-        hook)` returns what takes the activation's place, or None. `hook.name` is the name,
-        `hook.layer()` the number of its layer. Functions of `bwd_hooks` are called so with the
-        gradient, whenever backward comes there. NeverRanError for a function that was not called.
-        """
-        functions = both(self._tree, fwd_hooks, bwd_hooks)
-        stop = None if stop_at_layer is None else StopAt(self._tree, stop_at_layer)
-        return run_with_hooks(self._started, self._pass(args, kwargs), functions, stop)
-
-    def hooks(self, fwd_hooks: Pairs = (), bwd_hooks: Pairs = ()) -> Placed:
-        """`with model.hooks(fwd_hooks=[(name, fn)]):` functions at activations, in every run in it.
-
-        In calls, traces and generations of this model, in every forward. Its torch module is as it
-        was outside of them. NeverRanError, at the end, if there was no run.
-        """
-        return Placed(self._functions, both(self._tree, fwd_hooks, bwd_hooks))
-
-    @showing_own_lines
-    def add_hook(
-        self,
-        name: Names,
-        function: Callable[[Any, HookPoint], Any],
-        dir: Literal["fwd", "bwd"] = "fwd",
-        *,
-        is_permanent: bool = False,
-    ) -> Hooked:
-        """Let `function` be called at activations in every run, until it is removed.
-
-        By `.remove()` of what is returned, or `model.reset_hooks()`, if not `is_permanent`.
-        """
-        made = Hooked(self._tree, name, function, dir, "add_hook()", is_permanent=is_permanent)
-        self._functions.append(made)
-        return made
-
-    def reset_hooks(self, *, including_permanent: bool = False) -> None:
-        """Take away what `add_hook` added; neither what a `with model.hooks()` around it has, nor
-        PyTorch hooks on the modules."""
-        for each in self._functions:
-            if not each.is_scoped and (including_permanent or not each.is_permanent):
-                each.remove()
-
-    def _started(self, call: TracedCall, functions: Sequence[Hooked | StopAt] = ()) -> Execution:
-        more = [calling(functions)] if functions else []
-        return Execution(self._tree, call, None, [*self._interventions(), *more])
 
     def _made(self, call: TracedCall) -> Any:
         """What a generation returns, with the lasting edits."""

@@ -93,14 +93,21 @@ class _Copy:
         """Take a step, or say why not."""
         step = STEPS[name]
         why = "not wanted" if is_wanted is False else step.why_not(self._names, self.root)
+        why = why or self._act(step)
         if why is not None:
             if is_wanted:
                 raise UnsupportedError(f"{name} is not right for this model: {why}.")
             return f"left out: {why}"
-        with torch.no_grad():
-            step.act(self._names, self.root, self._log_probabilities)
         self._check(name)
         return "done"
+
+    def _act(self, step: Step) -> str | None:
+        try:
+            with torch.no_grad():
+                step.act(self._names, self.root, self._log_probabilities)
+        except folding.NoReader as error:
+            return str(error)
+        return None
 
     def _untie(self) -> None:
         path = self._names.module("", "unembed")

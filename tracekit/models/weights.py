@@ -14,6 +14,7 @@ from tracekit.capture import showing_own_lines
 from tracekit.core.tree import Tree
 from tracekit.errors import MissingNameError
 from tracekit.models import biases, circuits
+from tracekit.models.biases import Addition
 from tracekit.models.circuits import CompositionScores
 from tracekit.models.processing import processed
 from tracekit.models.tokenized import Tokenized
@@ -70,6 +71,14 @@ class WithWeights(Tokenized):
             self._tree.load_first()
         names, root = self._standard_names(), self._tree.root
         return biases.accumulated_bias(names, root, layer, mlp_input, include_mlp_biases)
+
+    @showing_own_lines
+    def residual_additions(self, layer: int) -> tuple[Addition, ...]:
+        """What a layer adds to the residual stream, in order: names, factors, and what comes last.
+
+        UnsupportedError for a layer that does not just add.
+        """
+        return biases.additions(self._standard_names(), self._tree.root, layer)
 
     @showing_own_lines
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tracekit.architectures import Bound, Lacks, Sharing
 from tracekit.core.nest import describe, first_input, first_tensor, misfit, replace_tensor, tensors
+from tracekit.core.norms import known_kind, may_be_norm
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import MisfitError, MissingNameError, NeverRanError, UnsupportedError
@@ -67,6 +68,24 @@ def tensor_of(bound: Bound, value: Any) -> Tensor:
     if found is None:
         raise NeverRanError(f"{bound.name} is no tensor here, but {describe(value)}.")
     return found
+
+
+def attach_inner(tree: Tree, bound: Bound) -> bool:
+    """Let there be the module of a value inside another; False if it can't be had."""
+    inside, _, name = bound.path.rpartition(".")
+    owner = tree.canonical(f"{tree.name}.{inside}")
+    path = f"{owner}.{name}"
+    if path in tree.inner:
+        return True
+    module: Any = tree.modules[owner]
+    heads = bound.heads if name == "head_result" else 0
+    kind = None if name == "head_result" else known_kind(module)
+    if kind is None and not heads and not may_be_norm(module):
+        return False
+    if kind is not None:
+        tree.norm_kinds[owner] = kind
+    tree.attach_inner(path, heads)
+    return True
 
 
 def read_weight(tree: Tree, path: str, name: str) -> Any:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, cast, final
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from tracekit.architectures import Key, Spelling
 from tracekit.core.keep import Keep
 from tracekit.core.nest import describe, first_tensor, tensors
-from tracekit.core.site import Site
+from tracekit.core.norms import Inside, epsilon_of
+from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
 from tracekit.tracing.arrivals import Arrival
@@ -304,10 +306,15 @@ def record_named(
     pos_slice: PosSlice = None,
     *,
     has_grads: bool = False,
+    is_plain: bool = False,
     invoke: int | None = 0,
 ) -> NamedCache:
-    """Begin to record activations (None: all); the cache is complete when the run has ended."""
-    plan = _plan(tree, spots, pos_slice)
+    """Begin to record activations (None: all); the cache is complete when the run has ended.
+
+    Of a run that `is_plain`, which nothing edits, what is inside a norm is told by its input.
+    """
+    derives = is_plain and not has_grads and keep.dtype is None
+    plan = _plan(tree, spots, pos_slice, derives)
     store = execution.record_sites(plan.sites, plan.named, keep, has_grads, invoke)
     keys = keys_of(tree)
     return NamedCache(store, plan.spots, Spelling({}) if keys is None else keys.spelling)
@@ -321,25 +328,37 @@ class Plan(NamedTuple):
     named: set[str]
 
 
-def everything(tree: Tree) -> Plan:
+def everything(tree: Tree, derives: bool) -> Plan:
     """The plan for every name; found out once for a model."""
     keys = keys_of(tree)
     if keys is None:
-        return _plan(tree, wanted(tree, None), None)
-    if keys.plan is None:
-        keys.plan = _plan(tree, wanted(tree, None), None)
-    return keys.plan
+        return _plan(tree, wanted(tree, None), None, derives)
+    if derives not in keys.plans:
+        keys.plans[derives] = _plan(tree, wanted(tree, None), None, derives)
+    return keys.plans[derives]
 
 
-def _plan(tree: Tree, spots: Iterable[Spot] | None, pos_slice: PosSlice) -> Plan:
+def _plan(tree: Tree, spots: Iterable[Spot] | None, pos_slice: PosSlice, derives: bool) -> Plan:
     if spots is None and pos_slice is None:
-        return everything(tree)
+        return everything(tree, derives)
     spots = wanted(tree, None) if spots is None else spots
-    chosen = {spot.key: spot for spot in spots}
+    chosen = {spot.key: _derived(tree, spot) if derives else spot for spot in spots}
     whole = frozenset(spot.site for spot in chosen.values() if spot.named.bound.key is not None)
     cuts = _cuts(chosen.values(), pos_slice)
     sites = sites_of(tree, dict.fromkeys(spot.site for spot in chosen.values()), whole, cuts)
     return Plan(chosen, sites, {str(spot.site) for spot in chosen.values() if spot.is_named})
+
+
+def _derived(tree: Tree, spot: Spot) -> Spot:
+    """What is inside a norm, out of what the norm is given; any other as it is."""
+    owner, _, name = spot.site.path.rpartition(".")
+    kind = tree.norm_kinds.get(owner)
+    if spot.site.path not in tree.inner or kind is None:
+        return spot
+    inside = Inside(kind, epsilon_of(tree.modules[owner]), name == "norm_scale")
+    bound = replace(spot.named.bound, path=owner, slot=Slot.INPUT, view=inside)
+    named = replace(spot.named, bound=bound)
+    return replace(spot, site=Site(owner, Slot.INPUT), named=named)
 
 
 def _cuts(spots: Iterable[Spot], pos_slice: PosSlice) -> dict[Site, Cut]:

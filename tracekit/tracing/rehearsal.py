@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tracekit.capture.functions import unwrap
 from tracekit.capture.operations import operations_of, with_operations
-from tracekit.core.annex import ANNEX
+from tracekit.core.annex import ANNEX, INNER
 from tracekit.core.nest import Nest, named_tensors
 from tracekit.core.pieces import Annex, Piece
 from tracekit.core.site import Site, Slot
@@ -63,6 +63,8 @@ def watched(
 def annex_around(tree: Tree, path: str) -> str | None:
     """The annex of an attention that `path` is, or that it is in; None for others."""
     module = tree.modules.get(path)
+    if isinstance(module, Piece) and module.name in INNER:
+        return path
     if isinstance(module, (Annex, Piece)):
         return f"{module.owner}.{ANNEX}"
     return None
@@ -70,6 +72,10 @@ def annex_around(tree: Tree, path: str) -> str | None:
 
 def _tapped(tree: Tree, annex: str) -> list[tuple[str, nn.Module]]:
     """The modules in an annex, which are called from now on whenever the attention runs."""
+    known = tree.module(annex)
+    if isinstance(known, Piece):
+        tapped(tree, [annex]).leave()
+        return [(annex, known)]
     pieces = [(f"{annex}.{name}", module) for name, module in tree.module(annex).named_children()]
     tapped(tree, [path for path, _ in pieces]).leave()
     return pieces

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from tracekit.architectures import Bound, is_weight
 from tracekit.capture import takes_next
+from tracekit.core.annex import inner_owner_of
 from tracekit.core.tree import Tree
 from tracekit.core.words import ACTIVATIONS
 from tracekit.errors import MissingNameError, UnsupportedError
-from tracekit.tracing.named import read_named, read_weight, write_named
+from tracekit.tracing.named import attach_inner, read_named, read_weight, write_named
 from tracekit.tracing.slots import Slots
 
 if TYPE_CHECKING:
     from tracekit.tracing.at import Spot
     from tracekit.tracing.envoy import Envoy
+
+
+_UNDECLARED: Final = (
+    "its architecture is not declared; model.check_names(input) looks for standard names by its "
+    "structure, and proves them"
+)
 
 
 class Standard(Slots):
@@ -53,6 +60,10 @@ class Standard(Slots):
         bound = names.point(tree.below(self._path), name) if names is not None else None
         if bound is None:
             return None
+        if inner_owner_of(bound.path) is not None and not attach_inner(tree, bound):
+            raise MissingNameError(
+                f"{self._path} has no {name!r}: it can't be told from its module."
+            )
         path = f"{tree.name}.{bound.path}".rstrip(".")
         return self._envoy(path, self._call + bound.call), bound
 
@@ -70,6 +81,8 @@ class Standard(Slots):
             return read_weight(self._here(), self._path, name)
         names = self._tree.names
         if names is None:
+            if name in ACTIVATIONS:
+                self._refuse(name, _UNDECLARED)
             return None
         child = self.named_child(name)
         if child is not None:
@@ -85,9 +98,12 @@ class Standard(Slots):
             return tuple(self._envoy(f"{root}.{path}", call) for path, call in names.stacks[name])
         why = names.why_not(self._tree.below(self._path), name)
         if why is not None:
-            kind = type(self.module).__name__
-            raise MissingNameError(f"{self._path} ({kind}) has no {name!r}: {why}.") from None
+            self._refuse(name, why)
         return None
+
+    def _refuse(self, name: str, why: str) -> NoReturn:
+        kind = type(self.module).__name__
+        raise MissingNameError(f"{self._path} ({kind}) has no {name!r}: {why}.") from None
 
     def _write_standard(self, name: str, value: object) -> bool:
         """Let the model go on with `value` for what has that name; False if nothing has."""

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from tracekit.architectures import Bound, Key, Keys, Named, Sharing
 from tracekit.architectures.keys import COSTLY
-from tracekit.core.annex import owner_of
+from tracekit.core.annex import inner_owner_of, owner_of
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, MissingNameError, UnknownPathError, did_you_mean
 from tracekit.interleave.taps import is_tappable
 from tracekit.tracing.envoy import Envoy
+from tracekit.tracing.named import attach_inner
 
 # A predicate takes the name alone.
 Names: TypeAlias = "str | tuple[Any, ...] | Envoy | Callable[[str], bool] | Iterable[Names]"
@@ -189,6 +190,9 @@ def _there(tree: Tree, keys: Keys) -> Mapping[str, Named]:
 
 
 def _is_there(tree: Tree, bound: Bound) -> bool:
+    inner = inner_owner_of(bound.path)
+    if inner is not None:
+        return attach_inner(tree, bound)
     owner = owner_of(_full(tree, bound.path))
     if owner is None:
         return _full(tree, bound.path) in tree.modules
