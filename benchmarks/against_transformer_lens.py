@@ -37,8 +37,10 @@ from tracekit.errors import TracekitError  # noqa: E402
 
 CLOSE: Final = 1e-5  # float32
 MASKED: Final = -1e30  # below it a score is a mask's: of -inf, or of the least of its dtype
-WEIGHTS: Final = tuple(
-    "W_Q W_K W_V W_O b_Q b_K b_V b_O W_in W_gate W_out b_in b_gate b_out W_E W_pos W_U b_U".split()
+OF_LAYERS: Final = ("Q", "K", "V", "O", "in", "gate", "out")
+WEIGHTS: Final = (
+    *(f"{kind}_{of}" for kind in "Wb" for of in OF_LAYERS),
+    *("W_E", "W_pos", "W_U", "b_U"),
 )
 INFINITE: Final = float("inf")
 
@@ -118,8 +120,8 @@ KNOWN: Final = (
     ),
     Known(
         "t5",
-        "*.ln[13].hook_*",
-        "it takes T5's norms for LayerNorms: its scale is of what has no mean, but T5 keeps the mean",
+        "encoder_*.ln[12].hook_* decoder_*.ln[13].hook_*",
+        "it takes T5's norms for LayerNorms: its scale is of what has no mean",
         without_mean,
     ),
     Known(
