@@ -14,7 +14,7 @@ NOTEBOOKS := $(wildcard tutorials/*.ipynb)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test suite lint format coverage notebooks bench clean
+.PHONY: help demo test suite lint format coverage notebooks bench compare clean
 .PHONY: test-pythons test-page test-lowest test-quantised
 
 help:
@@ -91,6 +91,11 @@ bench: .venv-bench/.stamp
 	.venv-bench/bin/python benchmarks/overhead.py $(BENCH_ARGS)
 	.venv-bench/bin/python benchmarks/generation.py $(GENERATION_ARGS)
 	.venv-bench/bin/python benchmarks/prefix.py $(PREFIX_ARGS)
+	.venv-bench/bin/python benchmarks/names.py $(NAMES_ARGS)
+
+## make compare       numbers beside TransformerLens' (COMPARE_ARGS="gpt2 llama")
+compare: .venv-bench/.stamp
+	.venv-bench/bin/python benchmarks/against_transformer_lens.py $(COMPARE_ARGS)
 
 ## make clean         remove the environments and all that was built
 clean:

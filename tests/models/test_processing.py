@@ -117,6 +117,23 @@ def test_the_queries_read_the_stream_normed_and_nothing_else() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_folded_weights_have_no_part_that_a_norm_without_mean_could_not_reach(name: str) -> None:
+    net, _ = uneven(name)
+    copy = LanguageModel(net).processed(fold_norms=True, center_unembed=False)
+    for weight in (copy.W_Q, copy.W_K, copy.W_V, copy.W_in):
+        assert weight.mean(-2).abs().max() < 1e-6
+    assert copy.W_U.mean(0).abs().max() < 1e-6
+    of_rms = LanguageModel(uneven("llama")[0]).processed(fold_norms=True)
+    assert of_rms.W_Q.mean(-2).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gemma2", "recurrent_gemma"])
+def test_capped_logits_are_not_centred(name: str) -> None:
+    copy = LanguageModel(make(name)[0]).processed()
+    assert "capped" in copy.processing["center_unembed"]
+
+
 def test_the_stream_of_a_centred_copy_has_mean_zero_and_is_the_model_s_without_its_mean() -> None:
     net, inputs = uneven("gpt2")
     model = LanguageModel(net)
@@ -206,6 +223,7 @@ def test_scores_of_composition_come_to_mean_what_heads_read() -> None:
     model = LanguageModel(net)
     gain = net.transformer.h[1].ln_1.weight
     folded = model.processed(fold_norms=True, center_writing_weights=False)
+    read = model.layers[1].W_Q * gain[:, None]
     torch.testing.assert_close(
-        folded.layers[1].W_Q, model.layers[1].W_Q * gain[:, None], rtol=1e-4, atol=1e-5
+        folded.layers[1].W_Q, read - read.mean(-2, keepdim=True), rtol=1e-4, atol=1e-5
     )

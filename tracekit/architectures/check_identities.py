@@ -13,6 +13,7 @@ from tracekit.architectures.binding import Names
 from tracekit.architectures.findings import Claim, compared
 from tracekit.architectures.schema import Residual
 from tracekit.architectures.witness import ROOT, Testimony, Where
+from tracekit.core.quirks import LOGIT_CAPS
 from tracekit.core.site import Slot
 
 MIXED: Final = ("attn_out", "ssm_out", "conv_out")
@@ -24,9 +25,6 @@ FINAL_NORMS: Final = {
     "audio_layers": "audio_norm",
     "text_layers": "text_norm",
 }
-
-
-_CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def identities(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
@@ -88,7 +86,7 @@ def _ending(names: Names, logits: Tensor, result: Tensor) -> Claim:
     if result.shape == logits.shape:
         root: Any = names.modules[""]
         text = getattr(root.config, "get_text_config", lambda: root.config)()
-        caps = (getattr(text, each, None) for each in _CAPS)
+        caps = (getattr(text, each, None) for each in LOGIT_CAPS)
         cap = next(filter(None, caps), None)
         if cap:
             capped = cap * (logits / cap).tanh()

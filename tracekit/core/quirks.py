@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 # checkpointing fire a second time in backward, when autograd computes it again (torch 2.4 to 2.13).
 current_backward = torch._C._current_graph_task_id  # pyright: ignore[reportPrivateUsage] - no public way to tell
 NO_BACKWARD = -1
+# The cap of its logits, in a configuration (Gemma 2 and 3, RecurrentGemma, xLSTM; 4.57 to 5).
+LOGIT_CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def own_children(module: nn.Module) -> dict[str, nn.Module | None]:

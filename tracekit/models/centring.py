@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from tracekit.architectures import Lacks, Names
 from tracekit.architectures.matrices import Matrix, is_transposed, matrix_of
 from tracekit.core.norms import known_kind
+from tracekit.core.quirks import LOGIT_CAPS
 from tracekit.models.folding import add_bias, every, put, reading_norms, why_not_fold
 
 _WRITERS: Final = ("o", "cross_o", "out_proj", "down")
-_CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _POST: Final = ("norm1_post", "norm2_post")
 _OTHER_WRITERS: Final = ("embed_norm", "vision_tower", "audio_tower", "projector")
 
@@ -60,7 +60,7 @@ def why_not_center_unembed(names: Names, root: nn.Module) -> str | None:
     """Why the mean of the logits can't be dropped; None if it can."""
     config: Any = getattr(root, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if any(getattr(text, cap, None) is not None for cap in _CAPS):
+    if any(getattr(text, cap, None) is not None for cap in LOGIT_CAPS):
         return "its logits are capped, which is no addition: their mean counts"
     return None
 

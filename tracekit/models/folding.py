@@ -140,12 +140,25 @@ def _note(readers: list[tuple[str, nn.Module]], path: str, module: nn.Module) ->
         readers.append((path, module))
 
 
+class _Given(NamedTuple):
+    """What a norm gives its readers: gain * normed + shift."""
+
+    gain: Tensor
+    shift: Tensor | None
+    is_centred: bool  # what is normed has mean zero
+
+    def folded(self, weight: Tensor, axis: int) -> Tensor:
+        """Weights that read what is normed, along an axis; less their mean, if it reads nothing."""
+        found = weight.detach().double() * (self.gain if axis == -1 else self.gain[:, None])
+        return found - found.mean(axis, keepdim=True) if self.is_centred else found
+
+
 def _fold(each: Readers, norm: NormKind) -> None:
-    gain = norm.gain(each.norm)
     bias = getattr(each.norm, "bias", None)
     shift = bias.detach().double() if isinstance(bias, Tensor) and bias.any() else None
+    given = _Given(norm.gain(each.norm), shift, norm.centers)
     for path, module in each.readers:
-        _into(path, module, gain, shift)
+        _into(path, module, given)
     weight: Any = each.norm.weight
     put(each.norm, "weight", torch.full_like(weight, norm.neutral))
     if isinstance(bias, Tensor):
@@ -160,26 +173,25 @@ def _weights_of(module: nn.Module) -> list[str]:
     return [name for name in _READING if _is_stack(getattr(module, name, None))]
 
 
-def _into(path: str, module: nn.Module, gain: Tensor, shift: Tensor | None) -> None:
+def _into(path: str, module: nn.Module, given: _Given) -> None:
     """Fold into one reader; into none that has no weights that read, as a container."""
     for name in _weights_of(module):
         weight: Tensor = getattr(module, name)
         if name == "weight":
-            _into_matrix(path, module, weight, gain, shift)
-        elif shift is not None:
+            _into_matrix(path, module, weight, given)
+        elif given.shift is not None:
             raise UnsupportedError(
                 f"fold_norms: the norm in front of {path} has a bias, which experts can't take."
             )
         else:
-            put(module, name, weight.double() * _along(weight, gain, module))
+            axis = _reading_axis(weight, given.gain.numel(), module)
+            put(module, name, given.folded(weight, axis))
 
 
-def _into_matrix(
-    path: str, module: nn.Module, weight: Tensor, gain: Tensor, shift: Tensor | None
-) -> None:
+def _into_matrix(path: str, module: nn.Module, weight: Tensor, given: _Given) -> None:
     is_in_first = is_transposed(module)
-    matrix = weight.detach().double()
-    put(module, "weight", matrix * (gain[:, None] if is_in_first else gain))
+    matrix, shift = weight.detach().double(), given.shift
+    put(module, "weight", given.folded(weight, -2 if is_in_first else -1))
     if shift is not None:
         if "bias" not in module._parameters:  # pyright: ignore[reportPrivateUsage] - None counts
             raise UnsupportedError(
@@ -193,13 +205,12 @@ def _is_stack(value: object) -> bool:
     return isinstance(value, Tensor) and value.ndim == 3
 
 
-def _along(stack: Tensor, gain: Tensor, module: nn.Module) -> Tensor:
-    """`gain`, along the axis of a stack of matrices that reads the stream."""
-    width = gain.numel()
+def _reading_axis(stack: Tensor, width: int, module: nn.Module) -> int:
+    """The axis of a stack of matrices that reads the stream."""
     is_last = stack.shape[-1] == width
     if is_last and stack.shape[-2] == width:  # either could be it, but for what the class says
         is_last = not getattr(module, "is_transposed", False)
-    return gain if is_last else gain[:, None]
+    return -1 if is_last else -2
 
 
 # -- parameters ----------------------------------------------------------------------------------
