@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.architectures.readable import unreadable
 from tests.architectures.stirred import stirred
-from tests.tiny_models import RELATIVES, SPECS, make
+from tests.tiny_models import IS_TRANSFORMERS_5, RELATIVES, SPECS, make
 from tracekit import LanguageModel
 from tracekit.architectures import names_of
 from tracekit.architectures.check import prove
@@ -101,6 +102,8 @@ def assert_proved(net: nn.Module, inputs: dict[str, Any]) -> None:
     assert names is not None
     proof = prove(names, lambda: net(**inputs), with_writes=False)
     assert proof, repr(proof)
+    if IS_TRANSFORMERS_5:  # some computed their attention themselves before
+        assert not unreadable(net, inputs)
 
 
 # -- sums ------------------------------------------------------------------------------------------
