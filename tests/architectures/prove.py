@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from tests.architectures.readable import unreadable
 from tests.architectures.stirred import stirred
 from tests.tiny_models import NAMES, make
 from tracekit.architectures import names_of
@@ -23,12 +24,17 @@ def main(arguments: list[str]) -> int:
         names = names_of(net)
         if names is None:
             print(f"{name}: no family declared")
+            failed += name in chosen
             continue
         proof = prove(names, lambda net=net, inputs=inputs: net(**inputs))
-        failed += not proof
-        print(repr(proof) if "--all" in arguments else repr(proof).splitlines()[0])
+        missing = unreadable(net, inputs)
+        failed += not proof or bool(missing)
+        print(
+            f"{name}, family {repr(proof) if '--all' in arguments else repr(proof).splitlines()[0]}"
+        )
         if "--all" not in arguments:
-            print(*(f"  {claim}" for claim in proof.failed), sep="\n")
+            print(*(f"  {claim}\n" for claim in proof.failed), sep="", end="")
+        print(*(f"  declared, but not to be read: {each}\n" for each in missing), sep="", end="")
     return failed
 
 

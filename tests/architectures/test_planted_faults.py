@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.architectures.readable import unreadable
 from tests.tiny_models import make
-from tracekit.architectures import family_of
+from tracekit.architectures import family_of, known_families
 from tracekit.architectures.binding import Names
 from tracekit.architectures.check import prove
 from tracekit.architectures.findings import Proof
@@ -132,3 +133,19 @@ def test_a_value_of_a_module_that_does_not_run_is_found() -> None:
     names = Names(changed(family, {"mlp_in": output("idle")}, modules), net)
     proof = prove(names, lambda: net(**inputs))
     assert "layers.0 mlp_in: [batch pos model] (model.layers.0.idle did not run)" in faults(proof)
+
+
+def test_values_of_attention_that_are_declared_and_never_come_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, inputs = make("gptj")
+    family = family_of(net)
+    assert family is not None and not unreadable(net, inputs)
+    declares_all = replace(family.stacks["layers"].blocks[0], activations={})
+    layers = replace(family.stacks["layers"], blocks=(declares_all,))
+    planted = replace(family, stacks={"layers": layers})
+    monkeypatch.setitem(known_families(), "gptj", planted)
+    found = unreadable(net, inputs)
+    assert [each.split(":")[0] for each in found[:3]] == [
+        f"transformer.h.0 {name}" for name in ("attn_q", "attn_k", "attn_v")
+    ]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from tracekit.architectures.conditions import otherwise, says
 from tracekit.architectures.layouts import HeadByHead
 from tracekit.architectures.schema import Block, Family, Residual, Stack, output
+from tracekit.architectures.shared import OWN_SOFTMAX
 
 _PRE_NORM = Block(
     {
@@ -18,7 +19,7 @@ _PRE_NORM = Block(
         "down": "mlp.dense_4h_to_h",
     },
     fused=HeadByHead,
-    activations={"attn_out": output("o"), "mlp_out": output("down")},
+    activations={**OWN_SOFTMAX, "attn_out": output("o"), "mlp_out": output("down")},
     when=says(apply_residual_connection_post_layernorm=False),
 )
 # What is added to are the norms: attn_out to what norm1 gives, mlp_out to what norm2 gives.

@@ -1,6 +1,7 @@
 """GPT-Neo: GPT-2 with separate projections, every other layer attending to a window."""
 
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import OWN_SOFTMAX
 
 FAMILY = Family(
     "gpt_neo",
@@ -28,7 +29,8 @@ FAMILY = Family(
                         "mlp": "mlp",
                         "up": "mlp.c_fc",
                         "down": "mlp.c_proj",
-                    }
+                    },
+                    activations=OWN_SOFTMAX,
                 ),
             ),
         )

@@ -1,6 +1,7 @@
 """GPT-J: attention and MLP read one norm, and are added in one sum."""
 
 from tracekit.architectures.schema import Block, Family, Residual, Stack
+from tracekit.architectures.shared import OWN_SOFTMAX
 
 FAMILY = Family(
     "gptj",
@@ -23,6 +24,7 @@ FAMILY = Family(
                         "down": "mlp.fc_out",
                     },
                     residual=Residual.PARALLEL,
+                    activations=OWN_SOFTMAX,
                 ),
             ),
         )

@@ -2,6 +2,7 @@
 
 from tracekit.architectures.layouts import OneBehindTheOther
 from tracekit.architectures.schema import Block, Family, Stack, output
+from tracekit.architectures.shared import OWN_SOFTMAX
 
 _BLOCK = Block(
     {
@@ -16,6 +17,7 @@ _BLOCK = Block(
     },
     fused=OneBehindTheOther,
     activations={
+        **OWN_SOFTMAX,
         "attn_out": output("", inside="resid_attn_dropout"),
         "mlp_out": output("down"),
     },
