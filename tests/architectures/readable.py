@@ -11,6 +11,12 @@ from tracekit import Model
 from tracekit.architectures import names_of
 from tracekit.errors import AttentionError, NeverRanError
 
+_OF_ATTENTION = {
+    f"{kind}{name}"
+    for kind in ("", "cross_")
+    for name in ("attn_q", "attn_k", "attn_v", "scores", "pattern")
+}
+
 
 def unreadable(net: nn.Module, inputs: dict[str, Any]) -> list[str]:
     """The names of attention's own values that are declared, and can't be had in a trace."""
@@ -19,7 +25,7 @@ def unreadable(net: nn.Module, inputs: dict[str, Any]) -> list[str]:
     found: list[str] = []
     for owner in names.layers:
         for point in names.points(owner):
-            if point.path in names.modules or point.name == "head_result":
+            if point.path in names.modules or point.name not in _OF_ATTENTION:
                 continue
             try:
                 with torch.no_grad(), model.trace(**inputs):

@@ -153,7 +153,9 @@ class Envoy(Standard):
         UnknownModuleError, with near names, if there is none.
         """
         self._tree.refresh_if_changed()
-        return Envoy(self._tree, self._tree.canonical(f"{self._path}.{path.strip('.')}"))
+        return Envoy(
+            self._tree, self._tree.canonical(f"{self._path}.{path.strip('.')}".rstrip("."))
+        )
 
     def modules(self, include: Callable[[Envoy], bool] | None = None) -> Iterator[Envoy]:
         """This module and all in it, or those that `include` says yes to, each once."""
