@@ -26,9 +26,9 @@ def main(arguments: list[str]) -> int:
             continue
         proof = prove(names, lambda net=net, inputs=inputs: net(**inputs))
         failed += not proof
-        print(repr(proof) if "--all" in arguments else repr(proof).splitlines()[0])
-        if "--all" not in arguments:
-            print(*(f"  {claim}" for claim in proof.failed), sep="\n")
+        print(repr(proof))
+        if "--all" in arguments:
+            print(proof.report)
     return failed
 
 
