@@ -29,11 +29,9 @@ def main(arguments: list[str]) -> int:
         proof = prove(names, lambda net=net, inputs=inputs: net(**inputs))
         missing = unreadable(net, inputs)
         failed += not proof or bool(missing)
-        print(
-            f"{name}, family {repr(proof) if '--all' in arguments else repr(proof).splitlines()[0]}"
-        )
-        if "--all" not in arguments:
-            print(*(f"  {claim}\n" for claim in proof.failed), sep="", end="")
+        print(f"{name}, family {proof!r}")
+        if "--all" in arguments:
+            print(proof.report)
         print(*(f"  declared, but not to be read: {each}\n" for each in missing), sep="", end="")
     return failed
 

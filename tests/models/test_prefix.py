@@ -1065,3 +1065,23 @@ def test_a_model_that_steers_what_it_generates_can_be_traced() -> None:
     with tiny.trace("The Eiffel Tower"):
         expected = tiny.transformer.h[1].hidden
     assert torch.equal(hidden, expected)
+
+
+def test_hooks_of_the_model_are_those_of_its_prefixes() -> None:
+    net, _ = make("gpt2")
+    model = LanguageModel(net)
+    ids = torch.arange(5, 13)[None]
+
+    def halved(value: Tensor, hook: object) -> Tensor:
+        return value / 2
+
+    clean = model.prefill(ids[:, :5])
+    with torch.no_grad(), model.hooks(fwd_hooks=[(("mlp_out", 0), halved)]):
+        hooked = model.prefill(ids[:, :5])
+        found = model.forward(ids[:, 5:], prefix=hooked)
+        torch.testing.assert_close(found, model.forward(ids)[:, 5:])
+        with pytest.raises(InputError, match="other lasting edits or hooks"):
+            model.forward(ids[:, 5:], prefix=clean)
+    with pytest.raises(InputError, match="other lasting edits or hooks"):
+        model.forward(ids[:, 5:], prefix=hooked)
+    assert model.forward(ids[:, 5:], prefix=clean) is not None

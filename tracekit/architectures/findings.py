@@ -81,7 +81,12 @@ class Proof(Sequence[Claim]):
             f"hold, {len(self.failed)} do not, {len(self.open)} could not be checked; "
             f"largest deviation {self.largest:.1e}"
         )
-        return "\n".join([head, *(f"  {claim}" for claim in self._claims)])
+        return "\n".join([head, *(f"  {claim}" for claim in self.failed)])
+
+    @property
+    def report(self) -> str:
+        """Every claim, a line for each."""
+        return "\n".join(map(str, self._claims))
 
 
 def compared(where: str, name: str, claim: str, found: Tensor, expected: Tensor) -> Claim:

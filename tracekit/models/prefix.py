@@ -3,7 +3,7 @@
 # Guarantees:
 #   - no run changes it, whatever the run does, and it says so if somebody did;
 #   - it is never used where it does not belong: by another model, or by the same one with other
-#     weights or other lasting edits.
+#     weights, other lasting edits or hooks.
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Prefix:
         self._held = _Held(kv_cache, source)
         self._tokens = tokens
         self._attention_mask = attention_mask
-        self._edits: tuple[Any, ...] = tuple(model._edits)
+        self._edits = _lasting(model)
         self._weights = weights_of(model.module)
 
     # -- what it is -----------------------------------------------------------------------------
@@ -198,10 +198,10 @@ class Prefix:
                 "the weights of this model have changed since it made this prefix (their values, "
                 "dtype or device): its keys and values are of the earlier ones. Prefill again."
             )
-        if tuple(model._edits) != self._edits:
+        if _lasting(model) != self._edits:
             raise InputError(
-                "this prefix was made under other lasting edits than this model has, so its keys "
-                "and values are not those that this model computes. Prefill with this model."
+                "this prefix was made under other lasting edits or hooks than this model has, so "
+                "its keys and values are not those that it computes. Prefill with this model."
             )
 
     def check_unchanged(self) -> None:
@@ -352,3 +352,8 @@ def _check_croppable(layer: Any) -> None:
 def empty_mask(tokens: Tensor) -> Tensor:
     """The attention mask of tokens without padding."""
     return torch.ones_like(tokens, dtype=torch.long)
+
+
+def _lasting(model: Any) -> tuple[Any, ...]:
+    """What is made in every run of a model: its edits, and the functions at its activations."""
+    return (*model._edits, *(each for each in model._functions if each.is_on))
