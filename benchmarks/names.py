@@ -71,8 +71,16 @@ def _runs(subject: Subject) -> tuple[dict[str, Run], Run]:
     }
     bridge = _bridge(subject)
     if bridge is not None:
+        _check_alike(model.run_with_cache(subject.ids)[1], bridge.run_with_cache(subject.ids)[1])
         runs["TransformerLens"] = lambda: bridge.run_with_cache(subject.ids)
     return runs, bare
+
+
+def _check_alike(ours: Any, theirs: Any) -> None:
+    """That both do the same work: the values in common are equal, but where scores are masked."""
+    for key in (key for key in theirs if key in ours):
+        off = torch.where(ours[key] < -1e30, 0, ours[key] - theirs[key]).abs().max()
+        assert off < 1e-4, f"{key} is off by {off:.1e}"
 
 
 def _eager_attention(subject: Subject) -> Run:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tracekit.capture.functions import unwrap
 from tracekit.capture.operations import Listing, operations_of
+from tracekit.capture.percode import PerCode
 from tracekit.core.annex import ANNEX
 from tracekit.core.quirks import is_checkpointing
 from tracekit.core.tree import Tree
@@ -166,10 +167,18 @@ def _values(known: Any) -> list[Any]:
     return list(known.values()) if type(known) is dict else []
 
 
-def _names(code: CodeType) -> set[str]:
-    """The names that a function uses, those of comprehensions in it too."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {*code.co_names, *code.co_varnames, *code.co_cellvars}.union(*map(_names, inner))
+_names_of: PerCode[frozenset[str]] = PerCode()
+
+
+def _names(code: CodeType) -> frozenset[str]:
+    """The names that a function uses, those of comprehensions in it too; found out once."""
+    known = _names_of.get(code)
+    if known is None:
+        inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        own = frozenset({*code.co_names, *code.co_varnames, *code.co_cellvars})
+        known = own.union(*map(_names, inner))
+        _names_of.put(code, known)
+    return known
 
 
 def _attention_calls(known: Listing) -> list[int]:
