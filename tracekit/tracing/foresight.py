@@ -24,6 +24,7 @@ from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.envoy import Calls, Envoy, child_of, place_of
 from tracekit.tracing.glance import Asked, Look
 from tracekit.tracing.save import save
+from tracekit.tracing.standard import activation_of, named_child_of
 from tracekit.tracing.steps import steps_of
 
 _SLOTS: Final = {
@@ -117,7 +118,7 @@ class Foresight:
             return envoy.calls
         if hasattr(type(envoy), name):
             raise Unsure
-        child = child_of(envoy, name) or envoy.named_child(name)
+        child = child_of(envoy, name) or named_child_of(envoy, name)
         if child is not None:
             return child
         module = envoy.module
@@ -143,7 +144,7 @@ class Foresight:
 
     def has_value(self, of: object, name: str) -> bool:
         """Whether it is an Envoy that has a value of that standard name."""
-        return isinstance(of, Envoy) and of.activation(name) is not None
+        return isinstance(of, Envoy) and activation_of(of, name) is not None
 
     def read(self, of: object, name: str) -> Wanted:
         """A value of a module, or the result of the traced call."""
@@ -221,7 +222,7 @@ class Foresight:
 
 
 def _wanted_by_name(envoy: Envoy, name: str, tree: Tree) -> Wanted:
-    found = envoy.activation(name)
+    found = activation_of(envoy, name)
     if found is None or found[1].sharing is Sharing.APART:  # which is written to when it is read
         raise Unsure
     place, bound = found

@@ -46,14 +46,14 @@ class Standard(Slots):
     def _envoy(self, path: str, call: int) -> Envoy:
         """What stands for another module of the tree, at its how-manieth call."""
 
-    def named_child(self, name: str) -> Envoy | None:
+    def _named_child(self, name: str) -> Envoy | None:
         """What stands for the module that a standard name means; None if there is none."""
         if hasattr(self.module, name) or name in self._tree.renamed(self._path):
             return None
         path = self._tree.named_module(self._path, name)
         return None if path is None else self._envoy(path, self._call)
 
-    def activation(self, name: str) -> tuple[Envoy, Bound] | None:
+    def _activation(self, name: str) -> tuple[Envoy, Bound] | None:
         """The module that has the value of that standard name, and how; None if there is none."""
         tree = self._tree
         names = tree.names if name in ACTIVATIONS and not hasattr(self.module, name) else None
@@ -84,10 +84,10 @@ class Standard(Slots):
             if name in ACTIVATIONS:
                 self._refuse(name, _UNDECLARED)
             return None
-        child = self.named_child(name)
+        child = self._named_child(name)
         if child is not None:
             return child
-        found = self.activation(name)
+        found = self._activation(name)
         if found is not None:
             at, bound = found
             if takes_next(sys._getframe(3), "at"):  # pyright: ignore[reportPrivateUsage] - asked at every read
@@ -107,7 +107,7 @@ class Standard(Slots):
 
     def _write_standard(self, name: str, value: object) -> bool:
         """Let the model go on with `value` for what has that name; False if nothing has."""
-        found = self.activation(name)
+        found = self._activation(name)
         if found is None:
             return False
         at, bound = found
@@ -121,3 +121,13 @@ class Standard(Slots):
                 f"{bound.slot.value}, or shared with others: choose them there."
             )
         return self._spot(bound.slot)
+
+
+def named_child_of(envoy: Standard, name: str) -> Envoy | None:
+    """What stands for the module that a standard name means in it; None if there is none."""
+    return envoy._named_child(name)  # pyright: ignore[reportPrivateUsage] - a friend
+
+
+def activation_of(envoy: Standard, name: str) -> tuple[Envoy, Bound] | None:
+    """The module that has the value of that standard name, and how; None if there is none."""
+    return envoy._activation(name)  # pyright: ignore[reportPrivateUsage] - a friend
