@@ -48,6 +48,7 @@ class Tree:
         self._depth = name.count(".") + 1
         self.load_first: Callable[[], None] | None = None  # brings weights that were left out
         self.original: Tree | None = None  # whose twin this is, if it is one
+        self.gone: tuple[str, ...] = ()  # what a run goes round (core/detour.py)
         self.naming: Callable[[nn.Module], StandardNames | None] | None = None
         self._names: tuple[StandardNames | None] | None = None  # None: nobody asked
         self.mode: AbstractContextManager[object] = nullcontext()  # entered while `root` runs
@@ -74,6 +75,7 @@ class Tree:
         # By kind of run, where the rows of a batch lie in every value.
         self.layouts: dict[object, object] = {}
         self.continues: bool | None = None  # rightly, from a filled kv_cache; None: nobody asked
+        self.routes: dict[int, object] = {}  # round the layers before one (models/starting.py)
         self.sites: dict[tuple[str, Slot], Site] = {}  # by the path that was asked for
         self.refresh(is_first=True)
 
@@ -89,6 +91,7 @@ class Tree:
         self.proven.clear()
         self.layouts.clear()
         self.continues = None
+        self.routes.clear()
         self._names = None
         self.sites.clear()
         self._beside.clear()
@@ -183,6 +186,10 @@ class Tree:
         """Whether this is the tree of the same model, or of its twin."""
         is_twin = self.original is not None and other.root is self.original.root
         return other.root is self.root or is_twin
+
+    def is_gone(self, path: str) -> bool:
+        """Whether the module at `path` is among what a run goes round."""
+        return any(path == each or path.startswith(f"{each}.") for each in self.gone)
 
     def refresh_if_changed(self) -> None:
         """Read the modules again if one was added, removed or replaced since."""

@@ -12,6 +12,7 @@ from tracekit.core.keep import Keep
 from tracekit.core.nest import describe
 from tracekit.core.tree import Tree
 from tracekit.errors import GradientError, NeverRanError
+from tracekit.models.starting import Begun
 from tracekit.tracing.call import Follower, TracedCall
 from tracekit.tracing.cut import StopAt
 from tracekit.tracing.execution import Execution, Intervention
@@ -41,6 +42,7 @@ class Caching:
     stop_at_layer: int | None = None
     incl_bwd: bool | Callable[[Any], Any] = False
     is_plain: bool = False  # nothing edits what is recorded
+    begun: Begun | None = None  # in front of a layer
 
 
 def run_with_cache(
@@ -53,6 +55,10 @@ def run_with_cache(
     stop = None if caching.stop_at_layer is None else StopAt(tree, caching.stop_at_layer)
     if stop is not None:
         stop.check(spots or [])
+    if caching.begun is not None:
+        caching.begun.check((), stop)
+        spots = caching.begun.left(wanted(tree, None) if spots is None else spots)
+        tree = caching.begun.tree
     results: list[Any] = []
     execution = start(_kept(call, results), () if stop is None else (stop,))
     cache = record_named(

@@ -11,8 +11,17 @@ import torch
 
 from tracekit.architectures.findings import Proof
 from tracekit.capture import showing_own_lines
-from tracekit.models.face import Caching, Placed, both, calling, run_with_cache, run_with_hooks
+from tracekit.models.face import (
+    Caching,
+    Placed,
+    Start,
+    both,
+    calling,
+    run_with_cache,
+    run_with_hooks,
+)
 from tracekit.models.naming import proof_of
+from tracekit.models.starting import Begun, begin
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.cut import StopAt
 from tracekit.tracing.envoy import Envoy
@@ -57,6 +66,7 @@ class Functional(Envoy):
         dtype: torch.dtype | None = None,
         remove_batch_dim: bool = False,
         pos_slice: PosSlice = None,
+        start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         incl_bwd: bool | Callable[[Any], Any] = False,
         detach: bool = True,
@@ -74,13 +84,17 @@ class Functional(Envoy):
         applied to each tensor as it is recorded; None leaves it. `pos_slice` keeps positions
         alone: a number (the axis stays), a slice, a list; what has no axis "pos" is kept whole.
         `stop_at_layer=k` ends the run in front of that layer, and returns the residual stream
-        there. `incl_bwd=True` runs backward from the output, a scalar, or from its `.loss`; or a
+        there. `start_at_layer=k` begins it there: the input is the residual stream, `[batch, pos,
+        model]`, and nothing before is computed; `attention_mask` and `position_ids` are as for
+        tokens. `incl_bwd=True` runs backward from the output, a scalar, or from its `.loss`; or a
         function of the output gives the scalar; `cache.grad` has the gradients.
         """
         keep = keep_of(device, dtype, detach=detach, clone=clone)
-        how = (remove_batch_dim, pos_slice, stop_at_layer, incl_bwd, not self._is_edited)
+        begun = self._begun(start_at_layer, args, kwargs)
+        how = (remove_batch_dim, pos_slice, stop_at_layer, incl_bwd, not self._is_edited, begun)
         caching = Caching(names_filter, keep, *how)
-        return run_with_cache(self._started, self._tree, self._pass(args, kwargs), caching)
+        call = self._pass(args, kwargs) if begun is None else begun.call
+        return run_with_cache(self._start(begun), self._tree, call, caching)
 
     @showing_own_lines
     def run_with_hooks(
@@ -88,6 +102,7 @@ class Functional(Envoy):
         *args: Any,
         fwd_hooks: Pairs = (),
         bwd_hooks: Pairs = (),
+        start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -97,10 +112,15 @@ class Functional(Envoy):
         hook)` returns what takes the activation's place, or None. `hook.name` is the name,
         `hook.layer()` the number of its layer. Functions of `bwd_hooks` are called so with the
         gradient, whenever backward comes there. NeverRanError for a function that was not called.
+        `start_at_layer` and `stop_at_layer` are as for `run_with_cache`.
         """
         functions = both(self._tree, fwd_hooks, bwd_hooks)
         stop = None if stop_at_layer is None else StopAt(self._tree, stop_at_layer)
-        return run_with_hooks(self._started, self._pass(args, kwargs), functions, stop)
+        begun = self._begun(start_at_layer, args, kwargs)
+        if begun is not None:
+            begun.check(functions, stop)
+        call = self._pass(args, kwargs) if begun is None else begun.call
+        return run_with_hooks(self._start(begun), call, functions, stop)
 
     def hooks(self, fwd_hooks: Pairs = (), bwd_hooks: Pairs = ()) -> Placed:
         """`with model.hooks(fwd_hooks=[(name, fn)]):` functions at activations, in every run in it.
@@ -134,9 +154,24 @@ class Functional(Envoy):
             if not each.is_scoped and (including_permanent or not each.is_permanent):
                 each.remove()
 
-    def _started(self, call: TracedCall, functions: Sequence[Hooked | StopAt] = ()) -> Execution:
-        more = [calling(functions)] if functions else []
-        return Execution(self._tree, call, None, [*self._interventions(), *more])
+    def _begun(
+        self, layer: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Begun | None:
+        """The run on a residual stream; None for one on other inputs."""
+        return None if layer is None else begin(self._tree, args, layer, kwargs, self._begin_with)
+
+    def _begin_with(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of a run in front of a layer, completed."""
+        return inputs
+
+    def _start(self, begun: Begun | None = None) -> Start:
+        tree = self._tree if begun is None else begun.tree
+
+        def started(call: TracedCall, functions: Sequence[Hooked | StopAt] = ()) -> Execution:
+            more = [calling(functions)] if functions else []
+            return Execution(tree, call, None, [*self._interventions(), *more])
+
+        return started
 
     @showing_own_lines
     def check_names(self, *args: Any, **kwargs: Any) -> Proof:

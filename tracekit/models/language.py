@@ -145,7 +145,7 @@ class LanguageModel(Answering, WithWeights):
         self._tree.load_first = None
 
     @showing_own_lines
-    def trace(self, *args: Any, **kwargs: Any) -> Tracer:
+    def trace(self, *args: Any, start_at_layer: int | None = None, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
         `input` is a string, a list of strings, the messages of a conversation, token ids, or an
@@ -153,10 +153,13 @@ class LanguageModel(Answering, WithWeights):
         as the tokenizer and the model do), and all other keyword arguments go to the model's
         forward. No keys and values are kept unless `use_cache=True` says so.
         Without input, each `with tracer.invoke(input):` in the block has rows of its own.
-        With `prefix=model.prefill(prompt)` the pass is of `input` alone, behind that prompt.
+        With `prefix=model.prefill(prompt)` the pass is of `input` alone, behind that prompt; with
+        `start_at_layer=k`, `input` is the residual stream there, and nothing before is computed.
         Raises InputError for what is no input, PaddingError for a padded batch in which a row would
         not be what it is alone.
         """
+        if start_at_layer is not None:
+            return super().trace(*args, start_at_layer=start_at_layer, **kwargs)
         if is_without_input(args, kwargs):
             return self._tracer(self._batch(kwargs, run_behind, "trace"))
         return self._tracer(self._pass(args, kwargs))
@@ -164,6 +167,10 @@ class LanguageModel(Answering, WithWeights):
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
         return self._forward(inputs)
+
+    def _begin_with(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self.dispatch()
+        return self._completed(self._fitted(inputs, None, False), for_generate=False)
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:

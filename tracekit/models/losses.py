@@ -82,7 +82,10 @@ def targets_of(module: Any, inputs: dict[str, Any], length: int) -> Tensor:
     check_looks_back(module)
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor):
-        raise InputError("the loss is of tokens, and no input_ids were given: give labels=.")
+        raise InputError(
+            "the loss is of tokens, and no input_ids were given: give labels=, or tokens= beside "
+            "start_at_layer=."
+        )
     if ids.shape[1] != length:
         raise InputError(
             f"the loss needs logits for each of the {ids.shape[1]} tokens, and there are {length}: "

@@ -61,12 +61,17 @@ class Model(Functional):
         object.__setattr__(self, "_functions", [])
 
     @showing_own_lines
-    def trace(self, *args: Any, **kwargs: Any) -> Tracer:
+    def trace(self, *args: Any, start_at_layer: int | None = None, **kwargs: Any) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
         Takes what the module's forward takes. Without input, each `with tracer.invoke(input):` in
         the block has rows of its own in one pass; inputs are joined along their first axis.
+        With `start_at_layer=k` the input is the residual stream in front of that layer, and nothing
+        before it is computed.
         """
+        begun = self._begun(start_at_layer, args, kwargs)
+        if begun is not None:
+            return self._tracer(begun.call, tree=begun.tree)
         if is_without_input(args, kwargs) and _takes_input(self._tree.root):
             return self._tracer(self._batch(kwargs, forward, "trace"))
         return self._tracer(self._pass(args, kwargs))

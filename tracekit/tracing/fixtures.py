@@ -199,7 +199,7 @@ class Fixtures:
         for edit in self.changes.at_positions if is_whole else ():
             edit.check()
         if self._firings is not None and is_whole:
-            self._firings.check()
+            self._firings.check(self._tree.is_gone)
 
     def let_go(self) -> None:
         """The model is done: what knows the run is not needed any more."""

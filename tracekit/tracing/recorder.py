@@ -122,7 +122,8 @@ class Recorder:
     ) -> tuple[list[nn.Module], list[nn.Module]]:
         """Modules whose values may be kept as they are, and those whose values are copied."""
         habits = self._habits[slot]
-        if not self._keep.detach or self._tree.original is not None:
+        is_dry = self._tree.original is not None and not self._tree.gone
+        if not self._keep.detach or is_dry:
             # a copy would have no gradient; the values of a dry run can't be overwritten
             return list(modules.values()), []
         plain = [module for path, module in modules.items() if habits.get(path) is False]

@@ -69,7 +69,8 @@ class Tracer:
 
     def __del__(self) -> None:
         if not self._is_used:
-            warn_if_dropped("model.trace" if self._tree.original is None else "model.scan")
+            is_dry = self._tree.original is not None and not self._tree.gone
+            warn_if_dropped("model.scan" if is_dry else "model.trace")
 
     # -- in the block ---------------------------------------------------------------------------
 
