@@ -24,6 +24,10 @@ class Components(NamedTuple):
     values: Tensor
     labels: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        shown = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
+        return f"Components({list(self.values.shape)}: {shown})"
+
 
 def stacked(parts: Iterable[tuple[str, Tensor]]) -> Components:
     """Parts with their labels, as a stack; those with fewer axes (a bias) are the same all over."""
