@@ -8,26 +8,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple, cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
-from tracekit.architectures import Key, Spelling
+from tracekit.architectures import Key, Sharing, Spelling
 from tracekit.core.keep import Keep
 from tracekit.core.nest import describe, first_tensor, tensors
-from tracekit.core.norms import Inside, epsilon_of
-from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
+from tracekit.errors import (
+    CacheError,
+    GradientError,
+    UnknownModuleError,
+    UnknownPathError,
+    did_you_mean,
+)
 from tracekit.tracing.arrivals import Arrival
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.entries import Entry
 from tracekit.tracing.execution import Execution
+from tracekit.tracing.plans import plan_of
 from tracekit.tracing.sequence import TokenSequence, stitch
-from tracekit.tracing.sites import Cut, PosSlice, Sites, sites_of
-from tracekit.tracing.wanted import Spot, keys_of, wanted
+from tracekit.tracing.sites import PosSlice
+from tracekit.tracing.wanted import Spot, keys_of
 
 
 @final
@@ -49,7 +53,10 @@ class NamedCache(Mapping[str, Tensor]):
         is_of_gradients: bool = False,
     ) -> None:
         self._store = store
-        self._spots = spots
+        self._every = spots
+        shared = {key for key, spot in spots.items() if is_of_gradients and _is_apart(spot)}
+        self._shared = shared  # without gradients of their own
+        self._spots = {key: spot for key, spot in spots.items() if key not in shared}
         self._spelling = spelling
         self._has_batch = has_batch
         self._is_of_gradients = is_of_gradients
@@ -124,6 +131,8 @@ class NamedCache(Mapping[str, Tensor]):
         if len(stacks) > 1 and chosen is None:
             raise CacheError(f"{name} is of {' and '.join(map(str, stacks))}: name one.")
         found = [spot for spot in found if chosen in (None, spot.named.key.stack)]
+        if not found and any(each.endswith(f".{key.name}") for each in self._shared):
+            raise _no_gradient(name)
         if not found:
             raise UnknownPathError(f"{name!r} is not in this cache{self._near(name)}")
         return sorted(found, key=lambda spot: spot.named.key.layer or 0)
@@ -137,6 +146,8 @@ class NamedCache(Mapping[str, Tensor]):
     def _spot(self, asked: object, key: Key | None) -> Spot:
         text = str(key) if key is not None else str(asked)
         spot = self._spots.get(text)
+        if spot is None and text in self._shared:
+            raise _no_gradient(text)
         if spot is None:
             raise UnknownPathError(f"{asked!r} is not in this cache{self._near(text)}")
         if str(spot.site) not in self._store:
@@ -203,7 +214,10 @@ class NamedCache(Mapping[str, Tensor]):
 
     @property
     def grad(self) -> NamedCache:
-        """The gradients, by the same keys; of a cache that was made with incl_bwd."""
+        """The gradients, by the same keys; of a cache that was made with incl_bwd.
+
+        Of what is a tensor that the model uses elsewhere too (mlp_in) there is none of its own.
+        """
         return self._with(self._store, is_of_gradients=True)
 
     def to(self, device: torch.device | str) -> NamedCache:
@@ -242,7 +256,7 @@ class NamedCache(Mapping[str, Tensor]):
     ) -> NamedCache:
         return NamedCache(
             store,
-            self._spots,
+            self._every,
             self._spelling,
             has_batch=self._has_batch if has_batch is None else has_batch,
             is_of_gradients=self._is_of_gradients if is_of_gradients is None else is_of_gradients,
@@ -255,6 +269,18 @@ class NamedCache(Mapping[str, Tensor]):
         shown = [f"\n  {key}: {describe(self.values_of(key)[0])}" for key in keys[:12]]
         more = f"\n  … {len(keys) - 12} more" if len(keys) > 12 else ""
         return f"NamedCache({len(keys)} activations){''.join(shown)}{more}"
+
+
+def _is_apart(spot: Spot) -> bool:
+    return spot.named.bound.sharing is Sharing.APART
+
+
+def _no_gradient(key: str) -> GradientError:
+    return GradientError(
+        f"{key} has no gradient in this cache: its tensor is the residual stream, and what is "
+        f"recorded there is the gradient of all that reads it. run_with_hooks(bwd_hooks=[({key!r}, "
+        f"function)]) gives {key} a copy, and calls the function with the gradient of that alone."
+    )
 
 
 @final
@@ -314,69 +340,10 @@ def record_named(
     Of a run that `is_plain`, which nothing edits, what is inside a norm is told by its input.
     """
     derives = is_plain and not has_grads and keep.dtype is None
-    plan = _plan(tree, spots, pos_slice, derives)
+    plan = plan_of(tree, spots, pos_slice, derives)
     store = execution.record_sites(plan.sites, plan.named, keep, has_grads, invoke)
     keys = keys_of(tree)
     return NamedCache(store, plan.spots, Spelling({}) if keys is None else keys.spelling)
-
-
-class Plan(NamedTuple):
-    """How activations are recorded: by key, where, and which of the values must come."""
-
-    spots: Mapping[str, Spot]
-    sites: Sites
-    named: set[str]
-
-
-def everything(tree: Tree, derives: bool) -> Plan:
-    """The plan for every name; found out once for a model."""
-    keys = keys_of(tree)
-    if keys is None:
-        return _plan(tree, wanted(tree, None), None, derives)
-    if derives not in keys.plans:
-        keys.plans[derives] = _plan(tree, wanted(tree, None), None, derives)
-    return keys.plans[derives]
-
-
-def _plan(tree: Tree, spots: Iterable[Spot] | None, pos_slice: PosSlice, derives: bool) -> Plan:
-    if spots is None and pos_slice is None:
-        return everything(tree, derives)
-    spots = wanted(tree, None) if spots is None else spots
-    chosen = {spot.key: _derived(tree, spot) if derives else spot for spot in spots}
-    whole = frozenset(spot.site for spot in chosen.values() if spot.named.bound.key is not None)
-    cuts = _cuts(chosen.values(), pos_slice)
-    sites = sites_of(tree, dict.fromkeys(spot.site for spot in chosen.values()), whole, cuts)
-    return Plan(chosen, sites, {str(spot.site) for spot in chosen.values() if spot.is_named})
-
-
-def _derived(tree: Tree, spot: Spot) -> Spot:
-    """What is inside a norm, out of what the norm is given; any other as it is."""
-    owner, _, name = spot.site.path.rpartition(".")
-    kind = tree.norm_kinds.get(owner)
-    if spot.site.path not in tree.inner or kind is None:
-        return spot
-    inside = Inside(kind, epsilon_of(tree.modules[owner]), name == "norm_scale")
-    bound = replace(spot.named.bound, path=owner, slot=Slot.INPUT, view=inside)
-    named = replace(spot.named, bound=bound)
-    return replace(spot, site=Site(owner, Slot.INPUT), named=named)
-
-
-def _cuts(spots: Iterable[Spot], pos_slice: PosSlice) -> dict[Site, Cut]:
-    """What of each value is kept; a name without positions of its own is kept whole."""
-    if pos_slice is None:
-        return {}
-    cuts: dict[Site, Cut] = {}
-    for spot in spots:
-        axis, shape = spot.named.axis, spot.named.bound.shape
-        if not shape or "*pos" in shape:
-            raise CacheError(
-                f"pos_slice= can't be applied to {spot.key}, "
-                f"{'which has rows and positions in one axis' if shape else 'a module by path'}: "
-                f"leave it out of names_filter=."
-            )
-        if axis is not None:
-            cuts[spot.site] = Cut(pos_slice, axis)
-    return cuts
 
 
 def keep_of(
