@@ -188,3 +188,19 @@ def test_positions_that_are_not_there_are_an_error() -> None:
     net, inputs = make("gpt2")
     with pytest.raises(CacheError, match="pos_slice"):
         LanguageModel(net).run_with_cache(**inputs, pos_slice=99)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "opt", "olmoe", "gpt_oss"])
+def test_pos_slice_goes_with_every_name_and_keeps_flat_ones_whole(name: str) -> None:
+    net, inputs = make(name)
+    model = LanguageModel(net)
+    _, whole = model.run_with_cache(**inputs)
+    _, part = model.run_with_cache(**inputs, pos_slice=-1)
+    assert list(part) == list(whole)
+    axes = {key: spot.named.bound.shape for key, spot in whole._spots.items()}
+    flat = [key for key in whole if "*pos" in axes[key]]
+    assert flat
+    for key in flat:
+        assert torch.equal(part[key], whole[key])
+    assert torch.equal(part["resid_post", 1], whole["resid_post", 1][:, -1:])
+    assert torch.equal(part["pattern", 0], whole["pattern", 0][:, :, -1:])
