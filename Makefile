@@ -54,14 +54,16 @@ test-pythons:
 GENERATION := $(addprefix tests/models/test_,generation_matrix.py planted_faults.py prefix.py \
 	prefix_models.py kv_cache.py return_cache.py stream.py) \
 	$(addprefix tests/tracing/test_,at.py sequence.py verify.py)
+# Modules have other paths there.
+NAMES := $(addprefix tests/architectures/test_,named_values.py decoders.py encoders.py)
 
-## make test-page     the documented pages under transformers 4.57.6 and the newest; generation under 4.57.6
+## make test-page     the documented pages under transformers 4.57.6 and the newest; generation and names under 4.57.6
 ifeq ($(PAGE_TESTS),)
 test-page:
 	@echo "no tests in tests/page"
 else
 test-page: $(VENV)/.stamp .venv-page/.stamp
-	.venv-page/bin/python -m pytest tests/page $(GENERATION)
+	.venv-page/bin/python -m pytest tests/page $(GENERATION) $(NAMES)
 	$(BIN)/python -m pytest tests/page
 endif
 

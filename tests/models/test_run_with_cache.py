@@ -199,3 +199,19 @@ def test_a_predicate_that_speaks_of_names_of_both_kinds_leaves_none_out() -> Non
 
     _, cache = model.run_with_cache(**inputs, names_filter=fits)
     assert set(cache) == {f"layers.{i}.{name}" for i in (0, 1) for name in ("z", "resid_mid")}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "opt", "olmoe", "gpt_oss"])
+def test_pos_slice_goes_with_every_name_and_keeps_flat_ones_whole(name: str) -> None:
+    net, inputs = make(name)
+    model = LanguageModel(net)
+    _, whole = model.run_with_cache(**inputs)
+    _, part = model.run_with_cache(**inputs, pos_slice=-1)
+    assert list(part) == list(whole)
+    axes = {key: spot.named.bound.shape for key, spot in whole._spots.items()}
+    flat = [key for key in whole if "*pos" in axes[key]]
+    assert flat
+    for key in flat:
+        assert torch.equal(part[key], whole[key])
+    assert torch.equal(part["resid_post", 1], whole["resid_post", 1][:, -1:])
+    assert torch.equal(part["pattern", 0], whole["pattern", 0][:, :, -1:])

@@ -177,12 +177,14 @@ class Names:
         return None if layer is None or word is None else layer.bound(name, word.shape)
 
     def why_not(self, owner: str, name: str) -> str | None:
-        """Why there is no such activation; None if `name` is no standard name there."""
+        """Why there is no such activation, or module; None if `name` is no standard name there."""
         layer = self.layers.get(owner)
-        if layer is None or name not in (ROOT_ACTIVATIONS if owner == "" else BLOCK_ACTIVATIONS):
+        activations = ROOT_ACTIVATIONS if owner == "" else BLOCK_ACTIVATIONS
+        modules = ROOT_MODULES if owner == "" else BLOCK_MODULES
+        if layer is None or (name not in activations and name not in modules):
             return None
         reason = layer.why_not(name) or self.family.lacks.get(name)
-        return reason or "there is no module here that has it"
+        return reason or f"there is no module here that {'has' if name in activations else 'is'} it"
 
     def weight(self, owner: str, name: str) -> Weight | Lacks | None:
         """The weight of that name in the layer (or model) at `owner`; None if it names none."""

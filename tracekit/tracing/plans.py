@@ -57,18 +57,21 @@ def _derived(tree: Tree, spot: Spot) -> Spot:
 
 
 def _cuts(spots: Iterable[Spot], pos_slice: PosSlice) -> dict[Site, Cut]:
-    """What of each value is kept; a name without positions of its own is kept whole."""
+    """What of each value is kept; a name without an axis of positions alone is kept whole."""
     if pos_slice is None:
         return {}
+    spots = list(spots)
+    flat = [each.site.path for each in spots if "*pos" in each.named.bound.shape]
     cuts: dict[Site, Cut] = {}
     for spot in spots:
         axis, shape = spot.named.axis, spot.named.bound.shape
-        if not shape or "*pos" in shape:
+        if not shape:
             raise CacheError(
-                f"pos_slice= can't be applied to {spot.key}, "
-                f"{'which has rows and positions in one axis' if shape else 'a module by path'}: "
-                f"leave it out of names_filter=."
+                f"pos_slice= can't be applied to {spot.key}, a module by path: leave it out of "
+                f"names_filter=."
             )
-        if axis is not None:
+        path = spot.site.path  # what is inside a norm lies as what the norm is given
+        is_flat = any(path == each or path.startswith(f"{each}.norm_") for each in flat)
+        if axis is not None and not is_flat:
             cuts[spot.site] = Cut(pos_slice, axis)
     return cuts

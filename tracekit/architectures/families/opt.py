@@ -20,6 +20,8 @@ _PRE_NORM = Block(
     activations={
         "resid_mid": given("norm2", sharing=Sharing.SHARED, shape="batch*pos model"),
         "mlp_in": given("norm2", sharing=Sharing.APART, shape="batch*pos model"),
+        "norm2_scale": output("norm2", inside="norm_scale", shape="batch*pos 1"),
+        "norm2_normalized": output("norm2", inside="norm_normalized", shape="batch*pos model"),
         "mlp_pre": output("up", shape="batch*pos neurons"),
         "mlp_post": given("down", shape="batch*pos neurons"),
         "mlp_out": output("down", shape="batch*pos model"),
@@ -34,6 +36,8 @@ _POST_NORM = replace(
         **_PRE_NORM.activations,
         "resid_mid": output("norm1"),
         "mlp_in": given("up", sharing=Sharing.APART, shape="batch*pos model"),
+        "norm2_scale": output("norm2", inside="norm_scale"),
+        "norm2_normalized": output("norm2", inside="norm_normalized"),
     },
     when=otherwise,
 )
