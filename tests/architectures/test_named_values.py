@@ -120,3 +120,26 @@ def test_an_attribute_that_only_has_the_name_of_a_value_is_left_alone() -> None:
         expected = [layer.output.clone() for layer in model.model.layers]
     assert torch.equal(one, expected[0])
     assert torch.equal(other, expected[1])
+
+
+def test_heads_that_the_projections_do_not_have_are_not_handed_out() -> None:
+    net, inputs = make("llama")
+    net.config.num_attention_heads = 5  # of another checkpoint than the weights
+    model = LanguageModel(net)
+    with pytest.raises(
+        MissingNameError, match=r"q_proj has 32 features, which 5 heads can't"
+    ):
+        with model.trace(**inputs):
+            model.layers[0].q
+    with model.trace(**inputs):
+        stream = model.layers[0].resid_post
+    assert stream.shape == (2, 8, 32)
+
+
+def test_heads_of_different_widths_are_not_handed_out() -> None:
+    net, inputs = make("llama")
+    net.config.num_key_value_heads = 4
+    model = LanguageModel(net)
+    with pytest.raises(MissingNameError, match="heads of different widths"):
+        with model.trace(**inputs):
+            model.layers[0].k

@@ -74,12 +74,17 @@ def test_a_parallel_block_that_is_said_to_be_sequential_is_found() -> None:
 
 
 def test_queries_and_keys_in_each_others_place_are_found() -> None:
-    modules = {"q": "self_attn.k_proj", "k": "self_attn.q_proj"}
     proof = proof_with("gptj", modules={"q": "attn.k_proj", "k": "attn.q_proj"})
     assert "q: it is the query of attention (a write to it does not move the query)" in faults(
         proof
     )
-    assert not proof_with("llama", modules=modules)
+
+
+def test_queries_and_keys_whose_heads_would_differ_in_width_are_not_handed_out() -> None:
+    modules = {"q": "self_attn.k_proj", "k": "self_attn.q_proj"}
+    proof = proof_with("llama", modules=modules)
+    assert proof
+    assert not any(claim.name in ("q", "k") for claim in proof)
 
 
 def test_fused_projections_in_the_wrong_order_are_found() -> None:
@@ -95,10 +100,11 @@ def test_heads_that_lie_otherwise_are_found() -> None:
 
 
 def test_a_wrong_number_of_heads_is_found() -> None:
-    net, inputs = make("llama")
+    net, inputs = make("gpt2")
     family = family_of(net)
     assert family is not None
-    stack = replace(family.stacks["layers"], sizes={"heads": "num_hidden_layers"})
+    sizes = dict.fromkeys(("heads", "kv_heads"), "num_hidden_layers")
+    stack = replace(family.stacks["layers"], sizes=sizes)
     names = Names(replace(family, stacks={"layers": stack}), net)
     proof = prove(names, lambda: net(**inputs))
     assert "q: head 1 of it is head 1 of attention (attention has 4 heads, not 2)" in faults(proof)

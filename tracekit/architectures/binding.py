@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, final
 
 from torch import Tensor, nn
 
+from tracekit.architectures.fit import misfits
 from tracekit.architectures.keys import Keys
 from tracekit.architectures.layouts import Layout, Rows, Sizes, View, Whole
 from tracekit.architectures.rules import declared
@@ -317,7 +318,9 @@ class Names:
         mixer = self.modules.get(modules.get("ssm", ""))
         for name, attributes in block.sizes.items() if "ssm" in modules else ():
             sizes[name] = math.prod(getattr(mixer, each) for each in attributes)
-        return Layer({"": path, **known}, declared(block), sizes, self._is_called, block)
+        points = declared(block)
+        points |= misfits(known, points, sizes, self.modules)
+        return Layer({"": path, **known}, points, sizes, self._is_called, block)
 
     def _modules_of(self, path: str, block: Block) -> dict[str, str]:
         found: dict[str, str] = {}
