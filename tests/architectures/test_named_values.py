@@ -126,9 +126,7 @@ def test_heads_that_the_projections_do_not_have_are_not_handed_out() -> None:
     net, inputs = make("llama")
     net.config.num_attention_heads = 5  # of another checkpoint than the weights
     model = LanguageModel(net)
-    with pytest.raises(
-        MissingNameError, match=r"q_proj has 32 features, which 5 heads can't"
-    ):
+    with pytest.raises(MissingNameError, match=r"q_proj has 32 features, which 5 heads can't"):
         with model.trace(**inputs):
             model.layers[0].q
     with model.trace(**inputs):
