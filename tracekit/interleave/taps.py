@@ -50,7 +50,7 @@ class Tap:
         if not self.is_by_interface:
             return {}
         wrapped = partial(self._wrapped, _eager_of(function))
-        return dict.fromkeys(_attention_calls(known), wrapped)
+        return dict.fromkeys(_attention_calls(function, known), wrapped)
 
     def _wrapped(
         self, eager: Callable[..., Any], call: Callable[..., Any], runs: Callable[..., Any]
@@ -120,7 +120,7 @@ def check_tappable(tree: Tree, path: str) -> bool:
         function, _ = unwrap(own_forward(module))
         if _INTERFACE not in _names(function.__code__):
             return _check_own(tree, path, function)
-        calls = _attention_calls(operations_of(function))
+        calls = _attention_calls(function, operations_of(function))
     except SourceError as error:
         raise AttentionError(f"{path}.{ANNEX} can't be had: {error.args[0]}") from error
     if not calls or _eager_of(function) is None:
@@ -181,13 +181,25 @@ def _names(code: CodeType) -> frozenset[str]:
     return known
 
 
-def _attention_calls(known: Listing) -> list[int]:
-    calls = enumerate(known.calls)
-    return [index for index, call in calls if call.text.startswith(f"{_INTERFACE}(")]
+_calls_of: PerCode[tuple[int, ...]] = PerCode()
+_eager_names_of: PerCode[tuple[str, ...]] = PerCode()
+
+
+def _attention_calls(function: FunctionType, known: Listing) -> tuple[int, ...]:
+    """Which calls written in a forward are those of the attention function; found out once."""
+    found = _calls_of.get(function.__code__)
+    if found is None:
+        calls = enumerate(known.calls)
+        found = tuple(index for index, call in calls if call.text.startswith(f"{_INTERFACE}("))
+        _calls_of.put(function.__code__, found)
+    return found
 
 
 def _eager_of(function: FunctionType) -> Any:
     """The model's own attention function."""
+    names = _eager_names_of.get(function.__code__)
+    if names is None:
+        names = (_EAGER, *(name for name in _names(function.__code__) if name.endswith(_EAGER)))
+        _eager_names_of.put(function.__code__, names)
     known = function.__globals__
-    names = [_EAGER, *(name for name in _names(function.__code__) if name.endswith(_EAGER))]
     return next((known[name] for name in names if name in known), None)
