@@ -27,6 +27,10 @@ class CompositionScores(NamedTuple):
     layers: tuple[int, ...]
     labels: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        heads = f"{self.labels[0]} … {self.labels[-1]}"
+        return f"CompositionScores({list(self.values.shape)}: {heads})"
+
 
 def composition_scores(mode: str, QK: Stacked, OV: Stacked) -> CompositionScores:
     """Of every head with every head of a later layer, through its queries, keys or values."""
