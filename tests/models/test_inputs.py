@@ -235,7 +235,6 @@ def test_any_arguments_of_any_module() -> None:
         ("stop_at_layer", "run_with_cache"),
         ("remove_batch_dim", "run_with_cache"),
         ("fwd_hooks", "run_with_hooks"),
-        ("start_at_layer", "begins with the first layer"),
     ],
 )
 def test_an_option_of_another_call_is_refused_where_a_forward_would_ignore_it(

@@ -49,7 +49,6 @@ _OF_OTHERS: Final = {
     "pos_slice": _OF_CACHES,
     "incl_bwd": _OF_CACHES,
     "stop_at_layer": f"{_OF_CACHES}, and of run_with_hooks",
-    "start_at_layer": "a run begins with the first layer",
     "fwd_hooks": _OF_HOOKS,
     "bwd_hooks": _OF_HOOKS,
     "loss_per_token": "it is an option of model.forward(input, return_type='loss')",
