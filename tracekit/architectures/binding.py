@@ -75,10 +75,14 @@ class Bound:
     sharing: Sharing
     key: int | None  # which tensor of a structure; None: the first
     shape: str  # its axes, by name
-    is_plain: bool  # the tensor itself, which nobody else is given
     layout: Layout = field(default_factory=Whole)
     call: int = 0  # the how-manieth call of the module, where layers share it
     heads: int = 0  # of its layer's attention, if that is known
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the tensor itself, which nobody else is given."""
+        return self.layout == Whole() and self.sharing is Sharing.OWN
 
 
 @final
@@ -123,10 +127,9 @@ class Layer:
 
     def _bound(self, name: str, path: str, point: Point, shape: str) -> Bound:
         view = partial(_view, point, self.sizes)
-        is_plain = point.layout == Whole() and point.sharing is Sharing.OWN
         at = (path, point.slot, view, point.sharing, point.key)
         call = self.calls.get(path, 0)
-        return Bound(name, *at, shape, is_plain, point.layout, call, self.sizes.get("heads", 0))
+        return Bound(name, *at, shape, point.layout, call, self.sizes.get("heads", 0))
 
 
 def _choices(declared: Declared | None) -> tuple[Point | Lacks, ...]:

@@ -39,6 +39,26 @@ NO_LOGITS: Final[Mapping[str, str]] = {
 
 # -- text ---------------------------------------------------------------------------------------
 
+
+def _attention(prefix: str, path: str, o: str = "out_proj") -> dict[str, str]:
+    inside = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": o}
+    return {f"{prefix}{word}": f"{path}.{name}" for word, name in inside.items()}
+
+
+# What Llama has, and most that came after it: around its layers, and in each of them.
+MODEL_OF_LLAMA: Final = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "unembed": "lm_head",
+}
+ATTENTION_OF_LLAMA: Final = {"attn": "self_attn", **_attention("", "self_attn", "o_proj")}
+MLP_OF_LLAMA: Final = {
+    "mlp": "mlp",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
 BERT: Final = Block(
     {
         "attn": "attention",
@@ -88,11 +108,6 @@ HEADS_OF_MODULE: Final = {"heads": "num_heads", "kv_heads": "num_heads"}
 def _crosses(module: nn.Module, config: Any) -> bool:
     """A decoder alone has the modules of cross-attention too, and does not call them."""
     return config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
-
-
-def _attention(prefix: str, path: str) -> dict[str, str]:
-    inside = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
-    return {f"{prefix}{word}": f"{path}.{name}" for word, name in inside.items()}
 
 
 # -- vision and sound ---------------------------------------------------------------------------

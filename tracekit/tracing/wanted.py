@@ -211,7 +211,7 @@ def _of_path(tree: Tree, path: str, slot: Slot, spelled: str, *, is_named: bool 
     """What a module takes or returns, by its path: the first tensor of it."""
     below = tree.below(path) or path
     key = below if slot is Slot.OUTPUT else f"{below}.input"
-    bound = Bound(key, below, slot, same, Sharing.OWN, None, "", is_plain=True)
+    bound = Bound(key, below, slot, same, Sharing.OWN, None, "")
     return Spot(key, Site(path, slot), Named(Key(key), bound), spelled or key, is_named)
 
 

@@ -2,6 +2,7 @@
 
 from tracekit.architectures.mixers import MAMBA_2, MAMBA_2_SIZES, mamba_2_modules
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA
 
 _MLP = {
     "norm2": "pre_ff_layernorm",
@@ -13,11 +14,7 @@ _MLP = {
 _ATTENTION = Block(
     {
         "norm1": "input_layernorm",
-        "attn": "self_attn",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
+        **ATTENTION_OF_LLAMA,
         **_MLP,
     }
 )

@@ -1,15 +1,12 @@
 """Cohere and Cohere 2: one norm in front of attention and MLP, which are added in one sum."""
 
 from tracekit.architectures.schema import Block, Family, Residual, Stack
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MLP_OF_LLAMA, MODEL_OF_LLAMA
 
 FAMILY = Family(
     "cohere",
     model_types=("cohere", "cohere2"),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",
@@ -17,17 +14,10 @@ FAMILY = Family(
                 Block(
                     {
                         "norm1": "input_layernorm",
-                        "attn": "self_attn",
-                        "q": "self_attn.q_proj",
-                        "k": "self_attn.k_proj",
-                        "v": "self_attn.v_proj",
-                        "o": "self_attn.o_proj",
+                        **ATTENTION_OF_LLAMA,
                         "q_norm": "self_attn.q_norm",
                         "k_norm": "self_attn.k_norm",
-                        "mlp": "mlp",
-                        "gate": "mlp.gate_proj",
-                        "up": "mlp.up_proj",
-                        "down": "mlp.down_proj",
+                        **MLP_OF_LLAMA,
                     },
                     residual=Residual.PARALLEL,
                 ),

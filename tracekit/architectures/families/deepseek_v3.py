@@ -5,6 +5,7 @@ from dataclasses import replace
 from tracekit.architectures.conditions import has, otherwise
 from tracekit.architectures.mixers import ROUTED, ROUTED_BEFORE_5
 from tracekit.architectures.schema import Block, Family, Lacks, Stack, output
+from tracekit.architectures.shared import MLP_OF_LLAMA, MODEL_OF_LLAMA
 
 _ATTENTION = {
     "norm1": "input_layernorm",
@@ -51,10 +52,7 @@ _SPARSE_BEFORE_5 = replace(
 _DENSE = Block(
     {
         **_ATTENTION,
-        "mlp": "mlp",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
+        **MLP_OF_LLAMA,
     },
     activations=_COMPRESSED,
     when=otherwise,
@@ -62,10 +60,6 @@ _DENSE = Block(
 FAMILY = Family(
     "deepseek_v3",
     model_types=("deepseek_v3",),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={"layers": Stack("model.layers", (_SPARSE_BEFORE_5, _SPARSE, _DENSE))},
 )

@@ -12,15 +12,12 @@ from tracekit.architectures.schema import (
     Stack,
     given,
 )
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA
 
 _NORMED = Block(
     {
         **mamba_2_modules("mamba", "input_layernorm"),
-        "attn": "self_attn",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
+        **ATTENTION_OF_LLAMA,
         "norm2": "pre_ff_layernorm",
         "mlp": "feed_forward",
         "gate": "feed_forward.gate_proj",

@@ -1,15 +1,12 @@
 """Gemma 2 and 3: norms in front of attention and MLP, and norms of what they add."""
 
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MLP_OF_LLAMA, MODEL_OF_LLAMA
 
 FAMILY = Family(
     "gemma2",
     model_types=("gemma2", "gemma3_text"),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",
@@ -17,19 +14,12 @@ FAMILY = Family(
                 Block(
                     {
                         "norm1": "input_layernorm",
-                        "attn": "self_attn",
-                        "q": "self_attn.q_proj",
-                        "k": "self_attn.k_proj",
-                        "v": "self_attn.v_proj",
-                        "o": "self_attn.o_proj",
+                        **ATTENTION_OF_LLAMA,
                         "q_norm": "self_attn.q_norm",
                         "k_norm": "self_attn.k_norm",
                         "norm1_post": "post_attention_layernorm",
                         "norm2": "pre_feedforward_layernorm",
-                        "mlp": "mlp",
-                        "gate": "mlp.gate_proj",
-                        "up": "mlp.up_proj",
-                        "down": "mlp.down_proj",
+                        **MLP_OF_LLAMA,
                         "norm2_post": "post_feedforward_layernorm",
                     },
                 ),

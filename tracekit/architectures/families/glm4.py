@@ -1,15 +1,12 @@
 """GLM and GLM-4: Llama with gate and up in one; GLM-4 also norms what is added."""
 
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MODEL_OF_LLAMA
 
 FAMILY = Family(
     "glm4",
     model_types=("glm", "glm4"),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",
@@ -17,11 +14,7 @@ FAMILY = Family(
                 Block(
                     {
                         "norm1": "input_layernorm",
-                        "attn": "self_attn",
-                        "q": "self_attn.q_proj",
-                        "k": "self_attn.k_proj",
-                        "v": "self_attn.v_proj",
-                        "o": "self_attn.o_proj",
+                        **ATTENTION_OF_LLAMA,
                         "norm1_post": "post_self_attn_layernorm",
                         "norm2": "post_attention_layernorm",
                         "mlp": "mlp",

@@ -6,15 +6,12 @@ from typing import Any
 from tracekit.architectures.conditions import otherwise
 from tracekit.architectures.mixers import ROUTED
 from tracekit.architectures.schema import Block, Family, Lacks, Stack, output
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MODEL_OF_LLAMA
 
 _BLOCK = Block(
     {
         "norm1": "input_layernorm",
-        "attn": "self_attn",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
+        **ATTENTION_OF_LLAMA,
         "norm2": "post_attention_layernorm",
         "mlp": "mlp",
         "router": "mlp.router",
@@ -37,11 +34,7 @@ def _gives_logits(layer: Any, _config: Any) -> bool:
 FAMILY = Family(
     "gpt_oss",
     model_types=("gpt_oss",),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",

@@ -1,15 +1,12 @@
 """Granite: Llama whose attention and MLP are multiplied by a number before they are added."""
 
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MLP_OF_LLAMA, MODEL_OF_LLAMA
 
 FAMILY = Family(
     "granite",
     model_types=("granite",),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",
@@ -17,16 +14,9 @@ FAMILY = Family(
                 Block(
                     {
                         "norm1": "input_layernorm",
-                        "attn": "self_attn",
-                        "q": "self_attn.q_proj",
-                        "k": "self_attn.k_proj",
-                        "v": "self_attn.v_proj",
-                        "o": "self_attn.o_proj",
+                        **ATTENTION_OF_LLAMA,
                         "norm2": "post_attention_layernorm",
-                        "mlp": "mlp",
-                        "gate": "mlp.gate_proj",
-                        "up": "mlp.up_proj",
-                        "down": "mlp.down_proj",
+                        **MLP_OF_LLAMA,
                     },
                     scale="residual_multiplier",
                 ),

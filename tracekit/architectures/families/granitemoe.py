@@ -5,15 +5,12 @@ from dataclasses import replace
 from tracekit.architectures.conditions import has, otherwise
 from tracekit.architectures.mixers import ROUTED, ROUTED_BEFORE_5
 from tracekit.architectures.schema import Block, Family, Stack, output
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MODEL_OF_LLAMA
 
 _BLOCK = Block(
     {
         "norm1": "input_layernorm",
-        "attn": "self_attn",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
+        **ATTENTION_OF_LLAMA,
         "norm2": "post_attention_layernorm",
         "mlp": "block_sparse_moe",
         "router": "block_sparse_moe.router",
@@ -31,10 +28,6 @@ _BEFORE_5 = replace(
 FAMILY = Family(
     "granitemoe",
     model_types=("granitemoe",),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={"layers": Stack("model.layers", (_BEFORE_5, _BLOCK))},
 )

@@ -12,16 +12,13 @@ from tracekit.architectures.mixers import (
     mamba_2_modules,
 )
 from tracekit.architectures.schema import Block, Family, Lacks, Stack, output
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MODEL_OF_LLAMA
 
 _SCALE = "residual_multiplier"
 _ATTENTION = Block(
     {
         "norm1": "input_layernorm",
-        "attn": "self_attn",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
+        **ATTENTION_OF_LLAMA,
     },
     scale=_SCALE,
     when=has("self_attn"),
@@ -68,11 +65,7 @@ _SPARSE_BEFORE_5 = replace(
 FAMILY = Family(
     "granitemoehybrid",
     model_types=("granitemoehybrid",),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",

@@ -11,15 +11,12 @@ from tracekit.architectures.mixers import (
     mamba_1_modules,
 )
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA
 
 _ATTENTION = Block(
     {
         "norm1": "input_layernorm",
-        "attn": "self_attn",
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
+        **ATTENTION_OF_LLAMA,
     },
     when=has("self_attn"),
 )

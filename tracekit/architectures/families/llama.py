@@ -1,6 +1,7 @@
 """Llama and its heirs: pre-norm, rotary positions, a gated MLP; some norm queries and keys."""
 
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MLP_OF_LLAMA, MODEL_OF_LLAMA
 
 FAMILY = Family(
     "llama",
@@ -18,11 +19,7 @@ FAMILY = Family(
         "seed_oss",
         "smollm3",
     ),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",
@@ -30,18 +27,11 @@ FAMILY = Family(
                 Block(
                     {
                         "norm1": "input_layernorm",
-                        "attn": "self_attn",
-                        "q": "self_attn.q_proj",
-                        "k": "self_attn.k_proj",
-                        "v": "self_attn.v_proj",
-                        "o": "self_attn.o_proj",
+                        **ATTENTION_OF_LLAMA,
                         "q_norm": ("self_attn.q_norm", "self_attn.query_layernorm"),
                         "k_norm": ("self_attn.k_norm", "self_attn.key_layernorm"),
                         "norm2": "post_attention_layernorm",
-                        "mlp": "mlp",
-                        "gate": "mlp.gate_proj",
-                        "up": "mlp.up_proj",
-                        "down": "mlp.down_proj",
+                        **MLP_OF_LLAMA,
                     },
                 ),
             ),

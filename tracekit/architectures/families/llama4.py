@@ -2,14 +2,11 @@
 
 from tracekit.architectures.conditions import has, otherwise
 from tracekit.architectures.schema import Block, Family, Lacks, Sharing, Stack, output
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MODEL_OF_LLAMA
 
 _ATTENTION = {
     "norm1": "input_layernorm",
-    "attn": "self_attn",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
+    **ATTENTION_OF_LLAMA,
     "norm2": "post_attention_layernorm",
     "mlp": "feed_forward",
 }
@@ -42,10 +39,6 @@ _DENSE = Block(
 FAMILY = Family(
     "llama4",
     model_types=("llama4_text",),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={"layers": Stack("model.layers", (_SPARSE, _DENSE))},
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from tracekit.architectures.conditions import has, otherwise
 from tracekit.architectures.mixers import ROUTED, ROUTED_BEFORE_5
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import MLP_OF_LLAMA, MODEL_OF_LLAMA
 
 _ATTENTION = {
     "norm1": "input_layernorm",
@@ -33,21 +34,14 @@ _SPARSE_BEFORE_5 = replace(_SPARSE, activations=ROUTED_BEFORE_5)
 _DENSE = Block(
     {
         **_ATTENTION,
-        "mlp": "mlp",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
+        **MLP_OF_LLAMA,
     },
     when=otherwise,
 )
 FAMILY = Family(
     "mixtral",
     model_types=("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",

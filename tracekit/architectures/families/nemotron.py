@@ -1,6 +1,7 @@
 """Nemotron, Arcee, Apertus, StarCoder 2: Llama with an MLP that has no gate."""
 
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import MODEL_OF_LLAMA
 
 _BLOCK = Block(
     {
@@ -21,10 +22,6 @@ _BLOCK = Block(
 FAMILY = Family(
     "nemotron",
     model_types=("nemotron", "apertus", "arcee", "starcoder2"),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={"layers": Stack("model.layers", (_BLOCK,))},
 )

@@ -2,15 +2,12 @@
 
 from tracekit.architectures.layouts import OneBehindTheOther
 from tracekit.architectures.schema import Block, Family, Stack, output
+from tracekit.architectures.shared import MODEL_OF_LLAMA
 
 FAMILY = Family(
     "phi3",
     model_types=("phi3",),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",

@@ -6,6 +6,7 @@ from tracekit.architectures.conditions import has, otherwise
 from tracekit.architectures.layouts import Behind, Chunk, Heads, OfEachHead, Part
 from tracekit.architectures.mixers import IN_CACHE, ROUTED, ROUTED_BEFORE_5
 from tracekit.architectures.schema import Block, Family, Lacks, Stack, attended, given, output
+from tracekit.architectures.shared import MLP_OF_LLAMA, MODEL_OF_LLAMA
 
 _NORMS = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
 _ATTENTION = Block(
@@ -95,21 +96,14 @@ _SPARSE_BEFORE_5 = replace(
 )
 _DENSE = Block(
     {
-        "mlp": "mlp",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
+        **MLP_OF_LLAMA,
     },
     when=otherwise,
 )
 FAMILY = Family(
     "qwen3_next",
     model_types=("qwen3_next",),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={
         "layers": Stack(
             "model.layers",

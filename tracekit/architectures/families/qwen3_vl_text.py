@@ -1,6 +1,7 @@
 """The text model of Qwen3-VL, whose first layers are given image features once more."""
 
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import MLP_OF_LLAMA
 
 _BLOCK = {
     "norm1": "input_layernorm",
@@ -12,10 +13,7 @@ _BLOCK = {
     "k_norm": "self_attn.k_norm",
     "o": "self_attn.o_proj",
     "norm2": "post_attention_layernorm",
-    "mlp": "mlp",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+    **MLP_OF_LLAMA,
 }
 
 FAMILY = Family(

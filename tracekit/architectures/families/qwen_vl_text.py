@@ -1,19 +1,13 @@
 """The text models of Qwen2-VL and Qwen2.5-VL: Llama's block."""
 
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MLP_OF_LLAMA
 
 _BLOCK = {
     "norm1": "input_layernorm",
-    "attn": "self_attn",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
+    **ATTENTION_OF_LLAMA,
     "norm2": "post_attention_layernorm",
-    "mlp": "mlp",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+    **MLP_OF_LLAMA,
 }
 
 FAMILY = Family(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from tracekit.architectures.conditions import otherwise, says
 from tracekit.architectures.schema import Block, Family, Residual, Stack, output
+from tracekit.architectures.shared import MLP_OF_LLAMA, MODEL_OF_LLAMA
 
 _PARALLEL = Block(
     {
@@ -15,10 +16,7 @@ _PARALLEL = Block(
         "q_norm": "self_attn.q_layernorm",
         "k_norm": "self_attn.k_layernorm",
         "o": "self_attn.o_proj",
-        "mlp": "mlp",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
+        **MLP_OF_LLAMA,
     },
     residual=Residual.PARALLEL,
     activations={"mlp_out": output("", inside="dropout")},
@@ -33,10 +31,6 @@ _SEQUENTIAL = replace(
 FAMILY = Family(
     "stablelm",
     model_types=("stablelm",),
-    modules={
-        "embed": "model.embed_tokens",
-        "final_norm": "model.norm",
-        "unembed": "lm_head",
-    },
+    modules=MODEL_OF_LLAMA,
     stacks={"layers": Stack("model.layers", (_PARALLEL, _SEQUENTIAL))},
 )

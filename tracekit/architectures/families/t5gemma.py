@@ -1,20 +1,14 @@
 """T5Gemma: Gemma's block in an encoder and, with cross-attention, in a decoder."""
 
 from tracekit.architectures.schema import Block, Family, Stack
+from tracekit.architectures.shared import ATTENTION_OF_LLAMA, MLP_OF_LLAMA
 
 _BLOCK = {
     "norm1": "pre_self_attn_layernorm",
-    "attn": "self_attn",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
+    **ATTENTION_OF_LLAMA,
     "norm1_post": "post_self_attn_layernorm",
     "norm2": "pre_feedforward_layernorm",
-    "mlp": "mlp",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
+    **MLP_OF_LLAMA,
     "norm2_post": "post_feedforward_layernorm",
 }
 _CROSS_ATTENTION = {
