@@ -38,7 +38,7 @@ class NormKind:
 
     def scale(self, module: nn.Module, centered: Tensor) -> Tensor:
         """`[..., 1]`: the root of the mean square."""
-        return (centered.pow(2).mean(-1, keepdim=True) + epsilon_of(module)).sqrt()
+        return _scale(centered, epsilon_of(module))
 
     def affine(self, module: Any, normalized: Tensor) -> Tensor:
         """What the norm makes of the normalized values."""
@@ -77,8 +77,12 @@ class Inside:
 
     def __call__(self, x: Tensor) -> Tensor:
         centered = self.kind.centered(x)
-        scale = (centered.pow(2).mean(-1, keepdim=True) + self.epsilon).sqrt()
+        scale = _scale(centered, self.epsilon)
         return scale if self.is_scale else centered / scale
+
+
+def _scale(centered: Tensor, epsilon: float) -> Tensor:
+    return (centered.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
 
 
 def may_be_norm(module: Any) -> bool:

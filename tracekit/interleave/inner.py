@@ -18,7 +18,8 @@ from tracekit.core.pieces import Piece
 from tracekit.core.tree import Tree
 from tracekit.errors import UnsupportedError
 from tracekit.interleave.attend import RealWithGradients, Was, own
-from tracekit.interleave.hooks import Hooks, Subscriber, is_elsewhere
+from tracekit.interleave.hooks import Hooks, is_elsewhere
+from tracekit.interleave.leading import Leading
 from tracekit.interleave.passage import Watch
 
 Forward = Callable[..., Any]
@@ -33,7 +34,7 @@ class Inner:
         self._owner = owner
         self._module = tree.module(owner)
         self._hooks = hooks
-        self._watches = watches
+        self._values = Leading(owner, tree, hooks, watches)
         self._is_projection = f"{owner}.head_result" in tree.modules
 
     def around(self, call: Forward) -> Forward:
@@ -44,9 +45,9 @@ class Inner:
         output = call(x, *args, **kwargs)
         if is_elsewhere(self._hooks.thread):
             return output
-        if not (self._is_wanted("norm_scale") or self._is_wanted("norm_normalized")):
-            self._passed("norm_scale", None)
-            self._passed("norm_normalized", None)
+        if not (self._values.is_wanted("norm_scale") or self._values.is_wanted("norm_normalized")):
+            self._values.passed("norm_scale", None)
+            self._values.passed("norm_normalized", None)
             return output
         kind = self._tree.norm_kinds.get(self._owner) or kind_of(self._module, x, output)
         if kind is None:
@@ -57,19 +58,19 @@ class Inner:
         centered = kind.centered(x)
         scale = own(kind.scale(self._module, centered))
         was_scale = Was(scale)
-        new_scale = self._passed("norm_scale", scale)
+        new_scale = self._values.passed("norm_scale", scale)
         normalized = centered / new_scale
         was = Was(normalized)
-        new = self._passed("norm_normalized", normalized)
+        new = self._values.passed("norm_normalized", normalized)
         is_written = new_scale is not scale or was_scale.changed()
         is_written = is_written or new is not normalized or was.changed()
         return self._result(output, partial(kind.affine, self._module, new), is_written)
 
     def _projected(self, call: Forward, z: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(z, *args, **kwargs)
-        if is_elsewhere(self._hooks.thread) or not self._is_wanted("head_result"):
+        if is_elsewhere(self._hooks.thread) or not self._values.is_wanted("head_result"):
             if not is_elsewhere(self._hooks.thread):
-                self._passed("head_result", None)
+                self._values.passed("head_result", None)
             return output
         piece = cast("Piece", self._tree.modules[f"{self._owner}.head_result"])
         each = z.unflatten(-1, (piece.heads, -1))
@@ -79,7 +80,7 @@ class Inner:
         nothing = call(z.new_zeros(*(1,) * (z.dim() - 1), z.shape[-1]), *args, **kwargs)
         result = (of_heads.unflatten(0, (piece.heads, -1)) - nothing).movedim(0, -2)
         was = Was(result)
-        new = self._passed("head_result", result)
+        new = self._values.passed("head_result", result)
         is_written = new is not result or was.changed()
         return self._result(output, lambda: new.sum(-2) + nothing, is_written)
 
@@ -89,24 +90,3 @@ class Inner:
         if not (torch.is_grad_enabled() and output.requires_grad):
             return output
         return cast("Tensor", RealWithGradients.apply(made().to(output.dtype), output.detach()))
-
-    # -- as Pieces ------------------------------------------------------------------------------
-
-    def _is_wanted(self, name: str) -> bool:
-        path = f"{self._owner}.{name}"
-        piece, watch = self._tree.modules.get(path), self._watches.get(path)
-        if piece is None:
-            return False
-        placed = len(piece._forward_hooks) + len(piece._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage] - see hooks.py
-        return placed > (0 if watch is None or watch.is_asked else 1 + watch.is_full)
-
-    def _passed(self, name: str, value: Any) -> Any:
-        path = f"{self._owner}.{name}"
-        if value is not None and self._is_wanted(name):
-            return self._tree.modules[path](value)
-        watch, subscriber = self._watches.get(path), self._hooks.subscriber
-        if watch is not None and subscriber is not None:
-            counted: Subscriber = subscriber
-            counted.before(watch, None)
-            counted.after(watch, None)
-        return value

@@ -18,7 +18,8 @@ from tracekit.core.tree import Tree
 from tracekit.errors import AttentionError, SourceError
 from tracekit.interleave.attend import attend
 from tracekit.interleave.forwards import own_forward
-from tracekit.interleave.hooks import Hooks, Subscriber, is_elsewhere
+from tracekit.interleave.hooks import Hooks, is_elsewhere
+from tracekit.interleave.leading import Leading
 from tracekit.interleave.masks import beside
 from tracekit.interleave.own_attention import OwnAttention
 from tracekit.interleave.passage import Watch
@@ -40,10 +41,9 @@ class Tap:
         self.is_by_interface = check_tappable(tree, owner)
         self._module = tree.module(owner)
         self.is_recomputed = any(is_checkpointing(tree.module(x)) for x in tree.ancestors(owner))
-        self._annex = f"{owner}.{ANNEX}"
-        self._modules = tree.modules
         self._hooks = hooks
-        self._watches = watches
+        values = Leading(f"{owner}.{ANNEX}", tree, hooks, watches)
+        self.is_wanted, self.passed = values.is_wanted, values.passed  # as Pieces
 
     def wraps(self, function: FunctionType, known: Listing) -> dict[int, Wrap]:
         """By the index of the call of an attention function in `known`, what is put around it."""
@@ -72,27 +72,6 @@ class Tap:
                 return call(*args, **kwargs)
 
         return tapped
-
-    # -- as Pieces ------------------------------------------------------------------------------
-
-    def is_wanted(self, name: str) -> bool:
-        """Whether anybody has a hook on it, besides the run that counts its calls."""
-        path = f"{self._annex}.{name}"
-        piece, watch = self._modules[path], self._watches.get(path)
-        placed = len(piece._forward_hooks) + len(piece._forward_pre_hooks)  # pyright: ignore[reportPrivateUsage] - see hooks.py
-        return placed > (0 if watch is None or watch.is_asked else 1 + watch.is_full)
-
-    def passed(self, name: str, value: Any) -> Any:
-        """What came out of the module; `value`, if nobody wants it: the call is counted alone."""
-        path = f"{self._annex}.{name}"
-        if self.is_wanted(name):
-            return self._modules[path](value)
-        watch, subscriber = self._watches.get(path), self._hooks.subscriber
-        if watch is not None and subscriber is not None:
-            counted: Subscriber = subscriber
-            counted.before(watch, None)
-            counted.after(watch, None)
-        return value
 
 
 def is_attention(module: nn.Module) -> bool:

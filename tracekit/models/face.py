@@ -15,6 +15,7 @@ from tracekit.errors import GradientError, NeverRanError
 from tracekit.models.starting import Begun
 from tracekit.tracing.call import Follower, TracedCall
 from tracekit.tracing.cut import StopAt
+from tracekit.tracing.declared import run_to_end
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.hooked import Hooked, Pairs, hooked
 from tracekit.tracing.named_cache import NamedCache, record_named
@@ -70,7 +71,7 @@ def run_with_cache(
         has_grads=bool(caching.incl_bwd),
         is_plain=caching.is_plain,
     )
-    _run(execution)
+    run_to_end(execution)
     result = results.pop() if stop is None else stop.residual
     if caching.incl_bwd:
         _scalar(result, caching.incl_bwd).backward()
@@ -83,7 +84,7 @@ def run_with_hooks(
 ) -> Any:
     """What `call` returns, with the functions called; the residual stream where it is stopped."""
     results: list[Any] = []
-    _run(start(_kept(call, results), functions if stop is None else [*functions, stop]))
+    run_to_end(start(_kept(call, results), functions if stop is None else [*functions, stop]))
     return returned(results.pop()) if stop is None else stop.residual
 
 
@@ -99,15 +100,6 @@ def _kept(call: TracedCall, results: list[Any]) -> TracedCall:
         return results[0]
 
     return replace(call, make=kept)
-
-
-def _run(execution: Execution) -> None:
-    failure = execution.run([])
-    if failure is not None:
-        try:
-            raise failure
-        finally:
-            del failure  # its frames refer to this one
 
 
 def _scalar(result: Any, incl_bwd: Any) -> Tensor:

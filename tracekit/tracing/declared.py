@@ -122,15 +122,20 @@ def run_declared(
     else:
         keep = Keep(torch.device("cpu"), None, detach=True, clone=False)
         cache = execution.record(capture, keep, inputs=False, outputs=True, grads=False)
+    run_to_end(execution)
+    for edit in made:
+        edit.check()
+    return Outcome(results.pop(), cache)
+
+
+def run_to_end(execution: Execution) -> None:
+    """Run what has no block; raises what went wrong."""
     failure = execution.run([])
     if failure is not None:
         try:
             raise failure
         finally:
             del failure  # its frames refer to this one
-    for edit in made:
-        edit.check()
-    return Outcome(results.pop(), cache)
 
 
 def _pair(edit: object) -> tuple[Selector | At, Change]:
