@@ -1,7 +1,15 @@
-"""Tools on recorded activations: what the residual stream is made of, and what logits come of."""
+"""Answers: which part of a model matters, by what it adds, by its gradient, and by patching it."""
 
 from tracekit.analysis.attribution import logit_attrs
 from tracekit.analysis.components import Components
+from tracekit.analysis.labelled import Axis, Labelled
+from tracekit.analysis.metrics import (
+    Metric,
+    log_probability,
+    logit,
+    logit_difference,
+    probability,
+)
 from tracekit.analysis.norming import apply_norm_to_stack
 from tracekit.analysis.parts import (
     full_resid_decomposition,
@@ -12,13 +20,20 @@ from tracekit.analysis.parts import (
 from tracekit.analysis.residual import accumulated_resid, decompose_resid
 
 __all__ = [
+    "Axis",
     "Components",
+    "Labelled",
+    "Metric",
     "accumulated_resid",
     "apply_norm_to_stack",
     "decompose_resid",
     "full_resid_decomposition",
     "get_neuron_results",
+    "log_probability",
+    "logit",
     "logit_attrs",
+    "logit_difference",
+    "probability",
     "stack_head_results",
     "stack_neuron_results",
 ]

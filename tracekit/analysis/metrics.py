@@ -1,0 +1,99 @@
+"""One number of a run, from its last logits: what a patch, an ablation, a gradient is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from tracekit.errors import InputError
+from tracekit.models.language import LanguageModel
+
+# A token for all prompts, by its text or its number, or one for each.
+Tokens: TypeAlias = str | int | Sequence[str | int]
+
+# From the logits at the last token of each prompt, `[prompts, vocabulary]`, a number for each.
+Measure: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@final
+@dataclass(frozen=True)
+class Metric:
+    """A number for each prompt, `[prompts]`, from the logits at its last token; and its name.
+
+    Called with logits `[prompts, vocabulary]`. Any function of them will do where one is asked for.
+    """
+
+    name: str
+    measure: Measure
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return self.measure(logits)
+
+
+def logit(model: LanguageModel, tokens: Tokens) -> Metric:
+    """The logit of a token; of one for each prompt, if there are several."""
+    ids = _ids(model, tokens)
+    return Metric(f"logit of {_told(tokens)}", lambda logits: _at(logits, ids))
+
+
+def logit_difference(model: LanguageModel, right: Tokens, wrong: Tokens) -> Metric:
+    """By how much the logit of `right` is above that of `wrong` (Wang et al. 2022)."""
+    high, low = _ids(model, right), _ids(model, wrong)
+    name = f"logit of {_told(right)} - {_told(wrong)}"
+    return Metric(name, lambda logits: _at(logits, high) - _at(logits, low))
+
+
+def log_probability(model: LanguageModel, tokens: Tokens) -> Metric:
+    """The natural logarithm of a token's probability, in nats."""
+    ids = _ids(model, tokens)
+    name = f"log probability of {_told(tokens)}"
+    return Metric(name, lambda logits: _at(logits.float().log_softmax(-1), ids))
+
+
+def probability(model: LanguageModel, tokens: Tokens) -> Metric:
+    """A token's probability, from 0 to 1."""
+    ids = _ids(model, tokens)
+    return Metric(f"probability of {_told(tokens)}", lambda x: _at(x.float().softmax(-1), ids))
+
+
+def measured(metric: Measure, logits: Tensor) -> Tensor:
+    """What a metric says of logits `[prompts, vocabulary]`: `[prompts]`; InputError if not that."""
+    found = metric(logits)
+    if not isinstance(found, Tensor) or found.shape not in {(), logits.shape[:1]}:  # pyright: ignore[reportUnnecessaryIsInstance] - what a user's function returns
+        raise InputError(
+            f"a metric gives a number for each prompt, a tensor [{len(logits)}], from the logits "
+            f"[prompts, vocabulary] at their last tokens; not {_shape(found)}."
+        )
+    return found.expand(len(logits))
+
+
+def name_of(metric: Measure) -> str:
+    """What a metric is called."""
+    found = getattr(metric, "name", None) or getattr(metric, "__name__", "")
+    return str(found) if found and found != "<lambda>" else "metric"
+
+
+def _ids(model: LanguageModel, tokens: Tokens) -> list[int]:
+    each = [tokens] if isinstance(tokens, (str, int)) else tokens
+    return [model.to_single_token(one) if isinstance(one, str) else int(one) for one in each]
+
+
+def _at(logits: Tensor, ids: list[int]) -> Tensor:
+    if len(ids) not in (1, len(logits)):
+        raise InputError(f"{len(ids)} tokens for {len(logits)} prompts: give one, or one for each.")
+    chosen = torch.tensor(ids, device=logits.device).expand(len(logits))
+    return logits.gather(-1, chosen[:, None])[:, 0]
+
+
+def _told(tokens: Tokens) -> str:
+    if isinstance(tokens, (str, int)):
+        return repr(tokens)
+    return repr(tokens[0]) if len(tokens) == 1 else f"{len(tokens)} tokens"
+
+
+def _shape(found: object) -> str:
+    return str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
