@@ -17,13 +17,18 @@ from tracekit.analysis.parts import (
     stack_head_results,
     stack_neuron_results,
 )
+from tracekit.analysis.patched import PatchSweep
+from tracekit.analysis.patches import Patch
 from tracekit.analysis.residual import accumulated_resid, decompose_resid
+from tracekit.analysis.sweep import patch_sweep
 
 __all__ = [
     "Axis",
     "Components",
     "Labelled",
     "Metric",
+    "Patch",
+    "PatchSweep",
     "accumulated_resid",
     "apply_norm_to_stack",
     "decompose_resid",
@@ -33,6 +38,7 @@ __all__ = [
     "logit",
     "logit_attrs",
     "logit_difference",
+    "patch_sweep",
     "probability",
     "stack_head_results",
     "stack_neuron_results",
