@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,9 +13,16 @@ from torch import Tensor, nn
 
 from tests.tiny_models import SPECS, make
 from tracekit import LanguageModel
-from tracekit.analysis import Patch, PatchSweep, logit_difference, patch_batches, patch_sweep
+from tracekit.analysis import (
+    Patch,
+    PatchSweep,
+    logit_difference,
+    patch_batches,
+    patch_runs,
+    patch_sweep,
+)
 from tracekit.errors import InputError, UnsupportedError
-from tracekit.models.resuming import keep
+from tracekit.models.resuming import Kept, keep
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -34,6 +42,13 @@ CORRUPTED[[2, 6]] = torch.tensor([50, 60])
 CUT_SAYS = "the layers and positions that a patch can change"
 
 See = Callable[[Tensor], None]
+
+
+@cache
+def model_of(name: str) -> tuple[Any, LanguageModel]:
+    """A model that no test changes; its cuts are proved once."""
+    net, _ = make(name)
+    return net, LanguageModel(net)
 
 
 def projected(logits: Tensor) -> Tensor:
@@ -90,8 +105,8 @@ def swept(model: LanguageModel, *args: Any, **options: Any) -> PatchSweep:
 
 @pytest.mark.parametrize("name", [name for name in CUT if name in SPECS])
 def test_every_cell_is_what_a_whole_forward_gives(name: str) -> None:
-    net, _ = make(name)
-    found = swept(LanguageModel(net), check=100)
+    net, model = model_of(name)
+    found = swept(model, check=100)
     for number, layer in enumerate(layers_of(name, net)):
         expected = naive(net, CORRUPTED, CLEAN, layer, "input")
         torch.testing.assert_close(found.values.values[number], expected, atol=1e-4, rtol=0)
@@ -102,7 +117,7 @@ def test_every_cell_is_what_a_whole_forward_gives(name: str) -> None:
 @pytest.mark.parametrize("activation", ["z", "k", "v", "q", "pattern", "attn_k"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_every_head_and_position_is_what_whole_runs_give(name: str, activation: str) -> None:
-    model = LanguageModel(make(name)[0])
+    model = model_of(name)[1]
     found = swept(model, ("layer", "position", "head"), activation=activation)
     _, clean = model.run_with_cache(CLEAN[None], names_filter=activation)
     positions = 2 if activation == "pattern" else 1
@@ -123,8 +138,8 @@ def test_every_head_and_position_is_what_whole_runs_give(name: str, activation: 
 
 @pytest.mark.parametrize("activation", ["resid_mid", "attn_out", "mlp_out", "mlp_post"])
 def test_values_within_a_layer_come_to_the_end(activation: str) -> None:
-    net, _ = make("llama")
-    found = swept(LanguageModel(net), activation=activation, check=100)
+    net, model = model_of("llama")
+    found = swept(model, activation=activation, check=100)
     parts = {"attn_out": "self_attn", "mlp_out": "mlp"}
     assert found.how == CUT_SAYS and found.checked == 20
     for number, layer in enumerate(layers_of("llama", net)) if activation in parts else ():
@@ -134,8 +149,7 @@ def test_values_within_a_layer_come_to_the_end(activation: str) -> None:
 
 
 def test_paths_of_modules_are_swept_like_names() -> None:
-    net, _ = make("gpt2")
-    model = LanguageModel(net)
+    net, model = model_of("gpt2")
     found = swept(model, ["transformer.h.1.mlp", "transformer.h.0", "transformer.wte"])
     for number, path in enumerate(found.values.labels("module")):
         expected = naive(net, CORRUPTED, CLEAN, net.get_submodule(path), "output")
@@ -145,8 +159,8 @@ def test_paths_of_modules_are_swept_like_names() -> None:
 
 
 def test_noise_is_the_other_direction() -> None:
-    net, _ = make("llama")
-    found = swept(LanguageModel(net), direction="noise")
+    net, model = model_of("llama")
+    found = swept(model, direction="noise")
     expected = naive(net, CLEAN, CORRUPTED, layers_of("llama", net)[1], "input")
     torch.testing.assert_close(found.values.values[1], expected, atol=1e-4, rtol=0)
     assert found.base == found.clean != found.corrupted
@@ -157,8 +171,7 @@ def test_the_last_layer_may_be_computed_for_the_last_position_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patch_batches.Costs, "gains_by_narrowing", lambda *_: True)
-    net, _ = make(name)
-    model = LanguageModel(net)
+    net, model = model_of(name)
     assert keep(model, CORRUPTED[None]).can_narrow
     found = swept(model, check=100)
     assert found.how == CUT_SAYS and found.deviation <= 1e-4
@@ -171,8 +184,7 @@ def test_the_last_layer_may_be_computed_for_the_last_position_alone(
 
 
 def test_groups_are_patched_together() -> None:
-    net, _ = make("gpt2")
-    model = LanguageModel(net)
+    _, model = model_of("gpt2")
     groups = swept(model, layers=[0, (0, 1)], positions=[(2, 3), -1, (2, 6)], check=100)
     assert groups.values.shape == (2, 3) and groups.checked == 6
     assert groups.values.labels("layer") == ("0", "0+1")
@@ -186,7 +198,7 @@ def test_groups_are_patched_together() -> None:
 
 
 def test_several_pairs_are_averaged_and_may_differ_in_length_without_positions() -> None:
-    model = LanguageModel(make("gpt2")[0])
+    model = model_of("gpt2")[1]
     other = CLEAN.flip(0), CORRUPTED.flip(0)
     found = patch_sweep(
         model, [CLEAN, other[0]], [CORRUPTED, other[1]], projected, progress=False, check=9
@@ -203,7 +215,7 @@ def test_several_pairs_are_averaged_and_may_differ_in_length_without_positions()
 
 
 def test_a_metric_may_have_another_token_for_each_prompt() -> None:
-    model = LanguageModel(make("gpt2")[0])
+    model = model_of("gpt2")[1]
     pairs = [CLEAN, CLEAN.flip(0)], [CORRUPTED, CORRUPTED.flip(0)]
 
     def metric(logits: Tensor) -> Tensor:
@@ -236,12 +248,12 @@ def test_only_what_a_patch_can_change_is_computed() -> None:
 
 
 def test_what_writes_the_bits_that_are_there_is_not_run() -> None:
-    net, _ = make("llama")
-    found = swept(LanguageModel(net))
+    _, model = model_of("llama")
+    found = swept(model)
     base = found.corrupted
     assert found.unchanged == 8 + 2  # all but two at the embeddings, what is before them later
     assert found.values.values[0, [0, 1, 3, 4, 5, 7, 8, 9]].tolist() == [base] * 8
-    last = swept(LanguageModel(net), activation="resid_post", layers=[1], check=10)
+    last = swept(model, activation="resid_post", layers=[1], check=10)
     assert last.unchanged == 9 and last.checked == 10  # the last position alone is read
 
 
@@ -259,7 +271,7 @@ def test_where_positions_cannot_be_cut_more_is_computed_and_that_is_said(
 ) -> None:
     if name not in SPECS:
         pytest.skip("this version of transformers has no such family")
-    found = swept(LanguageModel(make(name)[0]), check=100)
+    found = swept(model_of(name)[1], check=100)
     assert found.how.startswith(says)
     assert found.checked == 20 and found.deviation < 1e-4
     assert says[:60] in repr(found)
@@ -283,10 +295,7 @@ def test_a_decoder_behind_an_encoder_is_run_whole() -> None:
 def test_a_wrong_cut_is_found_by_the_check_and_computed_another_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from tracekit.analysis import patch_runs
-    from tracekit.models.resuming import Kept
-
-    model = LanguageModel(make("llama")[0])
+    model = model_of("llama")[1]
     right = swept(model)
     others = model.prefill(CLEAN + 40)  # keys and values of another prompt
     own = patch_runs.resume
@@ -331,7 +340,7 @@ def test_lasting_edits_are_refused_and_hooks_of_torch_are_part_of_the_model() ->
 
 
 def test_an_interrupt_hands_back_what_is_done_and_a_resume_does_the_rest() -> None:
-    model = LanguageModel(make("gpt2")[0])
+    model = model_of("gpt2")[1]
     whole = swept(model)
     left = [8]
 
@@ -354,6 +363,23 @@ def test_an_interrupt_hands_back_what_is_done_and_a_resume_does_the_rest() -> No
     torch.testing.assert_close(rest.values.values, whole.values.values, atol=1e-5, rtol=0)
     with pytest.raises(InputError, match="resume= takes a sweep of the same prompts"):
         patch_sweep(model, CLEAN, CLEAN.flip(0), projected, progress=False, resume=part)
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = model_of("gpt2")
+    own, rows = patch_runs.resume, list[int]()
+
+    def small(model: LanguageModel, kept: Any, residual: Tensor, *args: Any) -> Tensor:
+        rows.append(len(residual))
+        if len(residual) > 2:
+            raise torch.OutOfMemoryError
+        return own(model, kept, residual, *args)
+
+    whole = swept(model)
+    monkeypatch.setattr(patch_runs, "resume", small)
+    found = swept(model)
+    assert max(rows) > 2
+    torch.testing.assert_close(found.values.values, whole.values.values, atol=1e-5, rtol=0)
 
 
 # -- the answer ------------------------------------------------------------------------------------
@@ -389,13 +415,13 @@ def test_it_says_where_the_fact_is() -> None:
     ],
 )
 def test_what_cannot_be_swept_is_said(options: dict[str, Any], told: str) -> None:
-    model = LanguageModel(make("gpt2")[0])
+    model = model_of("gpt2")[1]
     with pytest.raises(InputError, match=told):
         patch_sweep(model, CLEAN, CORRUPTED, projected, progress=False, **options)
 
 
 def test_prompts_of_other_lengths_are_refused() -> None:
-    model = LanguageModel(make("gpt2")[0])
+    model = model_of("gpt2")[1]
     with pytest.raises(InputError, match="must be of one length"):
         patch_sweep(model, CLEAN, CLEAN[:4], projected, progress=False)
     with pytest.raises(InputError, match="are no pairs"):

@@ -94,6 +94,8 @@ class Runs:
         entry = None if None in entries else min(each for each in entries if each is not None)
         if entry is not None and not self._is_open(entry):
             entry = None
+        elif entry is None and self._kept is not None:
+            self.why = self.why or "what is in no layer is run in whole forwards"
         start = min(at[0] for _, at in changing)
         is_cut = entry is not None and self.way is Way.CONE
         return Change(cell, tuple(target for target, _ in changing), entry, start if is_cut else 0)
