@@ -163,6 +163,7 @@ class _Sweep:
             )
         self._way, self._why = left[0], f"less was wrong: {why}"
         self._values, self._done = empty(tuple(self._values.shape))
+        self._counts.begun = self._counts.whole = 0
         self._deviation, self._checked, self._unchanged = 0.0, 0, 0
 
     # -- pairs ----------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ class _Sweep:
             corrupted_per_pair=corrupted,
             direction=self._direction,
             what=self._asked.name,
-            how=self._way.value + (f" ({self._why})" if self._why else ""),
+            how=self._how(),
             deviation=self._deviation,
             checked=self._checked,
             layer_tokens=self._counts.computed + self._counts.prepared,
@@ -274,6 +275,14 @@ class _Sweep:
             done=self._done.reshape(self._shape).clone(),
             request=self._request(),
         )
+
+    def _how(self) -> str:
+        """What was computed, and why it was not less."""
+        whole, begun = self._counts.whole, self._counts.begun
+        way = Way.WHOLE if whole and not begun else self._way
+        why = f" ({self._why})" if self._why else ""
+        part = f", {whole} patches in {Way.WHOLE.value}" if whole and begun else ""
+        return f"{way.value}{part}{why}"
 
     def _request(self) -> Request:
         tokens = [tuple(each.ids[0].tolist()) for pair in self._prompts for each in pair]
