@@ -127,8 +127,7 @@ def a_cache_is_off_by_a_bit(patch: pytest.MonkeyPatch, model: LanguageModel) -> 
 
 
 def attention_is_sharper(patch: pytest.MonkeyPatch, model: LanguageModel) -> None:
-    for block in model.transformer.h:
-        block.attn.module.scaling = block.attn.module.scaling * 1.01
+    model.transformer.h[0].attn.c_attn.module.weight.data.mul_(1.01)
 
 
 def names_are_swapped(patch: pytest.MonkeyPatch, model: LanguageModel) -> None:
