@@ -3,6 +3,7 @@
 from tracekit.analysis.attribution import logit_attrs
 from tracekit.analysis.components import Components
 from tracekit.analysis.labelled import Axis, Labelled
+from tracekit.analysis.lens import Lens, logit_lens
 from tracekit.analysis.metrics import (
     Metric,
     log_probability,
@@ -23,6 +24,7 @@ __all__ = [
     "Axis",
     "Components",
     "Labelled",
+    "Lens",
     "Metric",
     "accumulated_resid",
     "apply_norm_to_stack",
@@ -33,6 +35,7 @@ __all__ = [
     "logit",
     "logit_attrs",
     "logit_difference",
+    "logit_lens",
     "probability",
     "stack_head_results",
     "stack_neuron_results",
