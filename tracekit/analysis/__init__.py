@@ -2,6 +2,7 @@
 
 from tracekit.analysis.attribution import logit_attrs
 from tracekit.analysis.components import Components
+from tracekit.analysis.integrated import Integrated, integrated_gradients
 from tracekit.analysis.labelled import Axis, Labelled
 from tracekit.analysis.lens import Lens, logit_lens
 from tracekit.analysis.metrics import (
@@ -19,10 +20,12 @@ from tracekit.analysis.parts import (
     stack_neuron_results,
 )
 from tracekit.analysis.residual import accumulated_resid, decompose_resid
+from tracekit.analysis.saliency import gradient_x_input
 
 __all__ = [
     "Axis",
     "Components",
+    "Integrated",
     "Labelled",
     "Lens",
     "Metric",
@@ -31,6 +34,8 @@ __all__ = [
     "decompose_resid",
     "full_resid_decomposition",
     "get_neuron_results",
+    "gradient_x_input",
+    "integrated_gradients",
     "log_probability",
     "logit",
     "logit_attrs",
