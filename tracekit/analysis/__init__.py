@@ -1,6 +1,7 @@
 """Answers: which part of a model matters, by what it adds, by its gradient, and by patching it."""
 
 from tracekit.analysis.attribution import logit_attrs
+from tracekit.analysis.attribution_patching import attribution_patching
 from tracekit.analysis.components import Components
 from tracekit.analysis.integrated import Integrated, integrated_gradients
 from tracekit.analysis.labelled import Axis, Labelled
@@ -31,6 +32,7 @@ __all__ = [
     "Metric",
     "accumulated_resid",
     "apply_norm_to_stack",
+    "attribution_patching",
     "decompose_resid",
     "full_resid_decomposition",
     "get_neuron_results",

@@ -87,6 +87,17 @@ def alike(prompts: Prompts, what: str) -> Prompts:
     return prompts
 
 
+def read_pair(model: LanguageModel, clean: Any, corrupted: Any) -> tuple[Prompts, Prompts]:
+    """The prompts of two runs, token beside token; InputError if they are not alike."""
+    one, other = read_prompts(model, clean), read_prompts(model, corrupted)
+    if one.ids.shape != other.ids.shape or not torch.equal(one.is_token, other.is_token):
+        raise InputError(
+            f"clean and corrupted prompts stand token beside token, and they are of "
+            f"{one.is_token.sum(1).tolist()} and {other.is_token.sum(1).tolist()} tokens."
+        )
+    return one, other
+
+
 def last_logits(prompts: Prompts, output: object) -> Tensor:
     """The logits at each prompt's last token, `[prompts, vocabulary]`, of a run's output."""
     logits = getattr(output, "logits", output)
