@@ -1,8 +1,10 @@
 """Answers: which part of a model matters, by what it adds, by its gradient, and by patching it."""
 
+from tracekit.analysis.ablation import ablate, ablation_sweep
 from tracekit.analysis.attribution import logit_attrs
 from tracekit.analysis.attribution_patching import attribution_patching
 from tracekit.analysis.components import Components
+from tracekit.analysis.direct import direct_logit_attribution
 from tracekit.analysis.integrated import Integrated, integrated_gradients
 from tracekit.analysis.labelled import Axis, Labelled
 from tracekit.analysis.lens import Lens, logit_lens
@@ -30,10 +32,13 @@ __all__ = [
     "Labelled",
     "Lens",
     "Metric",
+    "ablate",
+    "ablation_sweep",
     "accumulated_resid",
     "apply_norm_to_stack",
     "attribution_patching",
     "decompose_resid",
+    "direct_logit_attribution",
     "full_resid_decomposition",
     "get_neuron_results",
     "gradient_x_input",
