@@ -23,6 +23,7 @@ PUBLIC = [
     "Note",
     "Operation",
     "Outcome",
+    "Picture",
     "Prefix",
     "Source",
     "Stream",
@@ -35,6 +36,7 @@ PUBLIC = [
     "errors",
     "save",
     "settings",
+    "show",
 ]
 
 

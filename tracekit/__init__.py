@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tracekit.tracing.source import Operation, Source
     from tracekit.tracing.tracer import Tracer
     from tracekit.tracing.verify import Verification
+    from tracekit.viz.picture import Picture
+    from tracekit.viz.show import show
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ _HOMES = {
     "Note": "tracekit.core.keep",
     "Operation": "tracekit.tracing.source",
     "Outcome": "tracekit.tracing.declared",
+    "Picture": "tracekit.viz.picture",
     "Prefix": "tracekit.models.prefix",
     "Source": "tracekit.tracing.source",
     "Stream": "tracekit.models.streaming",
@@ -58,6 +61,7 @@ _HOMES = {
     "backward": "tracekit.tracing.gradients",
     "save": "tracekit.tracing.save",
     "settings": "tracekit.core.settings",
+    "show": "tracekit.viz.show",
 }
 
 __all__ = [
@@ -74,6 +78,7 @@ __all__ = [
     "Note",
     "Operation",
     "Outcome",
+    "Picture",
     "Prefix",
     "Source",
     "Stream",
@@ -86,6 +91,7 @@ __all__ = [
     "errors",
     "save",
     "settings",
+    "show",
 ]
 
 
