@@ -1,4 +1,4 @@
-"""Heat maps say every number: in the cells, in their titles, and as text; and escape every label."""
+"""Heat maps say every number, in cells, in their titles and as text; and escape every label."""
 
 from __future__ import annotations
 
@@ -117,9 +117,7 @@ def test_a_terminal_sees_colours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_many_columns_are_folded_and_none_is_lost() -> None:
-    wide = Labelled(
-        torch.arange(60.0)[None], [Axis("layer", ("0",)), Axis("position", ("w",) * 60)]
-    )
+    wide = Labelled(torch.arange(60.0)[None], [Axis("layer", ("0",)), Axis("head", ("w",) * 60)])
     text = show(wide).text
     assert all(f" {number}.0" in text for number in range(60))
     assert max(map(len, text.splitlines())) <= 100

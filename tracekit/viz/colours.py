@@ -1,13 +1,14 @@
 """Colours for numbers: equal steps of a value look like equal steps, to colour-blind eyes as well.
 
-Anchors are of the set of Okabe and Ito ("Color Universal Design", 2008), which people with each kind
-of colour blindness can tell apart: sky blue, blue and vermillion. Between them colours go straight,
-at even speed, through OKLab (Ottosson 2020), a space made so that distance in it is difference seen.
+Anchors are sky blue, blue and vermillion of the set that people with each kind of colour blindness
+can tell apart (Okabe and Ito 2008, "Color Universal Design"). Between them colours go straight, at
+even speed, through OKLab (Ottosson 2020), a space in which distance is the difference that is seen.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Final, Literal, TypeAlias
 
 Theme: TypeAlias = Literal["light", "dark"]
@@ -84,10 +85,10 @@ def _along(anchors: tuple[str, ...], count: int) -> tuple[str, ...]:
     """So many colours on the way through the anchors, each as far from the next as all others."""
     places = [oklab(anchor) for anchor in anchors]
     path = [places[0]]
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in pairwise(places):
         path += [_between(start, end, step / _FINE) for step in range(1, _FINE + 1)]
     lengths = [0.0]
-    for one, other in zip(path, path[1:], strict=False):
+    for one, other in pairwise(path):
         lengths.append(lengths[-1] + math.dist(one, other))
     found: list[str] = []
     at = 0

@@ -1,8 +1,8 @@
 """A picture as HTML: one piece that needs nothing from outside, and disturbs nothing around it."""
 
-# Every rule of the style begins with .tk-viz, no element has an id, and the script takes care of all
-# pictures that have none yet: so there may be many on a page. What the script does is a comfort;
-# without it every cell still has its title.
+# Every rule of the style begins with .tk-viz, no element has an id, and the script takes care of
+# all pictures that have none yet: so there may be many on a page. What the script does is a
+# comfort; without it every cell still has its title.
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def fragment(title: str, parts: Sequence[Part]) -> str:
     """A piece to put into any page."""
     head = f'<div class="tk-title">{escape(title)}</div>' if title else ""
     body = "".join(f'<div class="tk-part">{_part(part)}</div>' for part in parts)
-    kinds = [part.scale.kind for part in parts if isinstance(part, Grids | Flow)]
+    kinds = dict.fromkeys(part.scale.kind for part in parts if isinstance(part, Grids | Flow))
     return (
         f'<div class="tk-viz" role="figure" aria-label="{escape(title)}">'
-        f"<style>{_resource('style.css')}{''.join(_colours(kind) for kind in sorted(set(kinds)))}"
+        f"<style>{_resource('style.css')}{''.join(map(_colours, kinds))}"
         f"</style>{head}{body}<script>{_resource('hover.js')}</script></div>"
     )
 

@@ -40,7 +40,8 @@ def _grid(part: Grids, grid: Grid) -> str:
     label = escape(f"{grid.title or part.scale.what}: {grid.rows.name} by {grid.columns.name}")
     return (
         f'{title}<div class="tk-scroll" tabindex="0" role="group" aria-label="{label}">'
-        f'<table class="{style}">{_head(grid.rows, grid.columns)}<tbody>{body}</tbody></table></div>'
+        f'<table class="{style}">{_head(grid.rows, grid.columns)}<tbody>{body}</tbody></table>'
+        "</div>"
     )
 
 

@@ -25,8 +25,9 @@ def table_html(part: Table) -> str:
     title = f'<div class="tk-sub">{escape(part.title)}</div>' if part.title else ""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in part.columns)
     body = "".join(f"<tr>{''.join(map(_item, row))}</tr>" for row in part.rows)
+    label = escape(part.title)
     return (
-        f'{title}<div class="tk-scroll" tabindex="0" role="group" aria-label="{escape(part.title)}">'
+        f'{title}<div class="tk-scroll" tabindex="0" role="group" aria-label="{label}">'
         f'<table class="tk-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 

@@ -54,9 +54,9 @@ class Picture:
 
                 write_png(self.title, self.parts, path)
             case ending:
+                told = ending or "without an ending"
                 raise InputError(
-                    f"a picture is saved as .html, .png or .txt, not {ending or 'without an ending'}"
-                    f": {path.name!r}."
+                    f"a picture is saved as .html, .png or .txt, not {told}: {path.name!r}."
                 )
         return path
 

@@ -1,4 +1,4 @@
-"""Numbers and labels as text: what is invisible is made visible, and nothing is longer than needed."""
+"""Numbers and labels as text: short, and with nothing invisible in it."""
 
 from __future__ import annotations
 
