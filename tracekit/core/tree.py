@@ -76,6 +76,7 @@ class Tree:
         self.layouts: dict[object, object] = {}
         self.continues: bool | None = None  # rightly, from a filled kv_cache; None: nobody asked
         self.routes: dict[int, object] = {}  # round the layers before one (models/starting.py)
+        self.routes_behind: dict[int, str] = {}  # why not behind keys and values; "": rightly
         self.sites: dict[tuple[str, Slot], Site] = {}  # by the path that was asked for
         self.refresh(is_first=True)
 
@@ -92,6 +93,7 @@ class Tree:
         self.layouts.clear()
         self.continues = None
         self.routes.clear()
+        self.routes_behind.clear()
         self._names = None
         self.sites.clear()
         self._beside.clear()
