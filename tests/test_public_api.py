@@ -11,6 +11,7 @@ import tracekit
 
 PUBLIC = [
     "Cache",
+    "EditReport",
     "Entries",
     "Entry",
     "Envoy",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tracekit.tracing.envoy import Envoy
     from tracekit.tracing.gradients import backward
     from tracekit.tracing.graph import Graph
+    from tracekit.tracing.report import EditReport
     from tracekit.tracing.save import save
     from tracekit.tracing.sequence import TokenSequence
     from tracekit.tracing.source import Operation, Source
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 # no torch.
 _HOMES = {
     "Cache": "tracekit.tracing.cache",
+    "EditReport": "tracekit.tracing.report",
     "Entries": "tracekit.tracing.entries",
     "Entry": "tracekit.tracing.entries",
     "Envoy": "tracekit.tracing.envoy",
@@ -66,6 +68,7 @@ _HOMES = {
 
 __all__ = [
     "Cache",
+    "EditReport",
     "Entries",
     "Entry",
     "Envoy",
