@@ -14,6 +14,7 @@ from typing import Final, Literal, TypeAlias
 Theme: TypeAlias = Literal["light", "dark"]
 Kind: TypeAlias = Literal["sequential", "diverging"]
 
+KINDS: Final[tuple[Kind, ...]] = ("sequential", "diverging")
 STEPS: Final = 33  # colours of a scale; odd, so that 0 has one of its own
 _FINE: Final = 64  # points of a path between two anchors, along which lengths are measured
 

@@ -11,7 +11,7 @@ from html import escape
 from importlib.resources import files
 from typing import Final
 
-from tracekit.viz.colours import STEPS, Kind, palette, text_on
+from tracekit.viz.colours import KINDS, STEPS, Kind, palette, text_on
 from tracekit.viz.html_grids import grids_html
 from tracekit.viz.html_tables import facts_html, table_html, verdict_html
 from tracekit.viz.html_tokens import flow_html
@@ -38,10 +38,11 @@ def fragment(title: str, parts: Sequence[Part]) -> str:
     """A piece to put into any page."""
     head = f'<div class="tk-title">{escape(title)}</div>' if title else ""
     body = "".join(f'<div class="tk-part">{_part(part)}</div>' for part in parts)
-    kinds = dict.fromkeys(part.scale.kind for part in parts if isinstance(part, Grids | Flow))
+    used = {part.scale.kind for part in parts if isinstance(part, Grids | Flow)}
+    colours = "".join(_colours(kind) for kind in KINDS if kind in used)
     return (
         f'<div class="tk-viz" role="figure" aria-label="{escape(title)}">'
-        f"<style>{_resource('style.css')}{''.join(map(_colours, kinds))}"
+        f"<style>{_resource('style.css')}{colours}"
         f"</style>{head}{body}<script>{_resource('hover.js')}</script></div>"
     )
 

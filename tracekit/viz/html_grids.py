@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from tracekit.viz.images import image_html, labels_html
 from tracekit.viz.parts import Flow, Grid, Grids, Places, Scale
 from tracekit.viz.wording import brief
 
@@ -14,7 +15,8 @@ def grids_html(part: Grids) -> str:
     """All grids, under one legend."""
     head = legend_html(part)
     many = "".join(f'<div class="tk-one">{_grid(part, grid)}</div>' for grid in part.grids)
-    return f'{head}<div class="tk-many">{many}</div>'
+    labels = f" {labels_html(part.grids[0])}" if part.is_large else ""  # they are those of all
+    return f'{head}<div class="tk-many"{labels}>{many}</div>'
 
 
 def legend_html(part: Grids | Flow) -> str:
@@ -34,6 +36,8 @@ def colour_class(scale: Scale, value: float) -> str:
 
 def _grid(part: Grids, grid: Grid) -> str:
     title = f'<div class="tk-sub">{escape(grid.title)}</div>' if grid.title else ""
+    if part.is_large:
+        return f"{title}{image_html(part, grid)}"
     body = "".join(_row(part, grid, row) for row in range(len(grid.rows.labels)))
     is_upright = part.is_pattern or len(grid.columns.labels) > _UPRIGHT
     style = "tk-grid" + " tk-upright" * is_upright + " tk-small" * part.is_pattern

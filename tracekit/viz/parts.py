@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, final
 
 from tracekit.viz.colours import STEPS, Kind
 from tracekit.viz.wording import decimals_of, exact, short, visible
 
 Mood: TypeAlias = Literal["", "good", "bad", "note", "code", "number"]
-LARGE: Final = 3000  # cells; more of them are drawn as one image, and read by pointing at it
+# So many cells are elements of their own; more are an image, which is read by pointing at it.
+LARGE: Final = 2000
+LARGE_PATTERN: Final = 1200
 
 
 @final
@@ -61,10 +63,12 @@ def scale_of(
 @final
 @dataclass(frozen=True)
 class Places:
-    """The labels along one side of a grid, and what they count; `is_text` if they are tokens."""
+    """The labels along one side of a grid, and what they count."""
 
     name: str
     labels: tuple[str, ...]
+    first: int = 0  # the number of the first place, where it is not 0
+    is_named: bool = True  # whether the name is said with each place
 
     @property
     def shown(self) -> list[str]:
@@ -73,10 +77,11 @@ class Places:
 
     def told(self, place: int) -> str:
         """One place in words: "position 3 Tower", "layer 2"."""
-        label = visible(self.labels[place])
-        if label == str(place) or label.startswith(self.name):
-            return f"{self.name} {place}" if label == str(place) else label
-        return f"{self.name} {place} {label}" if self.name else label
+        label, number = visible(self.labels[place]), str(place + self.first)
+        name = [self.name] if self.is_named and self.name else []
+        if label.startswith(self.name) and name:
+            return label
+        return " ".join([*name, *([number] if self.name and label != number else []), label])
 
 
 @final
@@ -85,7 +90,7 @@ class Grid:
     """A number for each row and column, as colours.
 
     `texts` is what stands in the cells, where that is not the number; `more` is what else is told
-    of a cell; `numbers` is an array, [rows, columns].
+    of a cell; `numbers` is an array, [rows, columns]. `joint` stands between row and column.
     """
 
     rows: Places
@@ -94,19 +99,16 @@ class Grid:
     title: str = ""
     texts: Sequence[Sequence[str]] | None = None
     more: Callable[[int, int], str] | None = None
-    tell: Callable[[int, int], str] | None = None  # what a cell is, instead of row and column
+    joint: str = ", "
 
     def tip(self, row: int, column: int) -> str:
         """All of one cell in words, the number with all its digits."""
-        if self.tell is not None:
-            place = self.tell(row, column)
-        else:
-            told = (self.rows.told(row), self.columns.told(column))
-            place = ", ".join(each for each in told if each)
+        place = self.joint.join(filter(None, (self.rows.told(row), self.columns.told(column))))
         value = self.numbers[row, column]
         number = "not a number (nan)" if math.isnan(value) else exact(value)
+        text = f"{visible(self.texts[row][column])} " if self.texts is not None else ""
         more = self.more(row, column) if self.more is not None else ""
-        return f"{place}: {number}" + (f"\n{more}" if more else "")
+        return f"{place}: {text}{number}" + (f"\n{more}" if more else "")
 
 
 @final
@@ -116,13 +118,15 @@ class Grids:
 
     grids: tuple[Grid, ...]
     scale: Scale
-    has_legend: bool = True
     is_pattern: bool = False  # small cells without numbers: what counts is the whole
 
     @property
     def is_large(self) -> bool:
         """Whether there are too many cells for one element each."""
-        return sum(int(grid.numbers.size) for grid in self.grids) > LARGE
+        if any(grid.texts is not None for grid in self.grids):
+            return False  # what stands in them is to be read
+        count = sum(int(grid.numbers.size) for grid in self.grids)
+        return count > (LARGE_PATTERN if self.is_pattern else LARGE)
 
     @property
     def decimals(self) -> int | None:
@@ -209,7 +213,6 @@ class Tree:
     columns: tuple[str, ...]
     roots: tuple[Branch, ...]
     title: str = ""
-    notes: tuple[str, ...] = field(default=())
 
 
 Part: TypeAlias = Grids | Flow | Facts | Verdict | Table | Tree

@@ -13,7 +13,8 @@ _INK: Final = "#1b1f24"
 _SOFT: Final = "#57606a"
 _NONE: Final = "#dddddd"  # of a cell that has no number
 _CELL: Final = 0.27  # height of a cell with a number in it
-_DOT: Final = 0.14  # and of one without
+_DOT: Final = 0.14  # and of one without, at most
+_PATTERN: Final = 3.5  # inches of a side that has many of those
 _LETTER: Final = 0.078  # width of a letter of SIZE points, monospaced
 _LINE: Final = 0.17
 _SIZE: Final = 9.0
@@ -109,10 +110,14 @@ class _GridBlock:
         longest = max((len(text) for row in self._texts for text in row), default=0)
         self._is_upright = not self._is_spoken or max(heads) > max(longest, 8)
         letters = longest if self._is_upright else max(longest, *heads)
-        self._cell = (letters + 1.5) * _LETTER if self._is_spoken else _DOT
-        self._line = _CELL if self._is_spoken else _DOT
+        dot = min(_DOT, _PATTERN / max(rows, columns))
+        self._is_labelled = self._is_spoken or dot > 0.8 * _DOT
+        self._cell = (letters + 1.5) * _LETTER if self._is_spoken else dot
+        self._line = _CELL if self._is_spoken else dot
         self._label = (max(map(len, (*grid.rows.shown, grid.rows.name))) + 1) * _LETTER
         self._head = (max(heads) * _LETTER if self._is_upright else _LINE) + 0.06
+        if not self._is_labelled:
+            self._label, self._head = 0.0, 0.02
         self._title = 1.3 * _LINE if grid.title else 0.0
         self.width = max(self._label + columns * self._cell, len(grid.title) * _LETTER)
         self.height = self._title + self._head + rows * self._line
@@ -123,6 +128,9 @@ class _GridBlock:
         if grid.title:
             write(axes, left, top, grid.title, va="top", weight="bold", fontsize=_SIZE)
         start, first = left + self._label, top + self._title + self._head
+        self._cells(axes, start, first)
+        if not self._is_labelled:
+            return
         style = dict(color=_SOFT, fontsize=_SMALL if self._is_spoken else _SMALL - 1.5)
         turn = dict(rotation=90, va="bottom") if self._is_upright else dict(va="bottom")
         write(axes, start - 0.06, first - 0.05, grid.rows.name, ha="right", va="bottom", **style)
@@ -132,7 +140,6 @@ class _GridBlock:
         for row, label in enumerate(grid.rows.shown):
             y = first + (row + 0.5) * self._line
             write(axes, start - 0.06, y, label, ha="right", va="center", **style)
-        self._cells(axes, start, first)
 
     def _cells(self, axes: Any, left: float, top: float) -> None:
         from matplotlib.colors import to_rgb

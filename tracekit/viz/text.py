@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 WIDTH: Final = 100  # characters of a line, where there is no terminal
+_TABLE: Final = 400  # and of one of a table, whose words are not to be broken
 
 
 def plain(title: str, parts: Sequence[Part], width: int = WIDTH) -> str:
@@ -23,7 +24,7 @@ def plain(title: str, parts: Sequence[Part], width: int = WIDTH) -> str:
 
     file = io.StringIO()
     console = Console(file=file, width=width, color_system=None, highlight=False, emoji=False)
-    return _printed(console, file, title, parts)
+    return _printed(console, file, title, parts, _TABLE)
 
 
 def for_terminal(title: str, parts: Sequence[Part]) -> str:
@@ -50,9 +51,16 @@ def renderables(title: str, parts: Sequence[Part], width: int) -> Iterator[Rende
         yield from _part(part, width)
 
 
-def _printed(console: Console, file: io.StringIO, title: str, parts: Sequence[Part]) -> str:
-    for piece in renderables(title, parts, console.width):
-        console.print(piece)
+def _printed(
+    console: Console, file: io.StringIO, title: str, parts: Sequence[Part], table: int = 0
+) -> str:
+    head = [[]] if title else []
+    for part in [*head, *([part] for part in parts)]:
+        for piece in renderables("" if part else title, part, console.width):
+            is_table = bool(part) and isinstance(part[0], Table | Tree)
+            console.width, usual = table if is_table and table else console.width, console.width
+            console.print(piece)
+            console.width = usual
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from tracekit.viz.colours import palette, text_on
 from tracekit.viz.parts import Flow, Grid, Grids, Scale
 from tracekit.viz.wording import brief, short
@@ -15,13 +17,16 @@ if TYPE_CHECKING:
 _LABEL: Final = 16  # characters of a label of a row at most
 _CELL: Final = 10  # and of a cell
 _GAP: Final = 1  # between cells
+_PATTERN: Final = 24  # columns; of larger patterns the strongest are told
+_MOST: Final = 10  # of them
 
 
 def grids_text(part: Grids, width: int) -> Iterator[Text]:
     """All grids, one below the other, and what the colours mean."""
     yield _legend(part.scale)
     for grid in part.grids:
-        yield from _grid(part, grid, width)
+        is_wide = part.is_pattern and len(grid.columns.labels) > _PATTERN
+        yield from _strongest(grid) if is_wide else _grid(part, grid, width)
 
 
 def flow_text(part: Flow) -> Iterator[Text]:
@@ -74,6 +79,18 @@ def _grid(part: Grids, grid: Grid, width: int) -> Iterator[Text]:
                     _cut(texts[row][column], size - _GAP, size - _GAP), style
                 )
             yield line
+
+
+def _strongest(grid: Grid) -> Iterator[Text]:
+    """The largest numbers of a pattern that is too large to be written out."""
+    from rich.text import Text
+
+    numbers = grid.numbers.ravel()
+    places = (-np.nan_to_num(np.abs(numbers), nan=-1.0)).argsort(kind="stable")[:_MOST]
+    yield Text(f"{grid.title}: the {len(places)} strongest of {numbers.size}", "bold")
+    for place in places.tolist():
+        row, column = divmod(place, len(grid.columns.labels))
+        yield Text(f"  {grid.tip(row, column)}")
 
 
 def _texts(part: Grids, grid: Grid) -> list[list[str]]:
