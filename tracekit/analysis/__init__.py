@@ -1,8 +1,11 @@
 """Answers: which part of a model matters, by what it adds, by its gradient, and by patching it."""
 
 from tracekit.analysis.attribution import logit_attrs
+from tracekit.analysis.attribution_patching import attribution_patching
 from tracekit.analysis.components import Components
+from tracekit.analysis.integrated import Integrated, integrated_gradients
 from tracekit.analysis.labelled import Axis, Labelled
+from tracekit.analysis.lens import Lens, logit_lens
 from tracekit.analysis.metrics import (
     Metric,
     log_probability,
@@ -18,21 +21,28 @@ from tracekit.analysis.parts import (
     stack_neuron_results,
 )
 from tracekit.analysis.residual import accumulated_resid, decompose_resid
+from tracekit.analysis.saliency import gradient_x_input
 
 __all__ = [
     "Axis",
     "Components",
+    "Integrated",
     "Labelled",
+    "Lens",
     "Metric",
     "accumulated_resid",
     "apply_norm_to_stack",
+    "attribution_patching",
     "decompose_resid",
     "full_resid_decomposition",
     "get_neuron_results",
+    "gradient_x_input",
+    "integrated_gradients",
     "log_probability",
     "logit",
     "logit_attrs",
     "logit_difference",
+    "logit_lens",
     "probability",
     "stack_head_results",
     "stack_neuron_results",

@@ -1,0 +1,77 @@
+"""Many variants of one prompt as rows of one batch, as many as a budget of memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tracekit.analysis.prompts import Prompts
+from tracekit.errors import InputError, UnsupportedError
+from tracekit.models.language import LanguageModel
+
+MEMORY: Final = 2**30  # bytes of what one batch keeps for its backward pass
+# What a layer keeps of a token, in widths of the residual stream, and of logits, in vocabularies;
+# after Korthikanti et al. 2022, "Reducing Activation Recomputation", in elements, rounded up.
+_WIDTHS: Final = 40
+_SCORES: Final = 5
+_LOGITS: Final = 4
+
+
+def rows_that_fit(model: LanguageModel, prompts: Prompts, memory: int) -> int:
+    """How many rows as long as these prompts one batch may have: at least one."""
+    config: Any = model.module.config.get_text_config()
+    positions = prompts.ids.shape[1]
+    width = getattr(config, "hidden_size", None) or 1024
+    heads = getattr(config, "num_attention_heads", None) or 0
+    of_token = len(model.layers) * (_WIDTHS * width + _SCORES * heads * positions)
+    of_token += _LOGITS * (getattr(config, "vocab_size", None) or 0)
+    size = next(model.module.parameters()).element_size()
+    return max(1, int(memory // max(1, positions * of_token * size)))
+
+
+def chunks(count: int, rows: int) -> Iterator[slice]:
+    """`count` rows in batches of at most `rows`."""
+    for begin in range(0, count, rows):
+        yield slice(begin, min(count, begin + rows))
+
+
+def repeated(prompts: Prompts, rows: int) -> Prompts:
+    """The one prompt, as that many rows."""
+    inputs = {name: _rows_of(name, value, rows) for name, value in prompts.inputs.items()}
+    return Prompts(inputs, prompts.ids.expand(rows, -1), prompts.is_token.expand(rows, -1))
+
+
+def taken(prompts: Prompts, rows: slice | Tensor) -> Prompts:
+    """Some of the prompts."""
+    count = len(prompts)
+    inputs = {
+        name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
+        for name, value in prompts.inputs.items()
+    }
+    return Prompts(inputs, prompts.ids[rows], prompts.is_token[rows])
+
+
+def _rows_of(name: str, value: Any, rows: int) -> Any:
+    if not isinstance(value, Tensor):
+        if isinstance(value, (bool, int, float, str, type(None))):
+            return value
+        raise UnsupportedError(f"{name}= can't be repeated as rows: it is no tensor.")
+    if value.dim() == 0 or value.shape[0] != 1:
+        raise InputError(f"{name}= has {list(value.shape)} rows, and one prompt is repeated.")
+    return value.repeat_interleave(rows, 0)
+
+
+def nodes(count: int) -> tuple[Tensor, Tensor]:
+    """Points in 0 to 1 and their weights: Gauss-Legendre, exact for degree 2 * count - 1.
+
+    The eigenvalues of a tridiagonal matrix (Golub and Welsch 1969).
+    """
+    if count < 1:
+        raise InputError(f"steps= is at least 1, not {count}.")
+    index = torch.arange(1, count, dtype=torch.float64)
+    beside = index / (4 * index**2 - 1).sqrt()
+    values, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    return (values + 1) / 2, vectors[0] ** 2
