@@ -5,6 +5,7 @@ from tracekit.analysis.attribution import logit_attrs
 from tracekit.analysis.attribution_patching import attribution_patching
 from tracekit.analysis.components import Components
 from tracekit.analysis.direct import direct_logit_attribution
+from tracekit.analysis.edges import Circuit, Edge, Edges, edge_attribution
 from tracekit.analysis.heads import HeadScores, copying_scores, head_scores, repeated_tokens
 from tracekit.analysis.integrated import Integrated, integrated_gradients
 from tracekit.analysis.labelled import Axis, Labelled
@@ -28,7 +29,10 @@ from tracekit.analysis.saliency import gradient_x_input
 
 __all__ = [
     "Axis",
+    "Circuit",
     "Components",
+    "Edge",
+    "Edges",
     "HeadScores",
     "Integrated",
     "Labelled",
@@ -42,6 +46,7 @@ __all__ = [
     "copying_scores",
     "decompose_resid",
     "direct_logit_attribution",
+    "edge_attribution",
     "full_resid_decomposition",
     "get_neuron_results",
     "gradient_x_input",
