@@ -1,8 +1,11 @@
 """Answers: which part of a model matters, by what it adds, by its gradient, and by patching it."""
 
+from tracekit.analysis.ablation import ablate, ablation_sweep
 from tracekit.analysis.attribution import logit_attrs
 from tracekit.analysis.attribution_patching import attribution_patching
 from tracekit.analysis.components import Components
+from tracekit.analysis.direct import direct_logit_attribution
+from tracekit.analysis.heads import HeadScores, copying_scores, head_scores, repeated_tokens
 from tracekit.analysis.integrated import Integrated, integrated_gradients
 from tracekit.analysis.labelled import Axis, Labelled
 from tracekit.analysis.lens import Lens, logit_lens
@@ -26,17 +29,23 @@ from tracekit.analysis.saliency import gradient_x_input
 __all__ = [
     "Axis",
     "Components",
+    "HeadScores",
     "Integrated",
     "Labelled",
     "Lens",
     "Metric",
+    "ablate",
+    "ablation_sweep",
     "accumulated_resid",
     "apply_norm_to_stack",
     "attribution_patching",
+    "copying_scores",
     "decompose_resid",
+    "direct_logit_attribution",
     "full_resid_decomposition",
     "get_neuron_results",
     "gradient_x_input",
+    "head_scores",
     "integrated_gradients",
     "log_probability",
     "logit",
@@ -44,6 +53,7 @@ __all__ = [
     "logit_difference",
     "logit_lens",
     "probability",
+    "repeated_tokens",
     "stack_head_results",
     "stack_neuron_results",
 ]

@@ -1,4 +1,4 @@
-"""Many variants of one prompt as rows of one batch, as many as a budget of memory allows."""
+"""Many variants of prompts as rows of one batch, as many as a budget of memory allows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOGITS: Final = 4
 
 
 def rows_that_fit(model: LanguageModel, prompts: Prompts, memory: int) -> int:
-    """How many rows as long as these prompts one batch may have: at least one."""
+    """How many times these prompts may be in one batch: at least once."""
     config: Any = model.module.config.get_text_config()
     positions = prompts.ids.shape[1]
     width = getattr(config, "hidden_size", None) or 1024
@@ -29,7 +29,7 @@ def rows_that_fit(model: LanguageModel, prompts: Prompts, memory: int) -> int:
     of_token = len(model.layers) * (_WIDTHS * width + _SCORES * heads * positions)
     of_token += _LOGITS * (getattr(config, "vocab_size", None) or 0)
     size = next(model.module.parameters()).element_size()
-    return max(1, int(memory // max(1, positions * of_token * size)))
+    return max(1, int(memory // max(1, prompts.ids.numel() * of_token * size)))
 
 
 def chunks(count: int, rows: int) -> Iterator[slice]:
@@ -38,30 +38,24 @@ def chunks(count: int, rows: int) -> Iterator[slice]:
         yield slice(begin, min(count, begin + rows))
 
 
-def repeated(prompts: Prompts, rows: int) -> Prompts:
-    """The one prompt, as that many rows."""
-    inputs = {name: _rows_of(name, value, rows) for name, value in prompts.inputs.items()}
-    return Prompts(inputs, prompts.ids.expand(rows, -1), prompts.is_token.expand(rows, -1))
-
-
-def taken(prompts: Prompts, rows: slice | Tensor) -> Prompts:
-    """Some of the prompts."""
+def repeated(prompts: Prompts, times: int) -> Prompts:
+    """All prompts, and all again, that many times."""
     count = len(prompts)
-    inputs = {
-        name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
-        for name, value in prompts.inputs.items()
-    }
-    return Prompts(inputs, prompts.ids[rows], prompts.is_token[rows])
+    inputs = {name: _repeated(name, value, count, times) for name, value in prompts.inputs.items()}
+    return Prompts(inputs, prompts.ids.repeat(times, 1), prompts.is_token.repeat(times, 1))
 
 
-def _rows_of(name: str, value: Any, rows: int) -> Any:
+def _repeated(name: str, value: Any, count: int, times: int) -> Any:
     if not isinstance(value, Tensor):
         if isinstance(value, (bool, int, float, str, type(None))):
             return value
         raise UnsupportedError(f"{name}= can't be repeated as rows: it is no tensor.")
-    if value.dim() == 0 or value.shape[0] != 1:
-        raise InputError(f"{name}= has {list(value.shape)} rows, and one prompt is repeated.")
-    return value.repeat_interleave(rows, 0)
+    if value.dim() == 0 or value.shape[0] != count:
+        raise UnsupportedError(
+            f"{name}= has the shape {list(value.shape)}, not a row for each of {count} prompts: "
+            f"it can't be repeated."
+        )
+    return value.repeat(times, *[1] * (value.dim() - 1))
 
 
 def nodes(count: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, final
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tracekit.analysis.labelled import Axis, Labelled
+from tracekit.analysis.metrics import Tokens, token_ids
 from tracekit.analysis.prompts import numbered, one_prompt, position_axis, words_of
 from tracekit.analysis.unembedding import final_name, reading_of
 from tracekit.capture import showing_own_lines
@@ -22,7 +22,7 @@ SHOWN: Final = 8  # positions in the text of a lens, the last ones
 WIDTH: Final = 14  # characters of one cell
 
 # The token that is followed: one, or one for each position; None: what the model says in the end.
-Chosen: TypeAlias = "str | int | Sequence[str | int] | None"
+Chosen: TypeAlias = "Tokens | None"
 
 
 @final
@@ -139,10 +139,9 @@ def _ids(model: LanguageModel, token: Chosen, final: Tensor) -> Tensor:
     count = final.shape[1]
     if token is None:
         return final[0, -1].argmax().expand(count)
-    every = [token] if isinstance(token, (str, int)) else list(token)
-    if len(every) not in (1, count):
-        raise InputError(f"token= is one, or one for each of {count} positions, not {len(every)}.")
-    found = [model.to_single_token(one) if isinstance(one, str) else int(one) for one in every]
+    found = token_ids(model, token)
+    if len(found) not in (1, count):
+        raise InputError(f"token= is one, or one for each of {count} positions, not {len(found)}.")
     return torch.tensor(found, device=final.device).expand(count)
 
 
