@@ -23,8 +23,11 @@ from tracekit.analysis.parts import (
     stack_head_results,
     stack_neuron_results,
 )
+from tracekit.analysis.patched import PatchSweep
+from tracekit.analysis.patches import Patch
 from tracekit.analysis.residual import accumulated_resid, decompose_resid
 from tracekit.analysis.saliency import gradient_x_input
+from tracekit.analysis.sweep import patch_sweep
 
 __all__ = [
     "Axis",
@@ -34,6 +37,8 @@ __all__ = [
     "Labelled",
     "Lens",
     "Metric",
+    "Patch",
+    "PatchSweep",
     "ablate",
     "ablation_sweep",
     "accumulated_resid",
@@ -52,6 +57,7 @@ __all__ = [
     "logit_attrs",
     "logit_difference",
     "logit_lens",
+    "patch_sweep",
     "probability",
     "repeated_tokens",
     "stack_head_results",

@@ -75,8 +75,8 @@ class Tree:
         # By kind of run, where the rows of a batch lie in every value.
         self.layouts: dict[object, object] = {}
         self.continues: bool | None = None  # rightly, from a filled kv_cache; None: nobody asked
-        self.routes: dict[int, object] = {}  # round the layers before one (models/starting.py)
-        self.routes_behind: dict[int, str] = {}  # why not behind keys and values; "": rightly
+        # Round the layers before one, and if not behind keys and values, why (models/starting.py).
+        self.routes: dict[object, object] = {}
         self.sites: dict[tuple[str, Slot], Site] = {}  # by the path that was asked for
         self.refresh(is_first=True)
 
@@ -93,7 +93,6 @@ class Tree:
         self.layouts.clear()
         self.continues = None
         self.routes.clear()
-        self.routes_behind.clear()
         self._names = None
         self.sites.clear()
         self._beside.clear()

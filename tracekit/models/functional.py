@@ -87,8 +87,9 @@ class Functional(Envoy):
         `stop_at_layer=k` ends the run in front of that layer, and returns the residual stream
         there. `start_at_layer=k` begins it there: the input is the residual stream, `[batch, pos,
         model]`, and nothing before is computed; `attention_mask` and `position_ids` are as for
-        tokens. With `prefix=` too it is the stream of what is behind the prefix. `incl_bwd=True` runs backward from the output, a scalar, or from its `.loss`; or a
-        function of the output gives the scalar; `cache.grad` has the gradients.
+        tokens. With `prefix=` too it is the stream of what is behind the prefix. `incl_bwd=True`
+        runs backward from the output, a scalar, or from its `.loss`; or a function of the output
+        gives the scalar; `cache.grad` has the gradients.
         """
         keep = keep_of(device, dtype, detach=detach, clone=clone)
         begun = self._begun(start_at_layer, args, kwargs)

@@ -114,9 +114,12 @@ def _behind(tree: Tree, number: int, route: Route, found: Behind) -> Route | str
             "start_at_layer= goes behind what model.prefill(prompt) returns, which no run changes; "
             "a KeyValueCache would grow in some of its layers alone."
         )
-    if number not in tree.routes_behind:
-        tree.routes_behind[number] = why_not_behind(found.prefix.model, tree, number, route)
-    return tree.routes_behind[number] or route
+    key = ("behind", number)
+    if key not in tree.routes:
+        tree.routes[key] = why_not_behind(found.prefix.model, tree, number, route)
+    why = tree.routes[key]
+    assert isinstance(why, str)
+    return why or route
 
 
 # -- what is given --------------------------------------------------------------------------------
