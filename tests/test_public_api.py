@@ -11,6 +11,7 @@ import tracekit
 
 PUBLIC = [
     "Cache",
+    "EditReport",
     "Entries",
     "Entry",
     "Envoy",
@@ -23,6 +24,7 @@ PUBLIC = [
     "Note",
     "Operation",
     "Outcome",
+    "Picture",
     "Prefix",
     "Source",
     "Stream",
@@ -35,6 +37,7 @@ PUBLIC = [
     "errors",
     "save",
     "settings",
+    "show",
 ]
 
 

@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     from tracekit.tracing.envoy import Envoy
     from tracekit.tracing.gradients import backward
     from tracekit.tracing.graph import Graph
+    from tracekit.tracing.report import EditReport
     from tracekit.tracing.save import save
     from tracekit.tracing.sequence import TokenSequence
     from tracekit.tracing.source import Operation, Source
     from tracekit.tracing.tracer import Tracer
     from tracekit.tracing.verify import Verification
+    from tracekit.viz.picture import Picture
+    from tracekit.viz.show import show
 
 __version__ = "0.1.0"
 
@@ -35,6 +38,7 @@ __version__ = "0.1.0"
 # no torch.
 _HOMES = {
     "Cache": "tracekit.tracing.cache",
+    "EditReport": "tracekit.tracing.report",
     "Entries": "tracekit.tracing.entries",
     "Entry": "tracekit.tracing.entries",
     "Envoy": "tracekit.tracing.envoy",
@@ -47,6 +51,7 @@ _HOMES = {
     "Note": "tracekit.core.keep",
     "Operation": "tracekit.tracing.source",
     "Outcome": "tracekit.tracing.declared",
+    "Picture": "tracekit.viz.picture",
     "Prefix": "tracekit.models.prefix",
     "Source": "tracekit.tracing.source",
     "Stream": "tracekit.models.streaming",
@@ -58,10 +63,12 @@ _HOMES = {
     "backward": "tracekit.tracing.gradients",
     "save": "tracekit.tracing.save",
     "settings": "tracekit.core.settings",
+    "show": "tracekit.viz.show",
 }
 
 __all__ = [
     "Cache",
+    "EditReport",
     "Entries",
     "Entry",
     "Envoy",
@@ -74,6 +81,7 @@ __all__ = [
     "Note",
     "Operation",
     "Outcome",
+    "Picture",
     "Prefix",
     "Source",
     "Stream",
@@ -86,6 +94,7 @@ __all__ = [
     "errors",
     "save",
     "settings",
+    "show",
 ]
 
 
