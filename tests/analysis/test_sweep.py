@@ -114,11 +114,16 @@ def test_every_cell_is_what_a_whole_forward_gives(name: str) -> None:
     assert found.deviation <= 1e-4 and found.checked == found.values.values.numel()
 
 
-@pytest.mark.parametrize("activation", ["z", "k", "v", "q", "pattern", "attn_k"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+OF_HEADS = [("gpt2", each) for each in ("z", "k", "v", "q", "pattern", "attn_k")]
+OF_HEADS += [("llama", "k"), ("llama", "pattern"), ("gemma2", "attn_k"), ("gemma2", "v")]
+
+
+@pytest.mark.parametrize(("name", "activation"), OF_HEADS)
 def test_every_head_and_position_is_what_whole_runs_give(name: str, activation: str) -> None:
     model = model_of(name)[1]
-    found = swept(model, ("layer", "position", "head"), activation=activation)
+    chosen = [2, 3, 6, 9]
+    over = ("layer", "position", "head")
+    found = swept(model, over, activation=activation, positions=chosen)
     _, clean = model.run_with_cache(CLEAN[None], names_filter=activation)
     positions = 2 if activation == "pattern" else 1
     expected = torch.zeros_like(found.values.values)
@@ -126,7 +131,10 @@ def test_every_head_and_position_is_what_whole_runs_give(name: str, activation: 
         value = clean[activation, layer].movedim(positions, 1)
 
         def put(
-            given: Tensor, _: Any, value: Tensor = value, at: Any = (slice(None), position, head)
+            given: Tensor,
+            _: Any,
+            value: Tensor = value,
+            at: Any = (slice(None), chosen[position], head),
         ) -> None:
             given.movedim(positions, 1)[at] = value[at]
 
