@@ -49,7 +49,7 @@ def hooks_on(module: nn.Module) -> int:
 
 def test_an_edit_one_position_off_is_named_with_the_tokens(model: LanguageModel) -> None:
     with model.trace(TOWER, verify=dict(positions=[3])) as tracer:
-        model.transformer.h[1].output[:, 4] = 0
+        model.transformer.h[1].hidden[:, 4] = 0
     assert slugs(tracer.report) == ["wrong-position", "missed-position"]
     assert "position 4 'is' of row 0, and position 3 'Tower' was meant" in repr(tracer.report)
 
@@ -58,7 +58,7 @@ def test_without_an_intent_the_report_lists_positions_with_their_tokens(
     model: LanguageModel,
 ) -> None:
     with model.trace(TOWER, verify=True) as tracer:
-        model.transformer.h[1].output[:, 4] = 0
+        model.transformer.h[1].hidden[:, 4] = 0
     assert tracer.report
     assert "row 0, position 4 'is'" in repr(tracer.report)
     assert slugs(tracer.report.expect(positions=[3])) == ["wrong-position", "missed-position"]
@@ -67,7 +67,7 @@ def test_without_an_intent_the_report_lists_positions_with_their_tokens(
 
 def test_positions_of_a_padded_row_are_its_own(model: LanguageModel) -> None:
     with model.trace([TOWER, LOUVRE], verify=True) as tracer:
-        model.transformer.h[1].output[1, -1] = 0
+        model.transformer.h[1].hidden[1, -1] = 0
     [landing] = tracer.report.edits[0].landings
     tokens = model.to_str_tokens(LOUVRE)
     assert landing.rows[0].positions == (len(tokens) - 1,)
@@ -76,7 +76,7 @@ def test_positions_of_a_padded_row_are_its_own(model: LanguageModel) -> None:
 
 def test_an_edit_on_the_wrong_row_is_named(model: LanguageModel) -> None:
     with model.trace([TOWER, LOUVRE], verify=dict(rows=[0])) as tracer:
-        model.transformer.h[1].output[1] = 0
+        model.transformer.h[1].hidden[1] = 0
     assert slugs(tracer.report) == ["wrong-row", "missed-row"]
     assert [row.verdict for row in tracer.report.rows] == ["bit-identical", "edited"]
 
@@ -91,8 +91,8 @@ def test_an_edit_before_its_value_exists_is_an_error_and_in_the_report(
 ) -> None:
     with pytest.raises(SiteOrderError):
         with model.trace(TOWER, verify=True) as tracer:
-            model.transformer.h[2].output[:, 0] = 0
-            model.transformer.h[1].output[:] = 0
+            model.transformer.h[2].hidden[:, 0] = 0
+            model.transformer.h[1].hidden[:] = 0
     assert slugs(tracer.report) == ["site-order"]
     assert tracer.report.edits[0].is_right  # what came before it landed
 
@@ -101,8 +101,8 @@ def test_an_edit_that_a_later_line_overwrites_is_named_with_that_line(
     model: LanguageModel,
 ) -> None:
     with model.trace(TOWER, verify=True) as tracer:
-        model.transformer.h[1].output[:, 2] = 0
-        model.transformer.h[1].output[:, 1:4] = 7
+        model.transformer.h[1].hidden[:, 2] = 0
+        model.transformer.h[1].hidden[:, 1:4] = 7
     assert slugs(tracer.report) == ["overwritten"]
     first, second = tracer.report.edits
     assert first.landings[0].overwritten_by == f"line {second.line}"
@@ -111,26 +111,26 @@ def test_an_edit_that_a_later_line_overwrites_is_named_with_that_line(
 
 def test_an_edit_that_a_later_assignment_replaces_is_named(model: LanguageModel) -> None:
     with model.trace(TOWER):
-        clean = model.transformer.h[1].output.clone()
+        clean = model.transformer.h[1].hidden.clone()
     with model.trace(TOWER, verify=True) as tracer:
-        model.transformer.h[1].output[:, 2] = 0
-        model.transformer.h[1].output = clean
+        model.transformer.h[1].hidden[:, 2] = 0
+        model.transformer.h[1].hidden = clean
     assert slugs(tracer.report) == ["overwritten"]
 
 
 def test_a_lasting_edit_that_the_trace_overwrites_is_named(model: LanguageModel) -> None:
     with model.edit() as edited:
-        edited.transformer.h[1].output[:] = 0
+        edited.transformer.h[1].hidden[:] = 0
     with edited.trace(TOWER, verify=True) as tracer:
-        edited.transformer.h[1].output = torch.ones(1, 9, 128)
+        edited.transformer.h[1].hidden = torch.ones(1, 9, 128)
     assert slugs(tracer.report) == ["overwritten"]
 
 
 def test_an_edit_that_goes_on_from_an_earlier_one_is_no_fault(model: LanguageModel) -> None:
     with model.trace(TOWER, verify=True) as tracer:
-        model.transformer.h[1].output[:] += 1
-        model.transformer.h[1].output *= 2
-        model.transformer.h[1].output = model.transformer.h[1].output + 3
+        model.transformer.h[1].hidden[:] += 1
+        model.transformer.h[1].hidden *= 2
+        model.transformer.h[1].hidden = model.transformer.h[1].hidden + 3
     assert tracer.report
     assert len(tracer.report.edits) == 3
     assert "changed again by line" in repr(tracer.report)
@@ -224,15 +224,15 @@ def test_an_edit_of_the_routers_logits_is_lost_and_an_error_where_it_is_a_copy()
 
 def test_an_edit_that_changes_nothing_is_named(model: LanguageModel) -> None:
     with model.trace(TOWER, verify=True) as tracer:
-        model.transformer.h[1].output = model.transformer.h[1].output * 1
-        model.transformer.h[2].output[:, 0] += 0
+        model.transformer.h[1].hidden = model.transformer.h[1].hidden * 1
+        model.transformer.h[2].hidden[:, 0] += 0
     assert slugs(tracer.report) == ["changed-nothing", "changed-nothing"]
     assert repr(tracer.report).count("nothing changed") == 2
 
 
 def test_a_run_in_which_nothing_is_edited_says_so(model: LanguageModel) -> None:
     with model.trace(TOWER, verify=True) as tracer:
-        model.transformer.h[1].output.sum()
+        model.transformer.h[1].hidden.sum()
     assert slugs(tracer.report) == ["no-edit"]
     assert not tracer.report
 
@@ -284,7 +284,7 @@ def test_an_edit_below_the_rounding_of_bfloat16_is_named(half: LanguageModel) ->
     assert report.precision is not None
     assert report.precision.effect == 0.0 < report.precision.effect_in_float32
     with half.trace(TOWER, verify=True) as tracer:
-        half.transformer.h[1].output[:] *= 1.001
+        half.transformer.h[1].hidden[:] *= 1.001
     assert slugs(tracer.report) == ["changed-nothing"]
     assert "In bfloat16, a change that is smaller than its rounding" in repr(tracer.report)
 
@@ -300,8 +300,8 @@ def test_an_honest_edit_in_bfloat16_has_the_same_effect_in_float32(half: Languag
 
 def test_a_change_of_one_rounding_in_float32_is_named(model: LanguageModel) -> None:
     def edit() -> None:
-        out = model.transformer.h[1].output
-        model.transformer.h[1].output = torch.nextafter(out, out + 1)
+        out = model.transformer.h[1].hidden
+        model.transformer.h[1].hidden = torch.nextafter(out, out + 1)
 
     assert slugs(model.verify(edit, TOWER)) == ["precision-only"]
 
@@ -348,9 +348,9 @@ def test_the_logits_part_is_what_plain_hooks_and_other_formulas_give(
 
 def test_how_large_an_edit_is_is_told_beside_the_clean_value(model: LanguageModel) -> None:
     with model.trace(TOWER):
-        clean = model.transformer.h[1].output.detach().clone()
+        clean = model.transformer.h[1].hidden.detach().clone()
     with model.trace(TOWER, verify=True) as tracer:
-        model.transformer.h[1].output[:, 3, :16] += 2
+        model.transformer.h[1].hidden[:, 3, :16] += 2
     [landing] = tracer.report.edits[0].landings
     assert landing.features == (16, 128)
     assert landing.elements == (16, 9 * 128)
@@ -391,7 +391,7 @@ def test_every_form_of_edit_in_one_trace_lands(model: LanguageModel) -> None:
         cache = tracer.cache()
         edited.layers[1].mlp_in[:] += 1
         edited.transformer.h[1].mlp.hidden *= 2
-        edited.transformer.h[2].skip(edited.transformer.h[2].input)
+        edited.transformer.h[2].mlp.skip(edited.transformer.h[2].mlp.input)
         edited.layers[3].resid_pre = edited.layers[3].resid_pre * 3
         edited.transformer.h[3].output.at([2, -1])[:] += 1
         edited.lm_head.output[..., 5] = 0
@@ -447,7 +447,7 @@ def test_a_verified_trace_gives_what_the_trace_gives() -> None:
 def test_nothing_is_left_on_the_model_nor_of_the_values(model: LanguageModel) -> None:
     def run() -> Any:
         with model.trace(TOWER, verify=True) as tracer:
-            model.transformer.h[1].output[:] = 0
+            model.transformer.h[1].hidden[:] = 0
         return ref(tracer), tracer.report
 
     run()
@@ -468,14 +468,14 @@ def test_keys_and_values_that_are_given_grow_once(model: LanguageModel) -> None:
 
     kept = DynamicCache()
     with model.trace(TOWER, past_key_values=kept, use_cache=True, verify=True) as tracer:
-        model.transformer.h[1].output[:, 3] = 0
+        model.transformer.h[1].hidden[:, 3] = 0
     assert tracer.report
     assert kept.get_seq_length() == 9
 
 
 def test_of_values_beyond_the_budget_it_is_known_that_they_differ(model: LanguageModel) -> None:
     with model.trace(TOWER, verify=dict(budget=0)) as tracer:
-        model.transformer.h[1].output[:, 3] = 0
+        model.transformer.h[1].hidden[:, 3] = 0
     report = tracer.report
     assert report
     assert len(report.after) > 20
@@ -498,9 +498,9 @@ def test_only_modules_that_are_watched_are_compared(model: LanguageModel) -> Non
 def test_all_that_the_library_knows_as_an_edit_can_be_given(model: LanguageModel) -> None:
     def block(tracer: Any) -> None:
         tracer.cache()
-        model.transformer.h[1].output[:, 3] = 0
+        model.transformer.h[1].hidden[:, 3] = 0
 
-    edited = model.edit(lambda m: m.transformer.h[1].output[:, 3].zero_())
+    edited = model.edit(lambda m: m.transformer.h[1].hidden[:, 3].zero_())
     pair = (("resid_post", 1), zeroed)
     for edit in (block, edited, edited.edits[0], pair, ("transformer.h.1", zeroed_alone), [pair]):
         report = assert_edit(model, edit, TOWER, rows=0, positions=3, modules="transformer.h.1")
