@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.tiny_models import IS_TRANSFORMERS_5, make
+from tests.tiny_models import IS_TRANSFORMERS_5, SPECS, make
 from tracekit import LanguageModel, Model
 from tracekit.errors import (
     CacheError,
@@ -555,30 +555,30 @@ def test_the_report_is_json(model: LanguageModel) -> None:
 
 # -- other families --------------------------------------------------------------------------------
 
-FAMILIES = {
-    "llama": "model.layers.1",
-    "gpt_neox": "gpt_neox.layers.0.mlp",
-    "mamba": "backbone.layers.1",
-    "t5": "decoder.block.1",
-    "bert": "bert.encoder.layer.0",
-    "falcon": "transformer.h.1.mlp",
-    "mixtral": "model.layers.0.mlp",
-    "vit": "vit.layers.1",
-    "gemma2": "model.layers.1.self_attn",
-}
+FAMILIES = (
+    "llama",
+    "gpt_neox",
+    "mamba",
+    "t5",
+    "bert",
+    "falcon",
+    "mixtral",
+    "gemma2",
+    "dinov2",
+    "jamba",
+    "clip",
+    "swin",
+)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_honest_edit_of_one_row_is_verified_in(name: str) -> None:
-    from tests.tiny_models import SPECS
-
-    if name not in SPECS:
-        pytest.skip("not in the matrix")
     module, inputs = make(name)
     model = Model(module)
+    layer = model.get(f"{SPECS[name].layers[0]}.0")
 
     def edit() -> None:
-        model.get(FAMILIES[name]).hidden[0] *= 1.5
+        layer.hidden[0] *= 1.5
 
     report = model.verify(edit, **inputs)
     assert report, report
