@@ -9,6 +9,10 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
+# Tests at once; torch has one thread in each.
+JOBS ?= 2
+PYTEST := -m pytest --numprocesses=$(JOBS) --dist=worksteal
+
 PAGE_TESTS := $(wildcard tests/page/test_*.py)
 NOTEBOOKS := $(wildcard tutorials/*.ipynb)
 
@@ -29,7 +33,7 @@ test: lint suite
 
 ## make suite         the test suite only
 suite: $(VENV)/.stamp
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python $(PYTEST) --durations=10
 
 ## make lint          ruff and pyright only
 lint: $(VENV)/.stamp
@@ -63,8 +67,8 @@ test-page:
 	@echo "no tests in tests/page"
 else
 test-page: $(VENV)/.stamp .venv-page/.stamp
-	.venv-page/bin/python -m pytest tests/page $(GENERATION) $(NAMES)
-	$(BIN)/python -m pytest tests/page
+	.venv-page/bin/python $(PYTEST) tests/page $(GENERATION) $(NAMES)
+	$(BIN)/python $(PYTEST) tests/page
 endif
 
 # What is left out reads GPT-2's blocks as transformers 5 returns them, or asks for what 4 has not.
@@ -75,7 +79,7 @@ LOWEST := tests/capture tests/core tests/interleave tests/page tests/test_*.py \
 
 ## make test-lowest   what does not depend on transformers 5, on the lowest dependencies promised
 test-lowest: .venv-lowest/.stamp
-	.venv-lowest/bin/python -m pytest -m "not slow" $(LOWEST)
+	.venv-lowest/bin/python $(PYTEST) -m "not slow" $(LOWEST)
 
 # torchao lies beside the environment, not in it: wherever it is found, transformers imports it.
 QUANTISED := $(VENV)/quantised
@@ -94,6 +98,7 @@ bench: .venv-bench/.stamp
 	.venv-bench/bin/python benchmarks/generation.py $(GENERATION_ARGS)
 	.venv-bench/bin/python benchmarks/prefix.py $(PREFIX_ARGS)
 	.venv-bench/bin/python benchmarks/names.py $(NAMES_ARGS)
+	.venv-bench/bin/python benchmarks/sweep.py $(SWEEP_ARGS)
 
 ## make compare       numbers beside TransformerLens' (COMPARE_ARGS="gpt2 llama")
 compare: .venv-bench/.stamp

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 import tracekit
 from tracekit import Cache, LanguageModel, cli
+from tracekit.cli import demo, status
 
 ROOT = Path(__file__).parent.parent
 LENS_LINE = re.compile(r"^ +(\d) +(\w+) +(\d\.\d+) +(\d\.\d+)  (#*)\.*$", re.MULTILINE)
@@ -40,14 +41,14 @@ def test_paris_emerges_over_the_blocks(shown: str) -> None:
     assert shares[0] < 0.5 and shares[-1] > 0.9
     assert shares == sorted(shares)
     bars = [len(bar) for *_, bar in lines]
-    assert bars == sorted(bars) and bars[-1] == cli.BAR
+    assert bars == sorted(bars) and bars[-1] == demo.BAR
     assert lines[-1][1] == "Paris"
 
 
 def test_the_lens_of_the_demo_is_that_of_hugging_faces_hidden_states(shown: str) -> None:
     model = LanguageModel("tracekit/tiny")
     with torch.no_grad():
-        states = model(cli.PROMPT, output_hidden_states=True).hidden_states
+        states = model(demo.PROMPT, output_hidden_states=True).hidden_states
         normed = [*(model.transformer.ln_f(state) for state in states[1:-1]), states[-1]]
         chances = [model.lm_head(state)[0, -1].softmax(dim=-1) for state in normed]
     for (_, word, probability, _, _), chance in zip(LENS_LINE.findall(shown), chances, strict=True):
@@ -89,8 +90,8 @@ def test_a_check_that_does_not_hold_is_shown_and_is_the_exit_status(
     def never_same(one: Cache, other: Cache, path: str) -> bool:
         return False
 
-    monkeypatch.setattr(cli, "_same", never_same)
-    assert cli.main(["demo"]) == cli.CHECK_FAILED
+    monkeypatch.setattr(demo, "_same", never_same)
+    assert cli.main(["demo"]) == status.CHECK_FAILED
     assert re.search(r"FAILED +the 7 modules that ended before it", capsys.readouterr().out)
 
 

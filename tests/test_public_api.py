@@ -24,6 +24,7 @@ PUBLIC = [
     "Note",
     "Operation",
     "Outcome",
+    "Picture",
     "Prefix",
     "Source",
     "Stream",
@@ -36,6 +37,7 @@ PUBLIC = [
     "errors",
     "save",
     "settings",
+    "show",
 ]
 
 

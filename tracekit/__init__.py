@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from tracekit.tracing.source import Operation, Source
     from tracekit.tracing.tracer import Tracer
     from tracekit.tracing.verify import Verification
+    from tracekit.viz.picture import Picture
+    from tracekit.viz.show import show
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,7 @@ _HOMES = {
     "Note": "tracekit.core.keep",
     "Operation": "tracekit.tracing.source",
     "Outcome": "tracekit.tracing.declared",
+    "Picture": "tracekit.viz.picture",
     "Prefix": "tracekit.models.prefix",
     "Source": "tracekit.tracing.source",
     "Stream": "tracekit.models.streaming",
@@ -60,6 +63,7 @@ _HOMES = {
     "backward": "tracekit.tracing.gradients",
     "save": "tracekit.tracing.save",
     "settings": "tracekit.core.settings",
+    "show": "tracekit.viz.show",
 }
 
 __all__ = [
@@ -77,6 +81,7 @@ __all__ = [
     "Note",
     "Operation",
     "Outcome",
+    "Picture",
     "Prefix",
     "Source",
     "Stream",
@@ -89,6 +94,7 @@ __all__ = [
     "errors",
     "save",
     "settings",
+    "show",
 ]
 
 

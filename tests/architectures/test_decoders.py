@@ -81,7 +81,7 @@ VARIANTS = {
         "mobilebert",
         dict(use_bottleneck=False, num_feedforward_networks=1, normalization_type="layer_norm"),
     ),
-    "mamba2, three groups": ("mamba2", dict(n_groups=2)),
+    "mamba2, two groups": ("mamba2", dict(n_groups=2)),
 }
 
 

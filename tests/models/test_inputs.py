@@ -122,7 +122,7 @@ def test_an_encoding_is_taken_as_it_is(kind: Any) -> None:
         (None, "not NoneType"),
         (3, "not int"),
         (3.5, "not float"),
-        (object(), "not object"),
+        pytest.param(object(), "not object", id="object"),
         ([[]], "empty|no token"),
         ([[1, 2], []], "empty|no token"),
         (torch.zeros(2, 3), "float32 of shape"),

@@ -149,7 +149,7 @@ def test_lasting_edits_of_tokens_are_of_the_same_tokens_in_the_pass(
         {"stop_at_eos": False},
         {"stopping_criteria": MaxLengthCriteria(12)},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_however_it_is_generated_the_cache_is_of_the_output(options: dict[str, Any]) -> None:
     module, _ = make("gpt2")

@@ -654,7 +654,8 @@ def test_scripted_and_compiled_modules_have_no_operations() -> None:
 
 def test_a_function_whose_source_is_not_there_is_refused() -> None:
     namespace: dict[str, Any] = {"torch": torch}
-    exec("def forward(value):\n    return torch.relu(value)", namespace)
+    source = "def forward(value):\n    return torch.relu(value)"
+    exec(compile(source, "<made here>", "exec"), namespace)  # "<string>" is also xdist's own
     linear = nn.Linear(4, 4)
     linear.forward = namespace["forward"]
     with pytest.raises(SourceError, match="not available"):

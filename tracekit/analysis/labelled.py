@@ -15,7 +15,7 @@ from tracekit.errors import InputError, did_you_mean
 Where: TypeAlias = int | str | slice
 
 TABLE = 40  # rows and columns of the text at most; the rest is left out, and that is said
-WIDTH = 9  # characters of a column
+WIDTH = 10  # characters of a column
 
 
 class Axis(NamedTuple):

@@ -36,27 +36,27 @@ class Metric:
 
 def logit(model: LanguageModel, tokens: Tokens) -> Metric:
     """The logit of a token; of one for each prompt, if there are several."""
-    ids = _ids(model, tokens)
+    ids = token_ids(model, tokens)
     return Metric(f"logit of {_told(tokens)}", lambda logits: _at(logits, ids))
 
 
 def logit_difference(model: LanguageModel, right: Tokens, wrong: Tokens) -> Metric:
     """By how much the logit of `right` is above that of `wrong` (Wang et al. 2022)."""
-    high, low = _ids(model, right), _ids(model, wrong)
+    high, low = token_ids(model, right), token_ids(model, wrong)
     name = f"logit of {_told(right)} - {_told(wrong)}"
     return Metric(name, lambda logits: _at(logits, high) - _at(logits, low))
 
 
 def log_probability(model: LanguageModel, tokens: Tokens) -> Metric:
     """The natural logarithm of a token's probability, in nats."""
-    ids = _ids(model, tokens)
+    ids = token_ids(model, tokens)
     name = f"log probability of {_told(tokens)}"
     return Metric(name, lambda logits: _at(logits.float().log_softmax(-1), ids))
 
 
 def probability(model: LanguageModel, tokens: Tokens) -> Metric:
     """A token's probability, from 0 to 1."""
-    ids = _ids(model, tokens)
+    ids = token_ids(model, tokens)
     return Metric(f"probability of {_told(tokens)}", lambda x: _at(x.float().softmax(-1), ids))
 
 
@@ -77,7 +77,8 @@ def name_of(metric: Measure) -> str:
     return str(found) if found and found != "<lambda>" else "metric"
 
 
-def _ids(model: LanguageModel, tokens: Tokens) -> list[int]:
+def token_ids(model: LanguageModel, tokens: Tokens) -> list[int]:
+    """The numbers of tokens that are given by text or number."""
     each = [tokens] if isinstance(tokens, (str, int)) else tokens
     return [model.to_single_token(one) if isinstance(one, str) else int(one) for one in each]
 

@@ -75,7 +75,8 @@ class Tree:
         # By kind of run, where the rows of a batch lie in every value.
         self.layouts: dict[object, object] = {}
         self.continues: bool | None = None  # rightly, from a filled kv_cache; None: nobody asked
-        self.routes: dict[int, object] = {}  # round the layers before one (models/starting.py)
+        # Round the layers before one, and if not behind keys and values, why (models/starting.py).
+        self.routes: dict[object, object] = {}
         self.sites: dict[tuple[str, Slot], Site] = {}  # by the path that was asked for
         self.refresh(is_first=True)
 

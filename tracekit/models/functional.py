@@ -11,6 +11,7 @@ import torch
 
 from tracekit.architectures.findings import Proof
 from tracekit.capture import showing_own_lines
+from tracekit.errors import InputError
 from tracekit.models.face import (
     Caching,
     Placed,
@@ -86,8 +87,9 @@ class Functional(Envoy):
         `stop_at_layer=k` ends the run in front of that layer, and returns the residual stream
         there. `start_at_layer=k` begins it there: the input is the residual stream, `[batch, pos,
         model]`, and nothing before is computed; `attention_mask` and `position_ids` are as for
-        tokens. `incl_bwd=True` runs backward from the output, a scalar, or from its `.loss`; or a
-        function of the output gives the scalar; `cache.grad` has the gradients.
+        tokens. With `prefix=` too it is the stream of what is behind the prefix. `incl_bwd=True`
+        runs backward from the output, a scalar, or from its `.loss`; or a function of the output
+        gives the scalar; `cache.grad` has the gradients.
         """
         keep = keep_of(device, dtype, detach=detach, clone=clone)
         begun = self._begun(start_at_layer, args, kwargs)
@@ -162,6 +164,8 @@ class Functional(Envoy):
 
     def _begin_with(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of a run in front of a layer, completed."""
+        if inputs.get("prefix") is not None:
+            raise InputError("prefix= is for a LanguageModel, which has prefill().")
         return inputs
 
     def _start(self, begun: Begun | None = None) -> Start:

@@ -180,7 +180,8 @@ class LanguageModel(Answering, WithWeights):
 
     def _begin_with(self, inputs: dict[str, Any]) -> dict[str, Any]:
         self.dispatch()
-        return self._completed(self._fitted(inputs, None, False), for_generate=False)
+        prefix = inputs.pop("prefix", None)
+        return self._completed(self._fitted(inputs, prefix, False), for_generate=False)
 
     @showing_own_lines
     def scan(self, *args: Any, **kwargs: Any) -> Tracer:

@@ -85,6 +85,7 @@ def load_empty(name: str | Path, **options: Any) -> Any:
         del allowed["dtype"]  # which it is, is known when the weights come
     with accelerate.init_empty_weights():
         model: Any = auto_class(config).from_config(config, **allowed)
+    model.tie_weights()  # leaving out each one has parted those that are one
     if model.can_generate():
         with suppress(OSError):  # a checkpoint may come without one
             found = transformers.GenerationConfig.from_pretrained(resolve(name))

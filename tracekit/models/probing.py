@@ -36,8 +36,7 @@ def check_continues(model: Any, tree: Tree, prefix: Prefix, inputs: dict[str, An
             off = _deviation(model, tree, prefix, inputs)
         except Exception:  # noqa: BLE001 - where it can't run so, runs behind a prefix say why
             return
-        is_half = next(model.module.parameters()).dtype.itemsize < 4
-        tree.continues = off <= (TOLERANCE_OF_HALF if is_half else TOLERANCE)
+        tree.continues = off <= tolerance(next(model.module.parameters()))
     if not tree.continues:
         raise UnsupportedError(
             f"{model.module.config.model_type} computes something else behind keys and values, or "
@@ -65,8 +64,18 @@ def _deviation(model: Any, tree: Tree, prefix: Prefix, inputs: dict[str, Any]) -
         begun = Prefix(model, kv_cache, ids[:, :half], mask, source=prefix.source)
         rest = behind(model, begun, {name: ids[:, half:]}, for_generate=False)
         found = _outputs(twin, rest)
-    plain = whole[:, half:].float()
+    return deviation(found, whole[:, half:])
+
+
+def deviation(found: Tensor, expected: Tensor) -> float:
+    """How far outputs are off, beside how much they differ among themselves."""
+    plain = expected.float()
     return float((found.float() - plain).norm() / (plain - plain.mean(-1, keepdim=True)).norm())
+
+
+def tolerance(like: Tensor) -> float:
+    """How far they may be off in this precision."""
+    return TOLERANCE_OF_HALF if like.dtype.itemsize < 4 else TOLERANCE
 
 
 def _run(twin: Tree, inputs: dict[str, Any]) -> Any:

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from tracekit.architectures import Bound
 from tracekit.architectures.layouts import Whole
-from tracekit.core.detour import Call, detour, embedding, entering, giving, passing
+from tracekit.core.detour import Call, Value, detour, embedding, entering, giving, passing
 from tracekit.core.nest import first_tensor
 from tracekit.core.site import Slot
 from tracekit.core.tree import Tree
 from tracekit.interleave.forwards import own_forward
+from tracekit.models.behind import behind, run_behind
 from tracekit.models.generation import forward
 from tracekit.models.passes import is_encoder_decoder
+from tracekit.models.prefix import Prefix, empty_mask
+from tracekit.models.probing import deviation, tolerance
 from tracekit.models.signatures import accepts
 from tracekit.tracing.named import tensor_of
 from tracekit.tracing.rehearsal import as_if_nothing_ran, real_twin
@@ -43,7 +46,7 @@ class Route:
     embeds: tuple[str, ...]
     layer: str | None  # None: behind the last
 
-    def of(self, tree: Tree, residual: Tensor) -> Tree:
+    def of(self, tree: Tree, residual: Value) -> Tree:
         """The model that goes this way, with that residual stream."""
         calls: dict[str, Call] = {path: embedding(residual) for path in self.embeds}
         for path, size in self.skipped.items():
@@ -72,6 +75,23 @@ def route_of(tree: Tree, number: int, kwargs: dict[str, Any]) -> Route | str:
     twin.root.eval()
     with as_if_nothing_ran(tree):
         return _Proof(twin, paths, number, bound, kwargs).route()
+
+
+def why_not_behind(model: Any, tree: Tree, number: int, route: Route) -> str:
+    """Why `route` is wrong behind keys and values that are there; "" if it is right.
+
+    Asked of a twin on a few tokens, half of them before.
+    """
+    names, paths = tree.names, _layers(tree)
+    assert names is not None
+    is_last = number == len(paths)
+    layer = paths[-1] if is_last else paths[number]
+    bound = names.point(tree.below(layer), "resid_post" if is_last else "resid_pre")
+    assert bound is not None
+    twin = real_twin(tree)
+    twin.root.eval()
+    with as_if_nothing_ran(tree):
+        return _Proof(twin, paths, number, bound, {}).why_not_behind(model, route)
 
 
 def _layers(tree: Tree) -> list[str]:
@@ -131,6 +151,24 @@ class _Proof:
                 return found
         return why
 
+    def why_not_behind(self, model: Any, route: Route) -> str:
+        """What is wrong with a route behind the first tokens; "" if nothing is."""
+        ids, half = self._ids(), TOKENS // 2
+        try:
+            whole = self._whole()[:, half:]
+            outputs = forward(self._twin, None, (), {"input_ids": ids[:, :half], "use_cache": True})
+            first = Prefix(model, outputs.past_key_values, ids[:, :half], empty_mask(ids[:, :half]))
+            assert self._residual is not None
+            residual = self._residual[:, half:].contiguous()
+            rest = behind(model, first, {"inputs_embeds": torch.zeros_like(residual)}, False)
+            outputs = run_behind(route.of(self._twin, lambda: residual), None, (), rest)
+            found = _logits(outputs)
+        except Exception as error:  # noqa: BLE001 - as it may in any way
+            return f"it does not go on behind keys and values ({type(error).__name__}: {error})"
+        if deviation(found, whole) > tolerance(whole):
+            return "behind keys and values it gives something else than in the whole text"
+        return ""
+
     def _whole(self) -> Tensor:
         """The outputs for tokens; what is called on the way, and the residual stream."""
         handles: list[Any] = []
@@ -176,11 +214,7 @@ class _Proof:
         return root.get_input_embeddings().num_embeddings
 
     def _outputs(self, tree: Tree, inputs: dict[str, Any]) -> Tensor:
-        outputs = forward(tree, None, (), {**inputs, **self._given})
-        found = getattr(outputs, "logits", None)
-        found = first_tensor(outputs) if found is None else found
-        assert isinstance(found, Tensor)
-        return found
+        return _logits(forward(tree, None, (), {**inputs, **self._given}))
 
     def _embedding(self) -> tuple[str, ...]:
         """What has weights, and was called before the first layer alone."""
@@ -213,9 +247,10 @@ class _Proof:
             for module in self._twin.modules[path].modules()
         ]
         name = "decoder_inputs_embeds" if self._is_both else "inputs_embeds"
+        residual = self._residual
         try:
-            zeros = torch.zeros_like(self._residual)
-            found = self._outputs(route.of(self._twin, self._residual), {name: zeros})
+            zeros = torch.zeros_like(residual)
+            found = self._outputs(route.of(self._twin, lambda: residual), {name: zeros})
         except Exception as error:  # noqa: BLE001 - a model may fail in any way without its layers
             return f"it fails without what is before ({type(error).__name__}: {error})"
         finally:
@@ -229,6 +264,14 @@ class _Proof:
                 "from the layers or embeddings before"
             )
         return ""
+
+
+def _logits(outputs: Any) -> Tensor:
+    """The logits, or what comes first where there are none."""
+    found = getattr(outputs, "logits", None)
+    found = first_tensor(outputs) if found is None else found
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _is_same(found: Tensor, whole: Tensor) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tracekit.core.nest import describe
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, InputError, UnsupportedError
-from tracekit.models.generation import forward
+from tracekit.models.behind import Behind, run_behind
 from tracekit.models.passes import is_encoder_decoder
-from tracekit.models.routes import Route, route_of, why_closed
+from tracekit.models.routes import Route, route_of, why_closed, why_not_behind
 from tracekit.models.signatures import accepts
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.cut import StopAt, count_layers
@@ -40,7 +40,7 @@ class Begun:
     @property
     def call(self) -> TracedCall:
         """The run."""
-        return TracedCall(lambda follower: forward(self.tree, follower, (), self.inputs))
+        return TracedCall(lambda follower: run_behind(self.tree, follower, (), self.inputs))
 
     def left(self, spots: Iterable[Spot]) -> list[Spot]:
         """The activations that are computed; CacheError for another that was asked for."""
@@ -75,10 +75,39 @@ class Begun:
         )
 
 
-def begin(tree: Tree, args: tuple[Any, ...], layer: int, kwargs: dict[str, Any], fit: Fit) -> Begun:
+@final
+class Detours:
+    """The models that go round the first layers of one, each made once, for one run at a time."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Route, Tree]] = {}
+        self._residual: Tensor | None = None
+
+    def tree(self, tree: Tree, route: Route, residual: Tensor) -> Tree:
+        """That of a route, with a residual stream for the next run."""
+        self._residual = residual
+        made = self._made.get(route.number)
+        if made is None or made[0] is not route or made[1].original is not tree:
+            made = self._made[route.number] = route, route.of(tree, self._given)
+        return made[1]
+
+    def _given(self) -> Tensor:
+        assert self._residual is not None
+        return self._residual
+
+
+def begin(
+    tree: Tree,
+    args: tuple[Any, ...],
+    layer: int,
+    kwargs: dict[str, Any],
+    fit: Fit,
+    detours: Detours | None = None,
+) -> Begun:
     """The run of the model on `args`, a residual stream, from a layer on.
 
-    InputError for what is none; UnsupportedError for a model that is not right so.
+    By one of `detours`, if whoever has them makes one run at a time. InputError for what is no
+    residual stream; UnsupportedError for a model that is not right so.
     """
     residual = _residual(args, layer)
     number = _number(tree, layer)
@@ -95,13 +124,31 @@ def begin(tree: Tree, args: tuple[Any, ...], layer: int, kwargs: dict[str, Any],
             tree.routes[number] = route_of(tree, number, kwargs)
         route = tree.routes[number]
     assert isinstance(route, (Route, str))
+    found = inputs.get("prefix")
+    if isinstance(route, Route) and isinstance(found, Behind):
+        route = _behind(tree, number, route, found)
     if isinstance(route, str):
         raise UnsupportedError(
             f"start_at_layer={layer}: {type(root).__name__} can't go on from the residual stream "
             f"in front of layer {number}: {route}. Run it on tokens, with stop_at_layer= or "
             f"names_filter= for less."
         )
-    return Begun(route.of(tree, residual), inputs, route)
+    return Begun((detours or Detours()).tree(tree, route, residual), inputs, route)
+
+
+def _behind(tree: Tree, number: int, route: Route, found: Behind) -> Route | str:
+    """The route, if it goes right behind keys and values too; else why it does not."""
+    if found.grown is not None:
+        raise InputError(
+            "start_at_layer= goes behind what model.prefill(prompt) returns, which no run changes; "
+            "a KeyValueCache would grow in some of its layers alone."
+        )
+    key = ("behind", number)
+    if key not in tree.routes:
+        tree.routes[key] = why_not_behind(found.prefix.model, tree, number, route)
+    why = tree.routes[key]
+    assert isinstance(why, str)
+    return why or route
 
 
 # -- what is given --------------------------------------------------------------------------------
@@ -129,12 +176,17 @@ def _number(tree: Tree, layer: int) -> int:
 
 
 def _check(root: nn.Module, name: str, kwargs: dict[str, Any]) -> None:
-    for other in (*_OTHERS, "prefix", "past_key_values", "cache_params"):
+    for other in (*_OTHERS, "past_key_values", "cache_params"):
         if kwargs.get(other) is not None:
             raise InputError(
                 f"{other}= and start_at_layer= do not go together: the residual stream takes the "
                 f"place of all tokens."
             )
+    if is_encoder_decoder(root) and kwargs.get("prefix") is not None:
+        raise UnsupportedError(
+            "start_at_layer= behind a prefix is for models without an encoder: leave prefix= out, "
+            "and give encoder_outputs=."
+        )
     if is_encoder_decoder(root) and kwargs.get("encoder_outputs") is None:
         raise InputError(
             "start_at_layer= is about the decoder of this model: give encoder_outputs= beside the "

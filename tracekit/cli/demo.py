@@ -1,38 +1,27 @@
-"""The command `tracekit`: its demo looks into the packaged model, and changes what it says."""
+"""The demo: looks into the packaged model, layer by layer, and changes what it says."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from argparse import Namespace
 
 import torch
 from torch import Tensor
 
+from tracekit.cli.arguments import TINY
+from tracekit.cli.opening import quiet_transformers
+from tracekit.cli.status import CHECK_FAILED
 from tracekit.models.language import LanguageModel
 from tracekit.tracing.cache import Cache
 
 PROMPT = "The Eiffel Tower is in the city of"
 OTHER_PROMPT = "The Colosseum is in the city of"
 BAR = 24  # characters
-CHECK_FAILED = 1  # exit status; argparse has 2 for a wrong command line
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="tracekit", description="See and change what happens inside PyTorch models."
-    )
-    # The package's __init__ is above this floor, so it is looked up and not imported from.
-    version = importlib.import_module("tracekit").__version__
-    parser.add_argument("--version", action="version", version=f"tracekit {version}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("demo", help="what the packaged model thinks, layer by layer, and an edit")
-    parser.parse_args(arguments)
-    with _quiet_transformers(), torch.no_grad():
-        return demo(LanguageModel("tracekit/tiny"))
+def run(_: Namespace) -> int:
+    """Run the demo on the packaged model; the exit status."""
+    with quiet_transformers(), torch.no_grad():
+        return demo(LanguageModel(TINY))
 
 
 def demo(model: LanguageModel) -> int:
@@ -113,23 +102,3 @@ def _top(model: LanguageModel, logits: Tensor) -> tuple[str, float]:
 
 def _probability(model: LanguageModel, logits: Tensor, word: str) -> float:
     return logits[0, -1].softmax(dim=-1)[model.tokenizer.convert_tokens_to_ids(word)].item()
-
-
-@contextmanager
-def _quiet_transformers() -> Generator[None]:
-    """No progress bars and no advice from transformers, and all of it as before afterwards."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Many variants of prompts as rows of one batch, as many as a budget of memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from tracekit.analysis.prompts import Prompts
+from tracekit.errors import InputError, UnsupportedError
+from tracekit.models.language import LanguageModel
+
+MEMORY: Final = 2**30  # bytes of what one batch keeps for its backward pass
+# What a layer keeps of a token, in widths of the residual stream, and of logits, in vocabularies;
+# after Korthikanti et al. 2022, "Reducing Activation Recomputation", in elements, rounded up.
+_WIDTHS: Final = 40
+_SCORES: Final = 5
+_LOGITS: Final = 4
+
+
+def rows_that_fit(model: LanguageModel, prompts: Prompts, memory: int) -> int:
+    """How many times these prompts may be in one batch: at least once."""
+    config: Any = model.module.config.get_text_config()
+    positions = prompts.ids.shape[1]
+    width = getattr(config, "hidden_size", None) or 1024
+    heads = getattr(config, "num_attention_heads", None) or 0
+    of_token = len(model.layers) * (_WIDTHS * width + _SCORES * heads * positions)
+    of_token += _LOGITS * (getattr(config, "vocab_size", None) or 0)
+    size = next(model.module.parameters()).element_size()
+    return max(1, int(memory // max(1, prompts.ids.numel() * of_token * size)))
+
+
+def chunks(count: int, rows: int) -> Iterator[slice]:
+    """`count` rows in batches of at most `rows`."""
+    for begin in range(0, count, rows):
+        yield slice(begin, min(count, begin + rows))
+
+
+def repeated(prompts: Prompts, times: int) -> Prompts:
+    """All prompts, and all again, that many times."""
+    count = len(prompts)
+    inputs = {name: _repeated(name, value, count, times) for name, value in prompts.inputs.items()}
+    return Prompts(inputs, prompts.ids.repeat(times, 1), prompts.is_token.repeat(times, 1))
+
+
+def _repeated(name: str, value: Any, count: int, times: int) -> Any:
+    if not isinstance(value, Tensor):
+        if isinstance(value, (bool, int, float, str, type(None))):
+            return value
+        raise UnsupportedError(f"{name}= can't be repeated as rows: it is no tensor.")
+    if value.dim() == 0 or value.shape[0] != count:
+        raise UnsupportedError(
+            f"{name}= has the shape {list(value.shape)}, not a row for each of {count} prompts: "
+            f"it can't be repeated."
+        )
+    return value.repeat(times, *[1] * (value.dim() - 1))
+
+
+def nodes(count: int) -> tuple[Tensor, Tensor]:
+    """Points in 0 to 1 and their weights: Gauss-Legendre, exact for degree 2 * count - 1.
+
+    The eigenvalues of a tridiagonal matrix (Golub and Welsch 1969).
+    """
+    if count < 1:
+        raise InputError(f"steps= is at least 1, not {count}.")
+    index = torch.arange(1, count, dtype=torch.float64)
+    beside = index / (4 * index**2 - 1).sqrt()
+    values, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
+    return (values + 1) / 2, vectors[0] ** 2
