@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tracekit.tracing.report import EditCheck, EditReport, Landing, ModuleChange, Touched
+from tracekit.tracing.report import (
+    EditCheck,
+    EditReport,
+    Landing,
+    LogitsChange,
+    ModuleChange,
+    Touched,
+)
 from tracekit.tracing.verify import Verification
 from tracekit.viz.parts import (
     Facts,
@@ -41,7 +48,7 @@ def report_of(report: EditReport) -> list[Part]:
         parts.append(Table(_EDITS, rows, "Edits"))
     parts.append(Facts(tuple(_facts(report))))
     if report.logits is not None:
-        parts += _logits(report, report.logits.total_variation)
+        parts += _logits(report, report.logits)
     if report.after:
         parts.append(_changed(report.after))
     return parts
@@ -158,22 +165,25 @@ def _facts(report: EditReport) -> Iterator[tuple[str, str]]:
         yield "note", note
 
 
-def _logits(report: EditReport, values: Sequence[Sequence[float]]) -> list[Part]:
+def _logits(report: EditReport, found: LogitsChange) -> list[Part]:
     """How far the predictions moved, token by token."""
-    rows, columns = len(values), max(map(len, values), default=0)
+    rows = len(found.positions)
+    columns = 1 + max((place for row in found.positions for place in row), default=-1)
     if not columns:
         return []
     numbers: Any = np.full((rows, columns), np.nan)
     texts = [[""] * columns for _ in range(rows)]
-    for row, each in enumerate(values):
-        numbers[row, : len(each)] = each
+    for row, (places, values) in enumerate(
+        zip(found.positions, found.total_variation, strict=True)
+    ):
+        numbers[row, list(places)] = values
         tokens = report.tokens[row] if row < len(report.tokens) else ()
         texts[row][: len(tokens)] = tokens[:columns]
     grid = Grid(
         Places("row", tuple(map(str, range(rows)))),
         Places("position", tuple(map(str, range(columns)))),
         numbers,
-        "What the edit did to the predictions behind each token",
+        "What became of the prediction behind each token",
         texts=texts,
     )
     return [Grids((grid,), Scale("sequential", 0.0, 1.0, "total variation"))]
