@@ -23,12 +23,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from PIL import Image  # noqa: E402 - with matplotlib
+
 from tracekit import Picture  # noqa: E402 - after the path
 
 FOLDER = ROOT / "docs" / "pictures"
 PAGE = ROOT / "docs" / "pictures.md"
-WIDTH = 860  # pixels of a screenshot, before SCALE
-SCALE = 2
+WIDTH = 860  # pixels of a screenshot, before it is scaled
 NARROW = 400
 
 PREAMBLE = """\
@@ -51,6 +52,9 @@ class Shown:
     text: str
     code: str
     views: tuple[str, ...] = ("light",)  # light, dark, narrow
+    hover: str = ".tk-grid tbody tr:last-child td:last-child, .tk-image"  # what is pointed at
+    point: dict[str, float] | None = None  # and where in it
+    scale: float = 1.5  # pixels of the file for each of the screen
 
 
 SECTIONS = (
@@ -70,7 +74,7 @@ SECTIONS = (
         """\
         clean, corrupted = "The capital of France is", "The capital of Italy is"
         metric = logit_difference(model, "Paris", "Rome")
-        show(patch_sweep(model, clean, corrupted, metric, activation="attn_out", progress=False))
+        show(patch_sweep(model, clean, corrupted, metric, progress=False))
         """,
     ),
     Shown(
@@ -85,12 +89,14 @@ SECTIONS = (
         show(sweep.normalised(), title="z of each head, patched into the corrupted run")
         """,
         ("light", "dark"),
+        ".tk-grid tbody tr:first-child td:last-child",
     ),
     Shown(
         "scores",
         "Head scores",
         "What kind of head each one is.",
         "show(head_scores(model))",
+        hover=".tk-grid tbody tr:nth-child(3) td:nth-of-type(2)",
     ),
     Shown(
         "attention",
@@ -103,6 +109,8 @@ SECTIONS = (
         show(cache, layer=2, tokens=model.to_str_tokens(words[0]))
         """,
         ("light", "dark"),
+        ".tk-one:nth-child(2) .tk-image",
+        {"x": 162, "y": 294},
     ),
     Shown(
         "tokens",
@@ -115,12 +123,14 @@ SECTIONS = (
         surprise = -logits[:-1].gather(-1, ids[1:, None])[:, 0]
         show.tokens(model.to_str_tokens(text)[1:], surprise, what="surprise in nats")
         """,
+        hover=".tk-flow span:nth-of-type(2)",
     ),
     Shown(
         "gradients",
         "Integrated gradients",
         "Labelled numbers with positions alone are such text, too.",
         "show(integrated_gradients(model, clean, metric))",
+        hover=".tk-flow span:nth-of-type(5)",
     ),
     Shown(
         "modules",
@@ -150,17 +160,16 @@ SECTIONS = (
     Shown(
         "report",
         "Did the edit land?",
-        "The report of a verified trace, what is wrong first. Here a second line overwrites what "
-        "the first one wrote.",
+        "The report of a verified trace, what is wrong first. Here the first edit is one position "
+        "off what was meant.",
         """\
         with model.trace(prompt, verify=True) as tracer:
             model.layers[1].attn_out[:, 3] = 0
-            mlp = model.layers[2].mlp
-            mlp.output = mlp.output * 2
-            mlp.output = torch.zeros_like(mlp.output)
-        show(tracer.report)
+            model.layers[2].mlp.output[:, -1] *= 3
+        show(tracer.report.expect(positions=[2, -1]))
         """,
         ("light", "dark"),
+        scale=1.15,
     ),
 )
 
@@ -231,24 +240,27 @@ def main(chosen: Sequence[str]) -> None:
             if not chosen or shown.name in chosen:
                 saved = every[shown.name].save(Path(scratch) / "x.html")
                 for view in shown.views:
-                    _shoot(browser, saved, view, file_of(shown, view))
+                    _shoot(browser, saved, view, shown)
         browser.close()
 
 
-def _shoot(browser: Any, saved: Path, view: str, file: Path) -> None:
+def _shoot(browser: Any, saved: Path, view: str, shown: Shown) -> None:
+    file = file_of(shown, view)
     width = NARROW if view == "narrow" else WIDTH
     view_page = browser.new_page(
-        viewport={"width": width, "height": 400},
-        device_scale_factor=SCALE,
+        viewport={"width": width, "height": 1400},
+        device_scale_factor=shown.scale,
         color_scheme="light" if view == "light" else "dark",
     )
     view_page.goto(saved.as_uri())
     view_page.add_style_tag(content="body{margin:0!important}.tk-viz{border-radius:0!important}")
-    cells = view_page.locator(".tk-grid tbody tr:last-child td:last-child, .tk-flow span")
-    if cells.count():
-        cells.last.hover()  # so that the page shows what pointing tells
+    cell = view_page.locator(shown.hover).first
+    if cell.count():
+        cell.hover(position=shown.point)  # so that the page shows what pointing tells
     view_page.locator(".tk-viz").screenshot(path=file, animations="disabled")
     view_page.close()
+    with Image.open(file) as image:
+        image.convert("RGB").save(file, optimize=True)  # the same, and smaller
     print(f"{file.relative_to(ROOT)}: {file.stat().st_size / 1000:.0f} kB")
 
 

@@ -78,8 +78,8 @@ def test_three_axes_are_small_multiples_and_panels_says_of_which() -> None:
     of_heads = read(show(heads()).html)
     assert len(of_heads.all("table")) == 2
     assert [table.all("td")[1]["title"] for table in of_heads.all("table")] == [
-        "layer 0, position 1 ·Eiffel: 0.04761905",
-        "layer 0, position 1 ·Eiffel: 0.071428575",
+        "head 0, layer 0, position 1 ·Eiffel: 0.04761905",
+        "head 1, layer 0, position 1 ·Eiffel: 0.071428575",
     ]
     assert len(read(show(heads(), panels="layer").html).all("table")) == 3
     with pytest.raises(InputError, match="panels='heads' is no axis; there are layer, position"):

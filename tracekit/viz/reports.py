@@ -30,7 +30,7 @@ from tracekit.viz.parts import (
 )
 from tracekit.viz.wording import brief, visible
 
-_MOST = 40  # rows of the table of what changed
+_MOST = 8  # rows of the table of what changed
 _FEW = 6  # things in one list
 _EDITS = ("edit", "line", "code", "fired", "where", "of its norm", "largest", "then", "verdict")
 
@@ -171,7 +171,7 @@ def _logits(report: EditReport, found: LogitsChange) -> list[Part]:
     columns = 1 + max((place for row in found.positions for place in row), default=-1)
     if not columns:
         return []
-    numbers: Any = np.full((rows, columns), np.nan)
+    numbers: Any = np.full((rows, columns), np.nan, "float32")
     texts = [[""] * columns for _ in range(rows)]
     for row, (places, values) in enumerate(
         zip(found.positions, found.total_variation, strict=True)
