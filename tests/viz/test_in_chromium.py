@@ -169,6 +169,26 @@ def test_a_tree_opens_and_closes_and_its_columns_stay_in_line(
     assert len(rights) > 10 and max(rights) - min(rights) < 1
 
 
+# What JupyterLab's style says of tables, lists and images in an output, in short.
+LAB = """.lab table{border-collapse:collapse;border-spacing:0;table-layout:fixed;margin:0 auto 1em}
+.lab td,.lab th,.lab tr{vertical-align:middle;padding:.5em;line-height:normal;text-align:right;
+white-space:normal;max-width:none;border:none;font-weight:bold}.lab tbody tr:nth-child(odd){
+background:#f00}.lab img{max-width:50%;margin:9px}.lab dl,.lab p{margin:1em}
+.lab dt{font-weight:bold}body{font:20px serif;line-height:3}"""
+
+
+@pytest.mark.parametrize("name", ["heat map", "attention", "report", "tokens", "much attention"])
+def test_a_notebooks_style_changes_nothing(
+    opened: Open, pictures: Mapping[str, Picture], name: str
+) -> None:
+    boxes = """() => [...document.querySelectorAll(".tk-part :not(tr)")].map(e => {
+        const b = e.getBoundingClientRect(), c = getComputedStyle(e);
+        return [b.width, b.height, c.backgroundColor, c.fontWeight, c.textAlign, c.fontSize] })"""
+    html = f'<body style="margin:0"><div class="lab">{pictures[name].html}</div>'
+    alone = opened("<!doctype html>" + html).evaluate(boxes)
+    assert opened(f"<!doctype html><style>{LAB}</style>{html}").evaluate(boxes) == alone
+
+
 def test_pictures_on_one_page_do_not_disturb_each_other_nor_the_page(opened: Open) -> None:
     plain = '<table id="own"><tr><td class="s3">mine</td></tr></table>'
     pictures = [show(heat()), show(heat()), show(heads().at(head=0))]

@@ -45,7 +45,7 @@ def report_of(report: EditReport) -> list[Part]:
         parts.append(Verdict(f"{problem.slug}{of}: {problem.text}", "bad"))
     if report.edits:
         rows = tuple(row for edit in report.edits for row in _edit(report, edit))
-        parts.append(Table(_EDITS, rows, "Edits"))
+        parts.append(_without_empty(Table(_EDITS, rows, "Edits")))
     parts.append(Facts(tuple(_facts(report))))
     if report.logits is not None:
         parts += _logits(report, report.logits)
@@ -92,6 +92,13 @@ def _edit(report: EditReport, edit: EditCheck) -> Iterator[tuple[Item, ...]]:
     for landing in edit.landings:
         yield (*own, *_landing(report, landing), verdict)
         own, verdict = [Item("")] * 4, Item("")
+
+
+def _without_empty(table: Table) -> Table:
+    """The columns in which something stands."""
+    kept = [at for at in range(len(table.columns)) if any(row[at].text for row in table.rows)]
+    rows = tuple(tuple(row[at] for at in kept) for row in table.rows)
+    return Table(tuple(table.columns[at] for at in kept), rows, table.title)
 
 
 def _landing(report: EditReport, landing: Landing) -> tuple[Item, ...]:
