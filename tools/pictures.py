@@ -83,9 +83,7 @@ SECTIONS = (
         "Three axes are one heat map for each place of one of them (`panels=` says which).",
         """\
         over = ("layer", "position", "head")
-        sweep = patch_sweep(
-            model, clean, corrupted, metric, over=over, activation="z", progress=False
-        )
+        sweep = patch_sweep(model, clean, corrupted, metric, over, activation="z", progress=False)
         show(sweep.normalised(), title="z of each head, patched into the corrupted run")
         """,
         ("light", "dark"),
