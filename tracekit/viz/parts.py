@@ -12,7 +12,7 @@ from tracekit.viz.wording import decimals_of, exact, short, visible
 
 Mood: TypeAlias = Literal["", "good", "bad", "note", "code", "number", "whole"]
 # So many cells are elements of their own; more are an image, which is read by pointing at it.
-LARGE: Final = 2000
+LARGE: Final = 1500
 LARGE_PATTERN: Final = 1200
 TOKENS: Final = ("position", "token", "query", "key", "from", "to")  # what has tokens as labels
 

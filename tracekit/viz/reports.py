@@ -147,7 +147,8 @@ def _facts(report: EditReport) -> Iterator[tuple[str, str]]:
     same = "all bit-identical to the clean run" if not different else f"{different} differ"
     yield "before the edit", f"{report.before} values, {same}"
     if report.first is not None:
-        yield "behind it", f"{len(report.after)} values differ, {report.unchanged_after} do not"
+        every = len(report.after) + report.unchanged_after
+        yield "behind it", f"{len(report.after)} of {every} values differ"
         yield "the first that differs", report.first.site
     for row in report.rows:
         if row.verdict != "edited":
