@@ -62,10 +62,8 @@ def _position(given: str, tokens: tuple[str, ...]) -> int | None:
 
 def _tell(options: Namespace, lens: Lens, position: int) -> None:
     token = lens.chosen[position]
-    say(
-        f"{options.model}: what each layer ({lens.activation}) would say behind position {position},"
-    )
-    say(f"{shown(lens.tokens[position])}, of {len(lens.tokens)} tokens\n")
+    place = f"position {position}, {shown(lens.tokens[position])}, of {len(lens.tokens)} tokens"
+    say(f"{options.model}: what each layer ({lens.activation}) would say behind {place}\n")
     head = ["layer", f"probability of {shown(token)}", "rank", "entropy", "says"]
     rows = [head, *(_row(lens, number, position) for number in range(len(lens.layers)))]
     first, *lines = (clipped(line, width()) for line in table(rows, right=[1, 2, 3]))
@@ -76,9 +74,7 @@ def _tell(options: Namespace, lens: Lens, position: int) -> None:
 def _row(lens: Lens, layer: int, position: int) -> list[str]:
     words = lens.words[layer][position]
     chances = lens.top.values[layer, position].tolist()
-    says = "  ".join(
-        f"{shown(word)} {chance:.3f}" for word, chance in zip(words, chances, strict=True)
-    )
+    says = (f"{shown(word)} {chance:.3f}" for word, chance in zip(words, chances, strict=True))
     place = (layer, position)
     return [
         lens.layers[layer],
