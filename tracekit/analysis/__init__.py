@@ -5,6 +5,7 @@ from tracekit.analysis.attribution import logit_attrs
 from tracekit.analysis.attribution_patching import attribution_patching
 from tracekit.analysis.components import Components
 from tracekit.analysis.direct import direct_logit_attribution
+from tracekit.analysis.edges import Circuit, Edge, Edges, edge_attribution
 from tracekit.analysis.heads import HeadScores, copying_scores, head_scores, repeated_tokens
 from tracekit.analysis.integrated import Integrated, integrated_gradients
 from tracekit.analysis.labelled import Axis, Labelled
@@ -27,11 +28,16 @@ from tracekit.analysis.patched import PatchSweep
 from tracekit.analysis.patches import Patch
 from tracekit.analysis.residual import accumulated_resid, decompose_resid
 from tracekit.analysis.saliency import gradient_x_input
+from tracekit.analysis.steering import DoseCurve, SteeringVector, dose_curve, steering_vector
 from tracekit.analysis.sweep import patch_sweep
 
 __all__ = [
     "Axis",
+    "Circuit",
     "Components",
+    "DoseCurve",
+    "Edge",
+    "Edges",
     "HeadScores",
     "Integrated",
     "Labelled",
@@ -39,6 +45,7 @@ __all__ = [
     "Metric",
     "Patch",
     "PatchSweep",
+    "SteeringVector",
     "ablate",
     "ablation_sweep",
     "accumulated_resid",
@@ -47,6 +54,8 @@ __all__ = [
     "copying_scores",
     "decompose_resid",
     "direct_logit_attribution",
+    "dose_curve",
+    "edge_attribution",
     "full_resid_decomposition",
     "get_neuron_results",
     "gradient_x_input",
@@ -62,4 +71,5 @@ __all__ = [
     "repeated_tokens",
     "stack_head_results",
     "stack_neuron_results",
+    "steering_vector",
 ]

@@ -22,15 +22,19 @@ from tracekit.models.generation import forward, generate, generation
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
+from tracekit.models.verification import verify
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits, run_edited
 from tracekit.tracing.execution import Intervention
+from tracekit.tracing.expecting import Meant
 from tracekit.tracing.hooked import Hooked
+from tracekit.tracing.report import EditReport
 from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
 from tracekit.tracing.tracer import Tracer
+from tracekit.tracing.verifying import BUDGET, Verifier, Wanted
 
 M = TypeVar("M", bound="Model")
 
@@ -61,20 +65,61 @@ class Model(Functional):
         object.__setattr__(self, "_functions", [])
 
     @showing_own_lines
-    def trace(self, *args: Any, start_at_layer: int | None = None, **kwargs: Any) -> Tracer:
+    def trace(
+        self,
+        *args: Any,
+        start_at_layer: int | None = None,
+        verify: bool | Mapping[str, Any] = False,
+        **kwargs: Any,
+    ) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
         Takes what the module's forward takes. Without input, each `with tracer.invoke(input):` in
         the block has rows of its own in one pass; inputs are joined along their first axis.
         With `start_at_layer=k` the input is the residual stream in front of that layer, and nothing
-        before it is computed.
+        before it is computed. With `verify=True`, `tracer.report` says what each edit did:
+        `model.verify` explains it, and what else `verify=` takes.
         """
+        wanted = Wanted.of(verify)
         begun = self._begun(start_at_layer, args, kwargs)
         if begun is not None:
-            return self._tracer(begun.call, tree=begun.tree)
+            return self._tracer(begun.call, tree=begun.tree, verify=wanted)
         if is_without_input(args, kwargs) and _takes_input(self._tree.root):
-            return self._tracer(self._batch(kwargs, forward, "trace"))
-        return self._tracer(self._pass(args, kwargs))
+            return self._tracer(self._batch(kwargs, forward, "trace"), verify=wanted)
+        return self._tracer(self._pass(args, kwargs), verify=wanted)
+
+    @showing_own_lines
+    def verify(
+        self,
+        edit: object,
+        *args: Any,
+        rows: Sequence[int] | int | None = None,
+        positions: Sequence[int] | int | None = None,
+        modules: Sequence[str] | str | None = None,
+        watch: Selector | None = None,
+        budget: float = BUDGET,
+        check_precision: bool | None = None,
+        **kwargs: Any,
+    ) -> EditReport:
+        """`report = model.verify(edit, input)`: did the edit do what was meant, and nothing else?
+
+        `edit` is an edited model, a lasting edit, `(modules, change)` as `run` takes it, `(name,
+        fn)` as `run_with_hooks` does, a function that is run as a block, or a list of these; all
+        else goes to the forward pass, as in `trace`. The run is held against one without edits, on
+        the same input and random numbers: by plain hooks on every module, which know nothing of
+        edits. Print the report; it is true if all is well, and `.problems` says what is not.
+
+        `rows`, `positions` (a row's own, from 0) and `modules` are what the edit is meant to touch,
+        all of it and nothing else. `watch`: compare these modules alone; of the run without edits
+        up to `budget` bytes are kept. In half precision, or with `check_precision=True`, the edit
+        is made in float32 too, with a copy of the weights. The model runs 3 times, and twice that
+        with float32. Problems have slugs: "never-fired", "changed-nothing", "overwritten", "lost",
+        "changed-before", "other-rows", "wrong-row", "wrong-position", "wrong-module", "missed-row",
+        "missed-position", "missed-module", "not-in-cache", "precision-only", "precision-noise",
+        "no-edit", and those of errors.
+        """
+        meant = Meant.of(rows, positions, modules)
+        return verify(self, edit, args, kwargs, Wanted(meant, watch, budget, check_precision))
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         """One forward pass, on what `trace` takes."""
@@ -257,9 +302,20 @@ class Model(Functional):
         return [*hooks, *(edit.intervention() for edit in self._edits)]
 
     def _tracer(
-        self, call: TracedCall | Batch, grad: bool | None = None, tree: Tree | None = None
+        self,
+        call: TracedCall | Batch,
+        grad: bool | None = None,
+        tree: Tree | None = None,
+        verify: Wanted | None = None,
     ) -> Tracer:
-        return Tracer(tree or self._tree, call, grad, self._interventions())
+        tree = tree or self._tree
+        verifier = None if verify is None else Verifier(tree, verify, self._tell)
+        return Tracer(tree, call, grad, self._interventions(), verifier)
+
+    @property
+    def _tell(self) -> Callable[[Sequence[int]], Sequence[str]] | None:
+        """From token ids, the text of each; None where nothing knows."""
+        return None
 
     def _edited(self, call: TracedCall, grad: bool | None = None) -> Any:
         return run_edited(self._tree, call, grad, self._interventions())
