@@ -105,3 +105,15 @@ def test_a_dtype_is_taken(tell: Tell) -> None:
     full: Any = tell("lens", "tracekit/tiny", PROMPT, "--json").json
     off = abs(half["probability"][2][-1] - full["probability"][2][-1])
     assert 0 < off < 0.05
+
+
+@pytest.mark.parametrize("command", [["lens"], ["patch", "--clean", "a", "--corrupted"]])
+def test_a_model_that_reads_two_texts_is_refused(
+    command: list[str], tell: Tell, tmp_path: Path, tiny: LanguageModel
+) -> None:
+    model = LanguageModel.from_config("t5", tokenizer=tiny.tokenizer)
+    model.module.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    told = tell(command[0], str(tmp_path), *command[1:], "b")
+    assert told.status == 2
+    assert "is an encoder-decoder" in told.err

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from tracekit.analysis import Lens, logit_lens
-from tracekit.cli.opening import open_model, quiet_transformers
+from tracekit.cli.opening import open_decoder, quiet_transformers
 from tracekit.cli.output import clipped, save, say, say_json, shown, styled, table, width
 from tracekit.cli.status import FINE
 from tracekit.errors import InputError
@@ -15,7 +15,7 @@ from tracekit.models.language import LanguageModel
 def run(options: Namespace) -> int:
     """Print the lens, as a table of one position or of all."""
     with quiet_transformers():
-        model = open_model(options)
+        model = open_decoder(options)
         if options.text == "":
             raise InputError("the text is empty: there is no position to read.")
         position, lens = _lens_of(model, options)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tracekit.analysis import Axis, Labelled, Metric, PatchSweep, logit_difference, patch_sweep
-from tracekit.cli.opening import open_model, quiet_transformers
+from tracekit.cli.opening import open_decoder, quiet_transformers
 from tracekit.cli.output import clipped, save, say, say_json, shown, styled, table, width
 from tracekit.cli.status import FINE, INTERRUPTED
 from tracekit.errors import InputError
@@ -24,7 +24,7 @@ _TOP = 10  # patches that are listed where there is no table
 def run(options: Namespace) -> int:
     """Print the sweep; what is done of one that was interrupted, too."""
     with quiet_transformers():
-        model = open_model(options)
+        model = open_decoder(options)
         _check(model, options)
         right, wrong, told = _answers(model, options)
         metric = _metric(model, right, wrong)
