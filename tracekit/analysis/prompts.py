@@ -120,9 +120,10 @@ def words_of(model: LanguageModel, ids: Tensor) -> tuple[str, ...]:
 
 
 def position_axis(model: LanguageModel, prompts: Prompts) -> Axis:
-    """Positions, labelled by their tokens; of several prompts that differ, by both."""
+    """Positions, labelled by their tokens; where prompts differ, by both, or by their number."""
     each = [words_of(model, row) for row in prompts.ids]
-    labels = ["/".join(dict.fromkeys(column)) for column in zip(*each, strict=True)]
+    columns = [tuple(dict.fromkeys(column)) for column in zip(*each, strict=True)]
+    labels = ["/".join(one) if len(one) <= 2 else str(at) for at, one in enumerate(columns)]
     return Axis("position", tuple(labels))
 
 

@@ -45,7 +45,14 @@ def attention_of(pattern: Tensor, tokens: Sequence[str] | None) -> list[Part]:
     columns = Places("to", labels, is_named=False)
     numbers: Any = as_numbers(pattern)
     grids = tuple(
-        Grid(rows, columns, head, f"head {number}", joint=" \N{RIGHTWARDS ARROW} ")
+        Grid(
+            rows,
+            columns,
+            head,
+            f"head {number}",
+            joint=" \N{RIGHTWARDS ARROW} ",
+            told=f"head {number}",
+        )
         for number, head in enumerate(numbers)
     )
     return [Grids(grids, Scale("sequential", 0.0, 1.0, "weight"), is_pattern=True)]

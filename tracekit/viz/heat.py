@@ -42,9 +42,10 @@ def labelled_grid(found: Labelled, title: str = "", beside: Labelled | None = No
     """One or two axes as a grid."""
     numbers, more = as_numbers(found.values), _told_beside(beside)
     if len(found.axes) == 1:
-        return Grid(Places("", ("",)), _places(found.axes[0]), numbers[None], title, more=more)
+        only = _places(found.axes[0])
+        return Grid(Places("", ("",)), only, numbers[None], title, more=more, told=title)
     rows, columns = map(_places, found.axes)
-    return Grid(rows, columns, numbers, title, more=more)
+    return Grid(rows, columns, numbers, title, more=more, told=title)
 
 
 def largest(found: Labelled) -> str:
