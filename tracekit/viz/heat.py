@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tracekit.analysis import Axis, Labelled
@@ -9,15 +10,20 @@ from tracekit.errors import InputError
 from tracekit.viz.parts import Flow, Grid, Grids, Part, Places, scale_of
 from tracekit.viz.wording import as_numbers, brief
 
-POSITIONS = ("position", "token", "query", "key")  # axes whose labels are tokens
+_TOKENS = ("position", "token", "query", "key")  # axes whose labels are tokens
 
 
 def heat_of(
-    found: Labelled, low: float | None = None, high: float | None = None, panels: str | None = None
+    found: Labelled,
+    low: float | None = None,
+    high: float | None = None,
+    panels: str | None = None,
+    beside: Labelled | None = None,
 ) -> list[Part]:
     """The parts of a picture of labelled numbers; `panels` names the axis of small multiples.
 
-    Positions alone are running text; InputError for none, and for more than three axes.
+    `beside` has other numbers of the same places, told with each. Positions alone are running
+    text; InputError for none, and for more than three axes.
     """
     if not 1 <= len(found.axes) <= 3 or not found.values.numel():
         axes = " x ".join(f"{axis.name} {len(axis.labels)}" for axis in found.axes) or "one number"
@@ -27,15 +33,20 @@ def heat_of(
         )
     numbers = as_numbers(found.values)
     scale = scale_of(numbers.ravel().tolist(), "", low, high)
+    if len(found.axes) == 1 and beside is None and found.axes[0].name in _TOKENS:
+        return [Flow(_places(found.axes[0]), numbers, scale)]
+    if len(found.axes) == 3:
+        return [Grids(_multiples(found, panels, beside), scale)]
+    return [Grids((labelled_grid(found, beside=beside),), scale)]
+
+
+def labelled_grid(found: Labelled, title: str = "", beside: Labelled | None = None) -> Grid:
+    """One or two axes as a grid."""
+    numbers, more = as_numbers(found.values), _told_beside(beside)
     if len(found.axes) == 1:
-        only = _places(found.axes[0])
-        if only.name in POSITIONS:
-            return [Flow(only, numbers, scale)]
-        return [Grids((Grid(Places("", (found.what,)), only, numbers[None]),), scale)]
-    if len(found.axes) == 2:
-        rows, columns = map(_places, found.axes)
-        return [Grids((Grid(rows, columns, numbers),), scale)]
-    return [Grids(_multiples(found, numbers, panels), scale)]
+        return Grid(Places("", ("",)), _places(found.axes[0]), numbers[None], title, more=more)
+    rows, columns = map(_places, found.axes)
+    return Grid(rows, columns, numbers, title, more=more)
 
 
 def largest(found: Labelled) -> str:
@@ -43,23 +54,35 @@ def largest(found: Labelled) -> str:
     cells = found.top(1)
     if not cells:
         return "none of the numbers is one"
-    places = zip(found.axes, cells[0].place, strict=True)
-    where = ", ".join(_places(axis).told(place) for axis, place in places)
-    return f"{brief(cells[0].value)} at {where}"
+    return f"{brief(cells[0].value)} at {told_at(found.axes, cells[0].place)}"
 
 
-def _multiples(found: Labelled, numbers: Any, panels: str | None) -> tuple[Grid, ...]:
+def told_at(axes: Sequence[Axis], place: Sequence[int]) -> str:
+    """One place in words."""
+    return ", ".join(_places(axis).told(at) for axis, at in zip(axes, place, strict=True))
+
+
+def _multiples(found: Labelled, panels: str | None, beside: Labelled | None) -> tuple[Grid, ...]:
     """A grid for each place of one axis: the heads, or the first axis."""
     name = panels or ("head" if "head" in found.names else found.names[0])
     if name not in found.names:
         raise InputError(f"panels={name!r} is no axis; there are {', '.join(found.names)}.")
-    axis = found.names.index(name)
-    rows, columns = (_places(each) for at, each in enumerate(found.axes) if at != axis)
-    each = _places(found.axes[axis])
+    each = _places(found.axes[found.names.index(name)])
     return tuple(
-        Grid(rows, columns, numbers.take(place, axis), each.told(place))
+        labelled_grid(
+            found.at(**{name: place}),
+            each.told(place),
+            None if beside is None else beside.at(**{name: place}),
+        )
         for place in range(len(each.labels))
     )
+
+
+def _told_beside(beside: Labelled | None) -> Callable[[int, int], str] | None:
+    if beside is None:
+        return None
+    numbers: Any = as_numbers(beside.values).reshape(-1, len(beside.axes[-1].labels))
+    return lambda row, column: f"{beside.what} {brief(float(numbers[row, column]))}"
 
 
 def _places(axis: Axis) -> Places:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from tracekit.analysis import Axis, Labelled, Lens
+from tracekit.analysis import Axis, HeadScores, Integrated, Labelled, Lens, PatchSweep
 from tracekit.capture import showing_own_lines
 from tracekit.errors import InputError
 from tracekit.tracing.cache import Cache
@@ -18,6 +18,7 @@ from tracekit.tracing.named_cache import NamedCache
 from tracekit.tracing.report import EditReport
 from tracekit.tracing.verify import Verification
 from tracekit.viz import modules, requests
+from tracekit.viz.answers import integrated_of, scores_of, sweep_of
 from tracekit.viz.attention import attention_of, pattern_in
 from tracekit.viz.heat import heat_of
 from tracekit.viz.lens import lens_of
@@ -99,6 +100,15 @@ def _picture_of(thing: Any, options: _Options) -> _Told:
         case Labelled():
             parts = heat_of(thing, options.low, options.high, options.panels)
             return f"{thing.what or 'values'}, by {' and '.join(thing.names)}", parts
+        case PatchSweep():
+            run = "corrupted" if thing.direction == "denoise" else "clean"
+            metric = thing.per_pair.what
+            told = f"{thing.what} patched into the {run} run: {metric}, 0 as it is, 1 as the other"
+            return told, sweep_of(thing, options.panels)
+        case HeadScores():
+            return "What each head attends to", scores_of(thing)
+        case Integrated():
+            return thing.scores.what, integrated_of(thing)
         case Lens():
             return f"Logit lens: what each layer ({thing.activation}) would say", lens_of(thing)
         case Graph():
@@ -121,10 +131,11 @@ def _picture_of(thing: Any, options: _Options) -> _Told:
 
 def _no_picture(thing: object) -> str:
     return (
-        f"there is no picture of {type(thing).__name__}. What can be shown: labelled numbers and "
-        f"what holds them (analysis), a logit lens, attention (show(cache, layer=3), or a pattern "
-        f"[heads, queries, keys]), a model or module (with a tracer.cache(), too), tracer.graph, "
-        f"a report of edits, cache.verify(); and show.tokens(strings, values)."
+        f"there is no picture of {type(thing).__name__}. What can be shown: labelled numbers, a "
+        f"patch sweep, head scores, integrated gradients, a logit lens; attention, by show(cache, "
+        f"layer=3) or as a pattern [heads, queries, keys]; a model or a module, with a "
+        f"tracer.cache() too; tracer.graph; a report of edits, cache.verify(); and texts, by "
+        f"show.tokens(strings, values)."
     )
 
 
