@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from tests.tiny_models import SPECS, make
 from tracekit import LanguageModel
-from tracekit.analysis import Patch, PatchSweep, logit_difference, patch_sweep
+from tracekit.analysis import Patch, PatchSweep, logit_difference, patch_batches, patch_sweep
 from tracekit.errors import InputError, UnsupportedError
+from tracekit.models.resuming import keep
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 
@@ -149,6 +150,21 @@ def test_noise_is_the_other_direction() -> None:
     expected = naive(net, CLEAN, CORRUPTED, layers_of("llama", net)[1], "input")
     torch.testing.assert_close(found.values.values[1], expected, atol=1e-4, rtol=0)
     assert found.base == found.clean != found.corrupted
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bloom", "falcon", "mixtral"])
+def test_the_last_layer_may_be_computed_for_the_last_position_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patch_batches.Costs, "gains_by_narrowing", lambda *_: True)
+    net, _ = make(name)
+    model = LanguageModel(net)
+    assert keep(model, CORRUPTED[None]).can_narrow
+    found = swept(model, check=100)
+    assert found.how == CUT_SAYS and found.deviation <= 1e-4
+    for number, layer in enumerate(layers_of(name, net)):
+        expected = naive(net, CORRUPTED, CLEAN, layer, "input")
+        torch.testing.assert_close(found.values.values[number], expected, atol=1e-4, rtol=0)
 
 
 # -- what is patched together ----------------------------------------------------------------------

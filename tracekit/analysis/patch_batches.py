@@ -13,10 +13,11 @@ from typing import Any, Final, final
 from tracekit.analysis.patches import Target
 
 CALL: Final = 3e-3  # seconds that a call takes beside what it computes
-SPEED: Final = 3e10  # operations a second, of one processor
+SPEED: Final = 6e10  # operations a second, of one processor
 SPEED_OF_ACCELERATOR: Final = 3e13
-READING: Final = 16  # tokens whose computation takes as long as to read a layer's weights
+READING: Final = 32  # tokens whose computation takes as long as to read a layer's weights
 READING_OF_ACCELERATOR: Final = 256
+OF_NARROWING: Final = 0.75  # of the last layer: all but queries, keys and values
 MOST_ROWS: Final = 256  # more gain nothing
 
 
@@ -46,11 +47,22 @@ class Costs:
     bytes_of_row: Callable[[int, int], int]  # by the first layer, and the first position
     is_fast: bool  # an accelerator
 
+    @property
+    def _call(self) -> float:
+        speed = SPEED_OF_ACCELERATOR if self.is_fast else SPEED
+        return CALL * speed / (2 * self.weights)
+
+    @property
+    def _reading(self) -> float:
+        return READING_OF_ACCELERATOR if self.is_fast else READING
+
     def of_a_call(self, entry: int) -> float:
         """What a batch costs beside its tokens, for each layer that it goes through."""
-        speed = SPEED_OF_ACCELERATOR if self.is_fast else SPEED
-        tokens = CALL * speed / (2 * self.weights) / max(self.layers - entry, 1)
-        return tokens + (READING_OF_ACCELERATOR if self.is_fast else READING)
+        return self._call / max(self.layers - entry, 1) + self._reading
+
+    def gains_by_narrowing(self, tokens: int) -> bool:
+        """Whether a call of the last layer for the last position costs less than it saves."""
+        return tokens * OF_NARROWING > self._call + self._reading
 
     def rows(self, entry: int, start: int) -> int:
         """How many rows fit, at least one."""

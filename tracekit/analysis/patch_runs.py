@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any, Final, final
 
 import torch
@@ -99,10 +100,14 @@ class Runs:
 
     def batches(self, changes: Sequence[Change]) -> list[list[Change]]:
         """What runs as one."""
+        return batches(changes, self._costs)
+
+    @cached_property
+    def _costs(self) -> Costs:
         module = self._model.module
         first = next(module.parameters())
         has_cut = self.way is Way.CONE
-        costs = Costs(
+        return Costs(
             self._pair.length,
             self.layers,
             _weights_of_a_layer(module, self.layers),
@@ -112,7 +117,6 @@ class Runs:
             ),
             first.device.type != "cpu",
         )
-        return batches(changes, costs)
 
     def _positions(self, target: Target) -> list[int]:
         """Where a target changes what the last logits can be changed by."""
@@ -157,13 +161,14 @@ class Runs:
         if entry is None:
             return self._whole(rows)
         assert self._kept is not None
+        is_narrowed = self._costs.gains_by_narrowing(tokens)
         residual = self._kept.stream[entry][:, start:].repeat(len(rows), 1, 1)
         for row, change in zip(residual, rows, strict=True):
             for target in change.targets:
                 if self._wheres[target.key].boundary == entry:
                     write(row, self._pair.values[target.key], target, start)
         hooks = self._hooks(rows, start, entry)
-        return resume(self._model, self._kept, residual, entry, start, hooks)
+        return resume(self._model, self._kept, residual, entry, start, hooks, is_narrowed)
 
     def _whole(self, rows: Sequence[Change]) -> Tensor:
         inputs = repeated(self._pair.base.inputs, len(rows))

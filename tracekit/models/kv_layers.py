@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tracekit.errors import UnsupportedError
+from tracekit.interleave.protocol import Unwind
 from tracekit.models.kv_work import Work
 
 KvCache = Any  # transformers.Cache; transformers is imported where it is needed
@@ -116,6 +117,42 @@ def mapped(
 
     vars(found).update({name: changed(name, value) for name, value in vars(layer).items()})
     return found
+
+
+class Filled(Unwind):
+    """The layer that a run was to come to has appended; what is behind it is not to be computed."""
+
+
+def ending(kv_cache: KvCache, index: int) -> tuple[KvCache, list[tuple[Tensor, Tensor]]]:
+    """The same with a layer that ends the run of a fork, with Filled, when it has appended.
+
+    What the layer then holds, keys and values, is added to the list. Of plain layers.
+    """
+    filled: list[tuple[Tensor, Tensor]] = []
+    found = copy.copy(kv_cache)
+    found.layers = list(kv_cache.layers)
+    last = mapped(found.layers[index], lambda _, tensor: tensor, _ending_class())
+    last.filled = filled
+    found.layers[index] = last
+    return found, filled
+
+
+@lru_cache(maxsize=1)
+def _ending_class() -> type:
+    """Made once, when transformers is first needed."""
+    from transformers.cache_utils import DynamicLayer
+
+    class Ending(DynamicLayer):
+        """A layer behind whose keys and values nothing is computed."""
+
+        filled: list[tuple[Tensor, Tensor]]
+
+        def update(self, *args: Any, **kwargs: Any) -> Any:
+            parent: Any = super()
+            self.filled.append(parent.update(*args, **kwargs))
+            raise Filled
+
+    return Ending
 
 
 def end_run(kv_cache: KvCache) -> None:

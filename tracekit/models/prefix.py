@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from tracekit.models.kv_layers import (
     WITH_STATES,
     KvCache,
     check_shareable,
+    ending,
     fork,
     kind_of,
     layers_of,
@@ -166,14 +168,12 @@ class Prefix:
                 f"crop({positions}): a prefix of {len(self)} positions can be cropped to 1 up to "
                 f"{len(self)}."
             )
-        if positions == len(self):
-            return self
-        if self.has_media:
+        if self.has_media and positions < len(self):
             raise UnsupportedError(
                 "a prefix with images or sounds can't be cropped, as the tokens of one read each "
                 "other. Prefill the shorter prompt."
             )
-        return self._with(_cropped(self._kv_cache, positions), positions)
+        return self.cut(positions)
 
     @showing_own_lines
     def save(self, path: str | Path) -> None:
@@ -183,6 +183,29 @@ class Prefix:
         save_prefix(self, path)
 
     # -- for runs -------------------------------------------------------------------------------
+
+    def cut(self, positions: int) -> Prefix:
+        """The first `positions`, which may be none: a run behind nothing, that keeps its own."""
+        if positions == len(self):
+            return self
+        return self._with(_cropped(self._kv_cache, positions), positions)
+
+    def ending(self, index: int) -> tuple[Prefix, list[tuple[Tensor, Tensor]]]:
+        """The same, whose runs end when a plain layer has appended: Filled is raised there.
+
+        And the list of what the layer held then, keys and values, in each run.
+        """
+        kv_cache, filled = ending(self._kv_cache, index)
+        return self._with(kv_cache, len(self)), filled
+
+    def replaced(self, index: int, keys: Tensor, values: Tensor) -> Prefix:
+        """The same with other keys and values in one layer, of any number of rows."""
+        kv_cache = copy.copy(self._kv_cache)
+        kv_cache.layers = list(kv_cache.layers)
+        new = {"keys": keys, "values": values}
+        layer = mapped(kv_cache.layers[index], new.get)
+        kv_cache.layers[index] = layer
+        return self._with(kv_cache, len(self))
 
     def check_belongs(self, model: Any) -> None:
         """InputError if runs of `model` would not have these keys and values themselves."""

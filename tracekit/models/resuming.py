@@ -7,18 +7,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, final
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
 from tracekit.core.tree import Tree
 from tracekit.errors import TracekitError
+from tracekit.models.face import both
+from tracekit.models.kv_layers import Filled
 from tracekit.models.language import LanguageModel
 from tracekit.models.prefix import Prefix
+from tracekit.models.probing import deviation, tolerance
 from tracekit.models.signatures import accepts
-from tracekit.tracing.hooked import Pairs
+from tracekit.tracing.call import Follower, TracedCall
+from tracekit.tracing.declared import run_to_end
+from tracekit.tracing.hooked import Function
 from tracekit.tracing.wanted import Names, Spot, wanted
+
+Pair: TypeAlias = tuple[Names, Function]
 
 
 @final
@@ -34,6 +43,7 @@ class Kept:
     stream: tuple[Tensor, ...]
     prefix: Prefix | None
     why_whole: str
+    can_narrow: bool = False  # to the last position, in the last layer
 
     @property
     def layers(self) -> int:
@@ -49,10 +59,11 @@ class Kept:
 def keep(model: LanguageModel, ids: Tensor) -> Kept:
     """Run a prompt `[1, pos]`, and keep what others can go on from."""
     count = len(model.layers)
-    _, cache = model.run_with_cache(ids, names_filter=["resid_pre", ("resid_post", count - 1)])
+    logits, cache = model.run_with_cache(ids, names_filter=["resid_pre", ("resid_post", count - 1)])
     stream = [cache["resid_pre", number] for number in range(count)]
     prefix, why = _prefix(model, ids)
-    return Kept((*stream, cache["resid_post", count - 1]), prefix, why)
+    found = Kept((*stream, cache["resid_post", count - 1]), prefix, why)
+    return replace(found, can_narrow=_can_narrow(model, found, logits[:, -1]))
 
 
 def _prefix(model: LanguageModel, ids: Tensor) -> tuple[Prefix | None, str]:
@@ -78,22 +89,92 @@ def resume(
     residual: Tensor,
     layer: int,
     position: int = 0,
-    fwd_hooks: Pairs = (),
+    fwd_hooks: Sequence[Pair] = (),
+    is_narrowed: bool = False,
 ) -> Tensor:
     """The logits `[rows, vocabulary]` at the last position of a run that goes on from `kept`.
 
     `residual` `[rows, pos, model]` is in front of `layer` (behind the last, if it is their count),
     from `position` on up to the end. Functions at activations see these positions alone.
-    UnsupportedError if the model can't begin there.
+    If `is_narrowed`, and that can be, the last layer is computed for the last position alone, in a
+    call of its own. UnsupportedError if the model can't begin there.
     """
-    options: dict[str, Any] = {}
-    if accepts(model.module, "logits_to_keep"):
-        options["logits_to_keep"] = 1
+    if is_narrowed and kept.can_narrow and layer < kept.layers and residual.shape[1] > 1:
+        found = _narrowed(model, kept, residual, layer, position, fwd_hooks)
+        if found is not None:
+            return found
+    options = _of_the_last(model)
     if position:
         assert kept.prefix is not None
         options["prefix"] = kept.prefix.crop(position)
     found = model.run_with_hooks(residual, start_at_layer=layer, fwd_hooks=fwd_hooks, **options)
     return found[:, -1]
+
+
+def _of_the_last(model: LanguageModel) -> dict[str, Any]:
+    return {"logits_to_keep": 1} if accepts(model.module, "logits_to_keep") else {}
+
+
+# -- the last layer, for the last position --------------------------------------------------------
+
+# Of the last layer others than the last position are read as keys and values alone. So a run ends
+# when that layer has its keys and values, and the last position goes through it by itself.
+
+
+def _narrowed(
+    model: LanguageModel,
+    kept: Kept,
+    residual: Tensor,
+    layer: int,
+    position: int,
+    fwd_hooks: Sequence[Pair],
+) -> Tensor | None:
+    """The same, with the last layer computed for the last position; None if that can't be."""
+    last = kept.layers - 1
+    functions = both(model._tree, fwd_hooks, ())
+    if any(_is_from(model, spot, last) for each in functions for spot in each.spots):
+        return None
+    assert kept.prefix is not None
+    prefix, filled = kept.prefix.cut(position).ending(last)
+    streams: list[Tensor] = [residual[:, -1:]]
+    if layer < last:
+        look = [(("resid_pre", last), lambda value, _: streams.append(value[:, -1:].clone()))]
+        functions += both(model._tree, look, ())
+    begun = model._begun(layer, (residual,), {"prefix": prefix, **_of_the_last(model)})
+    assert begun is not None
+
+    def made(follower: Follower | None) -> None:
+        with suppress(Filled):
+            begun.call.make(follower)
+
+    begun.check(functions, None)
+    run_to_end(model._start(begun)(TracedCall(made), functions))
+    if len(filled) != 1:
+        return None
+    keys, values = (each[:, :, :-1] for each in filled[0])
+    before = kept.prefix.cut(kept.length - 1).replaced(last, keys, values)
+    found = model.run_with_hooks(
+        streams[-1], start_at_layer=last, prefix=before, **_of_the_last(model)
+    )
+    return found[:, -1]
+
+
+def _is_from(model: LanguageModel, spot: Spot, layer: int) -> bool:
+    """Whether an activation is not in front of that layer for certain."""
+    number = number_of_layer(model, spot)
+    return number is None or number >= layer
+
+
+def _can_narrow(model: LanguageModel, kept: Kept, logits: Tensor) -> bool:
+    """Whether the last layer can be computed for the last position alone, as tried."""
+    if kept.prefix is None or kept.length < 2:
+        return False
+    layer, position = max(kept.layers - 2, 0), kept.length // 2 * (kept.length > 2)
+    try:
+        found = _narrowed(model, kept, kept.stream[layer][:, position:], layer, position, ())
+    except Exception:  # noqa: BLE001 - a model may fail in any way: then it is computed whole
+        return False
+    return found is not None and deviation(found, logits) <= tolerance(logits)
 
 
 def spots_of(model: LanguageModel, names: Names, what: str) -> list[Spot]:
