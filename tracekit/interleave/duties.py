@@ -97,6 +97,34 @@ class Scope(Protocol):
         ...
 
 
+class Keeper(Protocol):
+    """Notes what a block does to the values that it is given."""
+
+    def begin(self, visit: Visit, value: object) -> None:
+        """Model's side: the block is about to be given `value`."""
+        ...
+
+    def came(self, kind: str, value: object, line: str) -> None:
+        """Worker's side: what it asked for at `line` is there, or what it wrote."""
+        ...
+
+    def again(self, value: object, line: str) -> None:
+        """Worker's side: it asks once more for the value that it has."""
+        ...
+
+    def wrote(self, now: object, new: object, line: str) -> None:
+        """Worker's side: it writes `new` in the place of `now`."""
+        ...
+
+    def prepared(self, value: object) -> None:
+        """Worker's side: what was written last was put there for it, and is no edit yet."""
+        ...
+
+    def end(self, value: object) -> None:
+        """Model's side: this is what it left."""
+        ...
+
+
 class Part(Protocol):
     """The part of a value that a block sees."""
 

@@ -14,7 +14,7 @@ from tracekit.core.site import Site, Slot, Visit
 from tracekit.errors import TracekitError
 from tracekit.interleave import unserved
 from tracekit.interleave.answers import Answers, Asked
-from tracekit.interleave.duties import Channel, Part, Rows, Run, Scope
+from tracekit.interleave.duties import Channel, Keeper, Part, Rows, Run, Scope
 from tracekit.interleave.protocol import (
     KINDS,
     TRANSITIONS,
@@ -66,6 +66,7 @@ class Mediator:
         self.slept_for: str | None = None  # since then
         self.answers: Answers | None = None  # to what was asked ahead of the block
         self.note: Callable[..., None] | None = None  # takes (kind, visit, value, line, deferred)
+        self.keeper: Keeper | None = None  # of what the block does to its values, if that is asked
         self._reply: Reply | None = None
         self._at: Visit | None = None  # where the model is paused for this worker
         self._value: object = None  # what it goes on with from there
@@ -95,6 +96,8 @@ class Mediator:
             return self.recall(visit)
         if self.expect(visit):
             self._ask(Read(visit))
+        elif self.keeper is not None:
+            self.keeper.again(self._value, self._line())
         return self._value
 
     def write(self, site: Site, value: object, call: int = 0) -> None:
@@ -105,6 +108,8 @@ class Mediator:
             self._ask(Write(visit, value))
             return
         self._check_fit(visit, value, self._value)
+        if self.keeper is not None:
+            self.keeper.wrote(self._value, value, self._line())
         self._value = value
         if self.note is not None:
             self.note("write", visit, value, self._line())
@@ -208,6 +213,8 @@ class Mediator:
         if isinstance(request, (Read, Write, Skip)):
             if self.note is not None:
                 self.note(KINDS[type(request)], request.visit, value, line, deferred)
+            if self.keeper is not None:
+                self.keeper.came(KINDS[type(request)], value, line)
             self._at, self._value = request.visit, value
             self.last, self.slept_for = (request.visit, line), None
         elif isinstance(request, NextStep) and value:
@@ -328,8 +335,12 @@ class Mediator:
             is_own = isinstance(request, (Write, Skip))
             whole = value if part is None else part.whole
             self._run.hand_out(visit, shown, whole, is_own)
+            if self.keeper is not None:
+                self.keeper.begin(visit, given)
             self.answer(Reply(shown))
             new, self._value, self._at = self._value, None, None
+            if self.keeper is not None:
+                self.keeper.end(new)
             new = self._run.take_back(visit, new, is_other=new is not given or is_own)
             value = new if part is None else self._put_back(part, new)
         return value

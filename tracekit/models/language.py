@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from tracekit.models.texts import Texts, is_list_of_texts
 from tracekit.models.weights import WithWeights
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
+from tracekit.tracing.verifying import Wanted
 
 
 class LanguageModel(Answering, WithWeights):
@@ -145,7 +146,13 @@ class LanguageModel(Answering, WithWeights):
         self._tree.load_first = None
 
     @showing_own_lines
-    def trace(self, *args: Any, start_at_layer: int | None = None, **kwargs: Any) -> Tracer:
+    def trace(
+        self,
+        *args: Any,
+        start_at_layer: int | None = None,
+        verify: bool | Mapping[str, Any] = False,
+        **kwargs: Any,
+    ) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
         `input` is a string, a list of strings, the messages of a conversation, token ids, or an
@@ -155,14 +162,16 @@ class LanguageModel(Answering, WithWeights):
         Without input, each `with tracer.invoke(input):` in the block has rows of its own.
         With `prefix=model.prefill(prompt)` the pass is of `input` alone, behind that prompt; with
         `start_at_layer=k`, `input` is the residual stream there, and nothing before is computed.
+        With `verify=True`, `tracer.report` says what each edit did (see `model.verify`).
         Raises InputError for what is no input, PaddingError for a padded batch in which a row would
         not be what it is alone.
         """
         if start_at_layer is not None:
-            return super().trace(*args, start_at_layer=start_at_layer, **kwargs)
+            return super().trace(*args, start_at_layer=start_at_layer, verify=verify, **kwargs)
+        wanted = Wanted.of(verify)
         if is_without_input(args, kwargs):
-            return self._tracer(self._batch(kwargs, run_behind, "trace"))
-        return self._tracer(self._pass(args, kwargs))
+            return self._tracer(self._batch(kwargs, run_behind, "trace"), verify=wanted)
+        return self._tracer(self._pass(args, kwargs), verify=wanted)
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)

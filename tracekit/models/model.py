@@ -31,6 +31,7 @@ from tracekit.tracing.hooked import Hooked
 from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
 from tracekit.tracing.tracer import Tracer
+from tracekit.tracing.verifying import Verifier, Wanted
 
 M = TypeVar("M", bound="Model")
 
@@ -61,20 +62,28 @@ class Model(Functional):
         object.__setattr__(self, "_functions", [])
 
     @showing_own_lines
-    def trace(self, *args: Any, start_at_layer: int | None = None, **kwargs: Any) -> Tracer:
+    def trace(
+        self,
+        *args: Any,
+        start_at_layer: int | None = None,
+        verify: bool | Mapping[str, Any] = False,
+        **kwargs: Any,
+    ) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
 
         Takes what the module's forward takes. Without input, each `with tracer.invoke(input):` in
         the block has rows of its own in one pass; inputs are joined along their first axis.
         With `start_at_layer=k` the input is the residual stream in front of that layer, and nothing
-        before it is computed.
+        before it is computed. With `verify=True`, `tracer.report` says what each edit did:
+        `model.verify` explains it, and what else `verify=` takes.
         """
+        wanted = Wanted.of(verify)
         begun = self._begun(start_at_layer, args, kwargs)
         if begun is not None:
-            return self._tracer(begun.call, tree=begun.tree)
+            return self._tracer(begun.call, tree=begun.tree, verify=wanted)
         if is_without_input(args, kwargs) and _takes_input(self._tree.root):
-            return self._tracer(self._batch(kwargs, forward, "trace"))
-        return self._tracer(self._pass(args, kwargs))
+            return self._tracer(self._batch(kwargs, forward, "trace"), verify=wanted)
+        return self._tracer(self._pass(args, kwargs), verify=wanted)
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         """One forward pass, on what `trace` takes."""
@@ -257,9 +266,20 @@ class Model(Functional):
         return [*hooks, *(edit.intervention() for edit in self._edits)]
 
     def _tracer(
-        self, call: TracedCall | Batch, grad: bool | None = None, tree: Tree | None = None
+        self,
+        call: TracedCall | Batch,
+        grad: bool | None = None,
+        tree: Tree | None = None,
+        verify: Wanted | None = None,
     ) -> Tracer:
-        return Tracer(tree or self._tree, call, grad, self._interventions())
+        tree = tree or self._tree
+        verifier = None if verify is None else Verifier(tree, verify, self._tell)
+        return Tracer(tree, call, grad, self._interventions(), verifier)
+
+    @property
+    def _tell(self) -> Callable[[Sequence[int]], Sequence[str]] | None:
+        """From token ids, the text of each; None where nothing knows."""
+        return None
 
     def _edited(self, call: TracedCall, grad: bool | None = None) -> Any:
         return run_edited(self._tree, call, grad, self._interventions())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -240,6 +240,13 @@ class Tokenized(Model):
         if self.tokenizer is None:
             raise InputError("text needs a tokenizer: LanguageModel(module, tokenizer=…).")
         return self.tokenizer
+
+    @property
+    def _tell(self) -> Callable[[Sequence[int]], Sequence[str]] | None:
+        if self.tokenizer is None:
+            return None
+        known = self._known_tokens()
+        return lambda ids: spelling.strings_of(list(ids), self.tokenizer, known)
 
     def _known_tokens(self) -> int:
         """How many tokens the model knows, which may be more than its tokenizer has."""

@@ -21,6 +21,7 @@ from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.rounds import in_each_step
 from tracekit.tracing.select import Selector, select
+from tracekit.tracing.touches import Origin, of_code
 
 # What becomes of a hidden state: the value that a function returns (None: it changed it in place),
 # a tensor in its place, or a number everywhere in it.
@@ -63,13 +64,21 @@ class DeclaredEdit:
         """What runs beside the model, one for each module: they need not be in its order."""
         if self._at is not None:
             return [Intervention(partial(self._at.change, self._change))]
+        origin = self._origin()
         return [
             Intervention(
                 partial(in_each_step, partial(self._run, envoy), f"the edit of {envoy.path}"),
                 has_rounds=True,
+                origin=origin,
             )
             for envoy in self._envoys
         ]
+
+    def _origin(self) -> Origin:
+        paths = [envoy.path for envoy in self._envoys]
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        what = f"the edit of {paths[0]}{more}" if paths else "an edit"
+        return of_code("function", what, self._change, len(paths))
 
     def check(self) -> None:
         """NeverRanError if it was not made at all; of positions, the run tells that itself."""

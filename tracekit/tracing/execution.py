@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
@@ -24,8 +23,8 @@ from tracekit.core.site import Line, Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import Versions
 from tracekit.errors import CacheError, TracekitError, UnsupportedError
-from tracekit.interleave.ahead import Ahead, Foretold
-from tracekit.interleave.duties import Channel, Rows, Scope
+from tracekit.interleave.ahead import Ahead
+from tracekit.interleave.duties import Channel
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver, Look
 from tracekit.interleave.mediator import Mediator
@@ -37,31 +36,16 @@ from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.call import OVER, TracedCall
 from tracekit.tracing.changes import Changes
-from tracekit.tracing.cut import StopAt
 from tracekit.tracing.fixtures import Fixtures
-from tracekit.tracing.glance import Asked, Glance
+from tracekit.tracing.glance import Glance
 from tracekit.tracing.graph import Log
-from tracekit.tracing.hooked import Hooked
+from tracekit.tracing.intervention import Intervention
 from tracekit.tracing.overwritten import check_versions
 from tracekit.tracing.rows import AllRows, Copies
 from tracekit.tracing.select import Selector, select
 from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
-
-
-@final
-@dataclass(frozen=True)
-class Intervention:
-    """A block, to be run once beside the model."""
-
-    body: Callable[[], None]
-    rows: Rows | None = None  # None: the whole batch
-    scope: Scope | None = None  # of its names, if it shares them with other blocks
-    has_rounds: bool = False  # it runs its block anew in each step (rounds.py)
-    forecast: Callable[[], Foretold | None] | None = None  # of what it will ask, if that is known
-    asked: Asked | None = None  # all of it, if no value decides
-    file: str = ""  # where the block stands, for a forecast
-    functions: Sequence[Hooked | StopAt] = ()  # in the place of a block: what stands at activations
+from tracekit.tracing.verifying import Verifier
 
 
 @final
@@ -79,10 +63,10 @@ class Execution:
         grad: bool | None,
         edits: Sequence[Intervention] = (),
         thread: int | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
-        self._tree = tree
-        self._call = call
-        self._grad = grad
+        self._tree, self._call, self._grad = tree, call, grad
+        self._verifier = verifier  # says what the edits did, if that is asked
         self._edits = [edit for edit in edits if not edit.functions]
         self._functions = [each for edit in edits for each in edit.functions]
         self._has_grad = torch.is_grad_enabled() and grad is not False
@@ -100,6 +84,7 @@ class Execution:
         self._fixtures = Fixtures(
             tree, self._hooks, self._passage, self._interleaver, Changes(self.timeline), self._kind
         )
+        self._fixtures.touches = None if verifier is None else verifier.touches
         self._ticker: Interleaver | Glance = self._interleaver
         self._hooks.subscriber = self._interleaver
 
@@ -125,14 +110,18 @@ class Execution:
                 glance.prove()
         try:
             checked = self._checked(is_whole=error is None)
-            return error if error is not None else checked
+            error = checked if error is None else error
+            if self._verifier is not None:
+                self._verifier.conclude(error)
+            return error
         finally:  # an error refers to frames that refer to this one: it must not refer back
             self.mediators.clear()
             del error
 
     def _glance_of(self, interventions: Sequence[Intervention]) -> Glance | None:
         """What the blocks will ask, if that is all known and nothing else has a part in the run."""
-        if not interventions or self._edits or self._functions or self._fixtures:
+        others = self._edits or self._functions or self._fixtures or self._verifier
+        if not interventions or others:
             return None
         blocks = [(each.asked, each.rows) for each in interventions if each.asked is not None]
         if len(blocks) < len(interventions):
@@ -219,11 +208,15 @@ class Execution:
         self, steps: Interleaver | Glance | None = None, results: list[Any] | None = None
     ) -> BaseException | None:
         try:
+            if self._verifier is not None:
+                self._verifier.begin(self._call)
             self._interleaver.start()
             self._ticker = steps or self._interleaver
             result = self._call.make(self)
             if results is not None:
                 results.append(result)
+            if self._verifier is not None:
+                self._verifier.note(result)
             self._interleaver.finish(result)
         except Unwind:
             pass
@@ -276,7 +269,8 @@ class Execution:
 
     def _begin(self, mediator: Mediator, intervention: Intervention) -> None:
         body = intervention.body
-        forecast = intervention.forecast() if intervention.forecast is not None else None
+        ask = intervention.forecast if self._verifier is None else None
+        forecast = ask() if ask is not None else None
         if forecast is None:
             run_beside(mediator, body, self._grad)
             return
@@ -308,7 +302,10 @@ class Execution:
         scope = intervention.scope if intervention is not None else None
         mediator = Mediator(self._tree, self._interleaver, misfit, _line, rows, scope)
         mediator.rounds = [] if intervention is not None and intervention.has_rounds else None
-        self.log.of(mediator, place - len(self._edits) if place >= len(self._edits) else None)
+        invoke = place - len(self._edits) if place >= len(self._edits) else None
+        self.log.of(mediator, invoke)
+        if self._verifier is not None:
+            self._verifier.touches.follow(mediator, invoke, getattr(intervention, "origin", None))
         self.mediators.insert(place, mediator)
         self._interleaver.mediators.insert(place, mediator)
         return mediator
@@ -319,6 +316,8 @@ class Execution:
 
     def _close(self) -> None:
         self._call, self._edits, self._functions = OVER, [], []
+        if self._verifier is not None:
+            self._verifier.end()
         self.timeline.close()
         was_interrupted = False
         for clean in (self._interleaver.close, self._hooks.remove):
@@ -345,6 +344,8 @@ class Execution:
         except TracekitError as error:
             return error
         finally:
+            if self._verifier is not None:
+                self._verifier.see_caches(self._fixtures.caches)
             self._fixtures.clear()
         return None
 

@@ -10,9 +10,10 @@ from torch import nn
 
 from tracekit.capture import user_traceback
 from tracekit.core.keep import Keep
-from tracekit.core.site import Slot, Visit
+from tracekit.core.site import Line, Site, Slot, Visit
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, SiteOrderError
+from tracekit.interleave.duties import Span
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Interleaver, Look
 from tracekit.interleave.mediator import Mediator
@@ -22,10 +23,11 @@ from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.changes import Changes, Rounds
 from tracekit.tracing.cut import StopAt
-from tracekit.tracing.hooked import Firings, Hooked
+from tracekit.tracing.hooked import Firings, Hooked, origin_of
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
+from tracekit.tracing.touches import Origin, Touches
 
 
 def _edited(edit: PositionEdit, mediator: Mediator, timeline: Timeline, value: Any) -> Any:
@@ -36,6 +38,11 @@ def _edited(edit: PositionEdit, mediator: Mediator, timeline: Timeline, value: A
         error.__traceback__ = user_traceback(error)
         mediator.error = error
         raise Unwind from None
+
+
+def _origin(edit: PositionEdit) -> Origin:
+    line = edit.line if isinstance(edit.line, Line) else Line("", 0)
+    return Origin("positions", f"{edit.site}.at({edit.chosen!r})", line.file, line.number, 1)
 
 
 def _never(_: str) -> bool:
@@ -65,6 +72,7 @@ class Fixtures:
         self._rounds: dict[Mediator, Rounds] = {}
         self._firings: Firings | None = None
         self._is_cut = False  # it ends in front of a layer, as was asked
+        self.touches: Touches | None = None  # what edits do, if that is asked
         self.has_grad = False
         self.is_recomputed: Callable[[str], bool] = _never
 
@@ -150,9 +158,21 @@ class Fixtures:
         edit.span = None if rows is None or rows.is_all else rows.span
         self.changes.at_positions.append(edit)
         self.changes.timeline.is_wanted = True
-        self._hooks.edit(*edit.site, partial(_edited, edit, mediator, self.changes.timeline))
+        change = partial(_edited, edit, mediator, self.changes.timeline)
+        origin = _origin(edit)
+        if self.touches is not None:
+            self.touches.expect(origin)
+        self._hooks.edit(*edit.site, partial(self.kept, edit.site, origin, change))
         if mediator.note is not None:
             mediator.note("edit", f"{edit.site}.at({edit.chosen!r})", None, line)
+
+    # -- verified -------------------------------------------------------------------------------
+
+    def kept(self, site: Site, origin: Origin, change: Callable[[Any], Any], value: Any) -> Any:
+        """What `change` makes of a value, noted if that is asked."""
+        if self.touches is None:
+            return change(value)
+        return self.touches.of_function(site, self.step, origin, change, value)
 
     # -- functions at activations ---------------------------------------------------------------
 
@@ -163,6 +183,9 @@ class Fixtures:
         self.has_grad = bool(self._kind[1]) and self._kind[0] is not False
         self.is_recomputed = is_recomputed
         self._firings = Firings([one for one in functions if isinstance(one, Hooked)], self)
+        for one in functions if self.touches is not None else ():
+            if isinstance(one, Hooked) and one.direction == "fwd" and self.touches is not None:
+                self.touches.expect(origin_of(one))
         self._firings.place(self._hooks)
         for one in functions:
             if isinstance(one, StopAt):
@@ -186,6 +209,11 @@ class Fixtures:
         """Give every record that shares memory with `value` its own copy, while it is right."""
         for recorder in self._recorders:
             recorder.copy_what_shares(value)
+
+    @property
+    def caches(self) -> list[tuple[Cache, Span | None]]:
+        """What was recorded, and of which rows."""
+        return [(each.cache, each.span) for each in self._recorders]
 
     def freeze(self, is_whole: bool) -> None:
         """Complete the caches, whatever the checks will say."""

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from tracekit.architectures import Bound, Sharing
 from tracekit.core.nest import misfit, replace_tensor
-from tracekit.core.site import Visit
+from tracekit.core.site import Site, Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import changes
 from tracekit.errors import GradientError, InputError, MisfitError, NeverRanError, UnsupportedError
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Look
 from tracekit.tracing.named import tensor_of
+from tracekit.tracing.touches import Origin, of_code
 from tracekit.tracing.wanted import Names, Spot, wanted
 
 Direction: TypeAlias = Literal["fwd", "bwd"]
@@ -97,6 +98,13 @@ class Hooked:
         return f"Hook({self.direction}: {names}{more}{state})"
 
 
+def origin_of(each: Hooked) -> Origin:
+    """What an edit that a function makes is called, and where the function stands."""
+    names = ", ".join(spot.spelled for spot in each.spots[:2])
+    more = f" and {len(each.spots) - 2} more" if len(each.spots) > 2 else ""
+    return of_code("hook", f"the hook at {names}{more}", each.function, len(each.spots))
+
+
 def _point(spot: Spot) -> HookPoint:
     return HookPoint(spot.spelled, spot.key, spot.named.key.layer)
 
@@ -126,6 +134,7 @@ class Run(Protocol):
     def step(self) -> int: ...
     def copy_what_shares(self, value: object) -> None: ...
     def look(self, visit: Visit, value: object) -> Sequence[Look]: ...
+    def kept(self, site: Site, origin: Origin, change: Callable[[Any], Any], value: Any) -> Any: ...
     @property
     def is_recomputed(self) -> Callable[[str], bool]: ...
 
@@ -175,7 +184,10 @@ class Firings:
         self._is_inside = True
         try:
             self._fired.add((number, spot.key))
-            return _changed(self._run, each, spot, point, value)
+            change = partial(_changed, self._run, each, spot, point)
+            if each.direction == "bwd":
+                return change(value)
+            return self._run.kept(spot.site, origin_of(each), change, value)
         finally:
             self._is_inside = False
 

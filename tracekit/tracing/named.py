@@ -28,7 +28,10 @@ def read_named(mediator: Mediator, site: Site, call: int, bound: Bound) -> Tenso
     found = tensor_of(bound, value)
     if bound.sharing is Sharing.APART:
         apart = found.clone()
-        mediator.write(site, replace_tensor(value, found, apart), call)
+        value = replace_tensor(value, found, apart)
+        mediator.write(site, value, call)
+        if mediator.keeper is not None:
+            mediator.keeper.prepared(value)
         found = apart
     return bound.view(found.clone() if bound.sharing is Sharing.UNUSED else found)
 

@@ -28,7 +28,7 @@ from tracekit.core.site import Site, Slot, Visit
 from tracekit.core.tree import Tree
 from tracekit.core.versions import storage_key, version
 from tracekit.errors import NeverRanError, OverwrittenError
-from tracekit.interleave.duties import Rows
+from tracekit.interleave.duties import Rows, Span
 from tracekit.interleave.hooks import Hooks, is_elsewhere
 from tracekit.tracing.arrivals import await_gradients
 from tracekit.tracing.cache import Cache, Recorded
@@ -83,6 +83,11 @@ class Recorder:
         self._listing = Listing(self._paths)
         self._read = 0  # records that were read meanwhile: in memory of their own
         self._refused: set[int] = set()  # records of which there will be none
+
+    @property
+    def span(self) -> Span | None:
+        """Of the rows that are recorded; None: all."""
+        return None if self._rows is None else self._rows.span
 
     def _begin(self, hooks: Hooks, run: Clock) -> None:
         self._thread, self._run = hooks.thread, run

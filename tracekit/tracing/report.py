@@ -146,12 +146,13 @@ class Flip:
 @final
 @dataclass(frozen=True)
 class LogitsChange:
-    """What became of the predictions: each `[row][position]`; padding is NaN.
+    """What became of the predictions, for each row a number for each of `positions`.
 
     `total_variation` is half the sum of the absolute differences of the probabilities, from 0 to 1;
     `divergence` is KL(clean || edited), in nats.
     """
 
+    positions: tuple[tuple[int, ...], ...]  # of each row, padding left out
     total_variation: tuple[tuple[float, ...], ...]
     divergence: tuple[tuple[float, ...], ...]
     flips: tuple[Flip, ...]

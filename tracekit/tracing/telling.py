@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -142,16 +141,15 @@ def _logits(report: EditReport) -> Iterator[str]:
             (value, row, place)
             for row, values in enumerate(found.total_variation)
             for place, value in enumerate(values)
-            if not math.isnan(value)
         ),
         default=(0.0, 0, 0),
     )
     if not worst and not found.largest:
         yield "  logits: bit-identical to the clean run"
         return
-    divergence = found.divergence[row][place]
+    divergence, position = found.divergence[row][place], found.positions[row][place]
     yield (
-        f"  logits: total variation up to {_number(worst)} (row {row}, position {place}; KL "
+        f"  logits: total variation up to {_number(worst)} (row {row}, position {position}; KL "
         f"{_number(divergence)}), {len(found.flips)} top-1 flip{'s' * (len(found.flips) != 1)}"
     )
     for flip in found.flips[:3]:

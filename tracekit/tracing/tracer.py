@@ -33,10 +33,12 @@ from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
 from tracekit.tracing.named_cache import NamedCache, keep_of, record_named
 from tracekit.tracing.quiet import asks_for_nothing
+from tracekit.tracing.report import EditReport
 from tracekit.tracing.select import Selector
 from tracekit.tracing.sites import PosSlice
 from tracekit.tracing.steps import Steps
 from tracekit.tracing.unentered import warn_if_dropped
+from tracekit.tracing.verifying import Verifier, report_of
 from tracekit.tracing.wanted import Names, wanted
 from tracekit.tracing.ways import Lifted, Quiet, Way
 
@@ -56,8 +58,10 @@ class Tracer:
         call: TracedCall | Batch,
         grad: bool | None = None,
         edits: Sequence[Intervention] = (),
+        verifier: Verifier | None = None,
     ) -> None:
         self._tree = tree
+        self._verifier = verifier
         self._call = call  # a Batch: each input comes with an invoke
         self._grad = grad
         self._edits = edits
@@ -222,6 +226,14 @@ class Tracer:
         """
         return self._log.graph()
 
+    @property
+    def report(self) -> EditReport:
+        """Of a trace with `verify=True`, once it has run: what its edits did, and whether it holds.
+
+        It is there also where the block ended with an error, as far as the run went.
+        """
+        return report_of(self._verifier)
+
     def explain(self) -> str:
         """In which way the block ran, and why; its source and syntax tree if it was captured."""
         if not self._told:
@@ -285,9 +297,7 @@ class Tracer:
         return way.value
 
     def _declared(self, call: TracedCall, edits: Sequence[Intervention]) -> Execution:
-        execution = Execution(self._tree, call, self._grad, [*self._edits, *edits])
-        self._log = execution.log
-        return execution
+        return self._execution(None, call, edits)
 
     # -- the with statement ---------------------------------------------------------------------
 
@@ -316,11 +326,17 @@ class Tracer:
         self._block = block
         return way
 
-    def _execution(self, thread: int | None = None, call: TracedCall | None = None) -> Execution:
+    def _execution(
+        self,
+        thread: int | None = None,
+        call: TracedCall | None = None,
+        edits: Sequence[Intervention] = (),
+    ) -> Execution:
         own = self._call if isinstance(self._call, TracedCall) else None
         chosen = call or own
         assert chosen is not None
-        execution = Execution(self._tree, chosen, self._grad, self._edits, thread)
+        every = [*self._edits, *edits]
+        execution = Execution(self._tree, chosen, self._grad, every, thread, self._verifier)
         self._log = execution.log
         return execution
 
