@@ -1,13 +1,16 @@
-"""One Chromium for all tests that look at pictures in it."""
+"""One Chromium for all tests that look at pictures, and one of each picture."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+
+from tests.viz.examples import every
+from tracekit import LanguageModel, Picture
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -33,3 +36,14 @@ def _lacking(what: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(what)
     pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def model() -> LanguageModel:
+    return LanguageModel("tracekit/tiny")
+
+
+@pytest.fixture(scope="session")
+def pictures(model: LanguageModel) -> Mapping[str, Picture]:
+    """A picture of each kind."""
+    return every(model)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.viz.examples import TOKENS, heads, heat
+from tests.viz.examples import attention, heads, heat
 from tracekit import Picture, show
 from tracekit.viz.colours import contrast, palette, text_on
 
@@ -117,6 +118,57 @@ def test_a_notebooks_theme_counts_more_than_the_systems(opened: Open, theme: Any
         assert style(cell, "backgroundColor") == rgb(palette("diverging", expected)[9])
 
 
+def test_pointing_at_an_image_tells_the_weight_there(opened: Open) -> None:
+    pattern, tokens = attention(2, 128), [f" w{place}" for place in range(128)]
+    page = opened(show(pattern, tokens=tokens))
+    image = page.locator(".tk-image").nth(1)
+    box = image.bounding_box()
+    step = box["width"] / 128
+    assert box["height"] == box["width"] == 384
+    for row, column in ((0, 0), (127, 64), (100, 3), (5, 90)):
+        page.mouse.move(box["x"] + (column + 0.5) * step, box["y"] + (row + 0.5) * step)
+        place, _, number = page.locator(".tk-say").inner_text().rpartition(": ")
+        assert place == f"{row} ·w{row} → {column} ·w{column}"
+        assert float(number) == pytest.approx(float(pattern[1, row, column]), rel=5e-3, abs=6e-8)
+    image.focus()
+    page.keyboard.press("ArrowDown")
+    assert page.locator(".tk-say").inner_text().startswith("6 ·w6 → 90 ·w90: ")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_image_of_a_theme_is_seen_and_has_its_colours(opened: Open, theme: Any) -> None:
+    pattern = torch.eye(60)[None]
+    page = opened(show(pattern), theme=theme)
+    seen = [image for image in page.locator("img").all() if image.is_visible()]
+    assert [image.get_attribute("class") for image in seen] == [f"tk-{theme}"]
+    pixels = seen[0].evaluate(
+        """e => { const c = document.createElement("canvas"); [c.width, c.height] = [60, 60];
+            const d = c.getContext("2d"); d.drawImage(e, 0, 0);
+            const data = d.getImageData(7, 7, 1, 2).data;
+            return [[...data.slice(0, 3)], [...data.slice(4, 7)]] }"""
+    )
+    colours = palette("sequential", theme)
+    assert [f"rgb({', '.join(map(str, pixel))})" for pixel in pixels] == [
+        rgb(colours[-1]),
+        rgb(colours[0]),
+    ]
+
+
+def test_a_tree_opens_and_closes_and_its_columns_stay_in_line(
+    opened: Open, pictures: Mapping[str, Picture]
+) -> None:
+    page = opened(pictures["statistics"])
+    folded = page.locator("summary", has_text="0 … 3")
+    assert not page.get_by_text("c_attn", exact=False).first.is_visible()
+    folded.press("Enter")
+    assert page.locator("summary:visible", has_text="GPT2Block").count() == 5
+    rights = page.evaluate(
+        """() => [...document.querySelectorAll(".tk-line")].filter(e => e.offsetParent).map(e =>
+            e.children[1].getBoundingClientRect().right)"""
+    )
+    assert len(rights) > 10 and max(rights) - min(rights) < 1
+
+
 def test_pictures_on_one_page_do_not_disturb_each_other_nor_the_page(opened: Open) -> None:
     plain = '<table id="own"><tr><td class="s3">mine</td></tr></table>'
     pictures = [show(heat()), show(heat()), show(heads().at(head=0))]
@@ -129,18 +181,22 @@ def test_pictures_on_one_page_do_not_disturb_each_other_nor_the_page(opened: Ope
         assert said[number].endswith(f": {first}") and not any(said[number + 1 :])
 
 
-NARROW = {
-    "heat map": lambda: show(heat()),
-    "small multiples": lambda: show(heads()),
-    "tokens": lambda: show.tokens(TOKENS * 5, range(35), what="surprise"),
-}
+KINDS = (
+    *("heat map", "small multiples", "tokens", "attention", "much attention", "lens", "modules"),
+    *("statistics", "graph", "report", "sweep", "head scores", "gradients"),
+)
 
 
-@pytest.mark.parametrize("name", NARROW)
+def test_every_kind_is_looked_at(pictures: Mapping[str, Picture]) -> None:
+    assert set(KINDS) == set(pictures)
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_at_400_pixels_nothing_is_cut_off_and_the_page_does_not_scroll_sideways(
-    opened: Open, name: str
+    opened: Open, pictures: Mapping[str, Picture], name: str
 ) -> None:
-    page = opened(NARROW[name](), width=400)
+    page = opened(pictures[name], width=400, theme="dark" if KINDS.index(name) % 2 else "light")
+    page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     cut = page.evaluate(
         """() => [...document.querySelectorAll(".tk-viz *")].filter(e =>
@@ -157,11 +213,15 @@ def test_at_400_pixels_nothing_is_cut_off_and_the_page_does_not_scroll_sideways(
     )
     assert all(abs(each) <= 3 for each in moved)  # the labels of rows stay where they are
     pairs = page.evaluate(
-        """() => [...document.querySelectorAll(".tk-viz :is(th, td, p span)")].map(e => {
-            const style = getComputedStyle(e); return [style.color, style.backgroundColor]})"""
+        """() => [...document.querySelectorAll(".tk-viz :is(th, td, span, dt, dd, div)")]
+            .filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim())).map(e => {
+                const ink = getComputedStyle(e).color; let at = e, paper;
+                do { paper = getComputedStyle(at).backgroundColor; at = at.parentNode }
+                while (paper == "rgba(0, 0, 0, 0)"); return [ink, paper] })"""
     )
-    solid = [(ink, paper) for ink, paper in pairs if paper.startswith("rgb(")]
-    assert solid and all(contrast(to_hex(ink), to_hex(paper)) >= 4.5 for ink, paper in solid)
+    assert pairs and all(
+        contrast(to_hex(ink), to_hex(paper)) >= 4.5 for ink, paper in set(map(tuple, pairs))
+    )
 
 
 def to_hex(colour: str) -> str:

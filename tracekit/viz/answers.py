@@ -21,7 +21,8 @@ def sweep_of(sweep: PatchSweep, panels: str | None) -> list[Part]:
 
 
 def _told(sweep: PatchSweep) -> Iterator[tuple[str, str]]:
-    yield "clean, corrupted", f"{brief(sweep.clean)}, {brief(sweep.corrupted)}"
+    yield "clean run", brief(sweep.clean)
+    yield "corrupted run", brief(sweep.corrupted)
     for number, cell in enumerate(sweep.top(_FEW)):
         share = ""
         if sweep.base != sweep.other:

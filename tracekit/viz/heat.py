@@ -10,8 +10,6 @@ from tracekit.errors import InputError
 from tracekit.viz.parts import Flow, Grid, Grids, Part, Places, scale_of
 from tracekit.viz.wording import as_numbers, brief
 
-_TOKENS = ("position", "token", "query", "key")  # axes whose labels are tokens
-
 
 def heat_of(
     found: Labelled,
@@ -33,7 +31,7 @@ def heat_of(
         )
     numbers = as_numbers(found.values)
     scale = scale_of(numbers.ravel().tolist(), "", low, high)
-    if len(found.axes) == 1 and beside is None and found.axes[0].name in _TOKENS:
+    if len(found.axes) == 1 and beside is None and _places(found.axes[0]).is_text:
         return [Flow(_places(found.axes[0]), numbers, scale)]
     if len(found.axes) == 3:
         return [Grids(_multiples(found, panels, beside), scale)]

@@ -14,6 +14,7 @@ Mood: TypeAlias = Literal["", "good", "bad", "note", "code", "number"]
 # So many cells are elements of their own; more are an image, which is read by pointing at it.
 LARGE: Final = 2000
 LARGE_PATTERN: Final = 1200
+TOKENS: Final = ("position", "token", "query", "key", "from", "to")  # what has tokens as labels
 
 
 @final
@@ -75,13 +76,17 @@ class Places:
         """The labels, with nothing invisible in them."""
         return [visible(label) for label in self.labels]
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the labels are tokens, so that the number of a place tells more."""
+        return self.name in TOKENS
+
     def told(self, place: int) -> str:
         """One place in words: "position 3 Tower", "layer 2"."""
         label, number = visible(self.labels[place]), str(place + self.first)
-        name = [self.name] if self.is_named and self.name else []
-        if label.startswith(self.name) and name:
-            return label
-        return " ".join([*name, *([number] if self.name and label != number else []), label])
+        parts = [self.name] if self.is_named and not label.startswith(self.name) else []
+        parts += [number] if self.is_text and label != number else []
+        return " ".join(filter(None, [*parts, label if self.labels[place] or self.name else ""]))
 
 
 @final
