@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tiny_models import make
 from tracekit import LanguageModel
-from tracekit.analysis import attribution_patching, logit_difference
+from tracekit.analysis import attribution_patching, logit_difference, patch_sweep, probability
 from tracekit.errors import InputError
 
 CLEAN = "The Eiffel Tower is in the city of"
@@ -99,7 +99,7 @@ def test_it_ranks_patches_much_as_exact_patching_does(
 def test_a_patch_of_what_is_the_same_in_both_runs_is_nothing(tiny: LanguageModel) -> None:
     wanted = logit_difference(tiny, "Paris", "Rome")
     found = attribution_patching(tiny, CLEAN, CORRUPTED, wanted)
-    assert found.labels("position")[2:4] == ("Trevi", "Fountain")
+    assert found.labels("position")[2:4] == ("Eiffel", "Tower")
     assert not found.at(layer=0, position=slice(4, None)).values.any()
     assert found.at(layer=0, position=2).item() != 0
 
@@ -124,3 +124,17 @@ def test_prompts_that_are_not_token_beside_token_are_refused(tiny: LanguageModel
         attribution_patching(tiny, CLEAN, "The Trevi Fountain", wanted)
     with pytest.raises(InputError, match="direction= is 'denoise' or 'noise', not 'clean'"):
         attribution_patching(tiny, CLEAN, CORRUPTED, wanted, direction="clean")
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_it_labels_positions_as_a_sweep_does_by_the_clean_prompts(
+    tiny: LanguageModel, direction: Any
+) -> None:
+    names = ["Eiffel Tower", "Trevi Fountain", "Prado Museum"]
+    clean = [f"The {name} is in the city of" for name in names]
+    for pair, label in (((clean[0], clean[1]), "Eiffel"), ((clean, clean[::-1]), "Eiffel/Trevi/…")):
+        paris = probability(tiny, "Paris")
+        first = attribution_patching(tiny, *pair, paris, direction=direction)
+        exact = patch_sweep(tiny, *pair, paris, layers=[3], direction=direction)
+        assert first.labels("position") == exact.values.labels("position")
+        assert first.labels("position")[2] == label

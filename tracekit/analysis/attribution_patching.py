@@ -52,7 +52,8 @@ def attribution_patching(
     over = check_over(activation, over)
     if direction not in DIRECTIONS:
         raise InputError(f"direction= is 'denoise' or 'noise', not {direction!r}.")
-    into, source = read_pair(model, clean, corrupted)[:: -1 if direction == "denoise" else 1]
+    pair = read_pair(model, clean, corrupted)
+    into, source = pair[:: -1 if direction == "denoise" else 1]
     found = gradients_of(model, into, [name_at(activation, None)], metric)[activation]
     put = _recorded(model, source, activation)
     changes = {
@@ -60,7 +61,7 @@ def attribution_patching(
         for layer, value in found.values.items()
     }
     values, layers = stacked_layers(changes, activation)
-    known = axes_known(model, into, over, layers, "attribution_patching")
+    known = axes_known(model, pair[0], over, layers, "attribution_patching")
     return added_up(
         values, activation, over, known, f"change of {name_of(metric)} to first order, {direction}"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
 
@@ -120,10 +120,14 @@ def words_of(model: LanguageModel, ids: Tensor) -> tuple[str, ...]:
 
 
 def position_axis(model: LanguageModel, prompts: Prompts) -> Axis:
-    """Positions, labelled by their tokens; of several prompts that differ, by both."""
-    each = [words_of(model, row) for row in prompts.ids]
-    labels = ["/".join(dict.fromkeys(column)) for column in zip(*each, strict=True)]
-    return Axis("position", tuple(labels))
+    """Positions, labelled by their tokens; of several prompts that differ, by two of them."""
+    return Axis("position", joined([words_of(model, row) for row in prompts.ids]))
+
+
+def joined(words: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """A label for each position of several prompts: "is", "Eiffel/Trevi", "Eiffel/Trevi/…"."""
+    columns = [list(dict.fromkeys(column)) for column in zip(*words, strict=True)]
+    return tuple("/".join([*column[:2], *["…"] * (len(column) > 2)]) for column in columns)
 
 
 def prompt_axis(model: LanguageModel, prompts: Prompts) -> Axis:
