@@ -17,7 +17,7 @@ FLOORS = {
     "tracing": 3,
     "models": 4,
     "analysis": 5, "storage": 5,
-    "viz": 6, "distributed": 6,
+    "viz": 6, "distributed": 6, "testing": 6,
     "cli": 7,
     "__init__": 8, "__main__": 8,
 }  # fmt: skip

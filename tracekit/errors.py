@@ -171,6 +171,12 @@ class UnsupportedError(TracekitError):
     slug = "unsupported"
 
 
+class LostError(UnsupportedError):
+    """An edit of something that the model does not read again, so that it would change nothing."""
+
+    slug = "lost"
+
+
 class LoadingError(TracekitError):
     """A model or its tokenizer cannot be loaded from what was given."""
 

@@ -67,6 +67,7 @@ class Mediator:
         self.answers: Answers | None = None  # to what was asked ahead of the block
         self.note: Callable[..., None] | None = None  # takes (kind, visit, value, line, deferred)
         self.keeper: Keeper | None = None  # of what the block does to its values, if that is asked
+        self.loans: list[Callable[[], BaseException | None]] = []  # asked when it has ended
         self._reply: Reply | None = None
         self._at: Visit | None = None  # where the model is paused for this worker
         self._value: object = None  # what it goes on with from there
@@ -377,6 +378,9 @@ class Mediator:
         """Worker's side, as its last act: the block has ended."""
         if error is not None and not isinstance(error, Unwind):
             self.error = error
+        found = [loan() for loan in self.loans]  # if it edited what the model does not read
+        self.loans.clear()
+        self.error = self.error or next((each for each in found if each is not None), None)
         self.request = None
         self._move(Move.END)
 

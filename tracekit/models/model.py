@@ -22,16 +22,19 @@ from tracekit.models.generation import forward, generate, generation
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
+from tracekit.models.verification import verify
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits, run_edited
 from tracekit.tracing.execution import Intervention
+from tracekit.tracing.expecting import Meant
 from tracekit.tracing.hooked import Hooked
+from tracekit.tracing.report import EditReport
 from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
 from tracekit.tracing.tracer import Tracer
-from tracekit.tracing.verifying import Verifier, Wanted
+from tracekit.tracing.verifying import BUDGET, Verifier, Wanted
 
 M = TypeVar("M", bound="Model")
 
@@ -84,6 +87,39 @@ class Model(Functional):
         if is_without_input(args, kwargs) and _takes_input(self._tree.root):
             return self._tracer(self._batch(kwargs, forward, "trace"), verify=wanted)
         return self._tracer(self._pass(args, kwargs), verify=wanted)
+
+    @showing_own_lines
+    def verify(
+        self,
+        edit: object,
+        *args: Any,
+        rows: Sequence[int] | int | None = None,
+        positions: Sequence[int] | int | None = None,
+        modules: Sequence[str] | str | None = None,
+        watch: Selector | None = None,
+        budget: float = BUDGET,
+        check_precision: bool | None = None,
+        **kwargs: Any,
+    ) -> EditReport:
+        """`report = model.verify(edit, input)`: did the edit do what was meant, and nothing else?
+
+        `edit` is an edited model, a lasting edit, `(modules, change)` as `run` takes it, `(name,
+        fn)` as `run_with_hooks` does, a function that is run as a block, or a list of these; all
+        else goes to the forward pass, as in `trace`. The run is held against one without edits, on
+        the same input and random numbers: by plain hooks on every module, which know nothing of
+        edits. Print the report; it is true if all is well, and `.problems` says what is not.
+
+        `rows`, `positions` (a row's own, from 0) and `modules` are what the edit is meant to touch,
+        all of it and nothing else. `watch`: compare these modules alone; of the run without edits
+        up to `budget` bytes are kept. In half precision, or with `check_precision=True`, the edit
+        is made in float32 too, with a copy of the weights. The model runs 3 times, and twice that
+        with float32. Problems have slugs: "never-fired", "changed-nothing", "overwritten", "lost",
+        "changed-before", "other-rows", "wrong-row", "wrong-position", "wrong-module", "missed-row",
+        "missed-position", "missed-module", "not-in-cache", "precision-only", "precision-noise",
+        "no-edit", and those of errors.
+        """
+        meant = Meant.of(rows, positions, modules)
+        return verify(self, edit, args, kwargs, Wanted(meant, watch, budget, check_precision))
 
     def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
         """One forward pass, on what `trace` takes."""

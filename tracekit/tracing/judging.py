@@ -29,7 +29,7 @@ from tracekit.tracing.report import (
 )
 from tracekit.tracing.touches import Origin, Touch, Touches
 
-ROUNDING: Final = 4.0  # a change of so many times a number's precision is no more than rounding
+ROUNDING: Final = 1.0  # a change of so many times a number's precision is no more than rounding
 
 
 @final
@@ -59,7 +59,8 @@ def judged(found: Found) -> EditReport:
         landings = [landing_of(touch, found.comparison, found.tell) for touch in touches]
         checks.append(_check(index, origin, touches, landings))
         problems += _problems(found, index, origin, touches, landings)
-    problems += _of_the_error(found.error)
+    if not any(problem.slug == "never-fired" for problem in problems):
+        problems += _of_the_error(found.error)
     if not groups and found.error is None:
         text = "no edit was made in this run: nothing was written, and nothing changed in place."
         problems.append(Problem("no-edit", text))
@@ -120,9 +121,10 @@ def _problems(
 ) -> Iterator[Problem]:
     if not touches:
         assert origin is not None
-        if found.error is None:
-            text = f"{origin.what} was never called: its module did not run."
-            yield Problem("never-fired", text, index)
+        text = f"{origin.what} was never made: the model did not come to its module."
+        if isinstance(found.error, NeverRanError):
+            text = str(found.error.args[0])
+        yield Problem("never-fired", text, index)
         return
     if not any(each.elements[0] for each in landings):
         yield _changed_nothing(index, touches)

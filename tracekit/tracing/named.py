@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +19,8 @@ from tracekit.core.nest import describe, first_input, first_tensor, misfit, repl
 from tracekit.core.norms import known_kind, may_be_norm
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.errors import MisfitError, MissingNameError, NeverRanError, UnsupportedError
+from tracekit.core.versions import changes
+from tracekit.errors import LostError, MisfitError, MissingNameError, NeverRanError, UnsupportedError
 from tracekit.interleave.mediator import Mediator
 
 
@@ -33,7 +35,21 @@ def read_named(mediator: Mediator, site: Site, call: int, bound: Bound) -> Tenso
         if mediator.keeper is not None:
             mediator.keeper.prepared(value)
         found = apart
-    return bound.view(found.clone() if bound.sharing is Sharing.UNUSED else found)
+    if bound.sharing is Sharing.UNUSED:
+        found = found.clone()
+        line = mediator.last[1] if mediator.last is not None else "a line before"
+        mediator.loans.append(partial(_edited_copy, found, changes(found), f"{bound.name} ({line})"))
+    return bound.view(found)
+
+
+def _edited_copy(copy: Tensor, version: int, what: str) -> LostError | None:
+    """What is wrong with an edit of a value that the model does not read again."""
+    if changes(copy) == version:
+        return None
+    return LostError(
+        f"{what} was edited in place, and nothing in the model reads it again, so the edit would "
+        f"change nothing: edit router_weights or router_indices, or a .clone() to compute with."
+    )
 
 
 def write_named(mediator: Mediator, site: Site, call: int, bound: Bound, new: object) -> None:

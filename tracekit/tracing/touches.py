@@ -205,10 +205,19 @@ class Keeper:
         moved = [(place, *it) for place, it in named if self._has_moved(*it, is_write)]
         is_skip = kind == "skip"  # there is nothing in front of it
         changed = [each for each in moved if is_skip or self._is_changed(*each[1:])]
-        for place, leaf, tensor in changed or moved[:1]:
+        rest = [] if self._has_touched(line) else moved[:1]
+        for place, leaf, tensor in changed or rest:
             self._add(kind, place, leaf, tensor, line)
         if moved:
             self._look(value)
+
+    def _has_touched(self, line: Line | str) -> bool:
+        """Whether the line has changed the value already: `x += v` changes, and writes."""
+        assert self._visit is not None
+        last = self._touches.every[-1] if self._touches.every else None
+        return (
+            last is not None and last.line == line and last.seen == self._touches.seen(self._visit)
+        )
 
     def _has_moved(self, leaf: Leaf, tensor: Tensor, is_write: bool) -> bool:
         known = self._known.get(leaf)
