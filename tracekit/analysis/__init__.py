@@ -28,12 +28,14 @@ from tracekit.analysis.patched import PatchSweep
 from tracekit.analysis.patches import Patch
 from tracekit.analysis.residual import accumulated_resid, decompose_resid
 from tracekit.analysis.saliency import gradient_x_input
+from tracekit.analysis.steering import DoseCurve, SteeringVector, dose_curve, steering_vector
 from tracekit.analysis.sweep import patch_sweep
 
 __all__ = [
     "Axis",
     "Circuit",
     "Components",
+    "DoseCurve",
     "Edge",
     "Edges",
     "HeadScores",
@@ -43,6 +45,7 @@ __all__ = [
     "Metric",
     "Patch",
     "PatchSweep",
+    "SteeringVector",
     "ablate",
     "ablation_sweep",
     "accumulated_resid",
@@ -51,6 +54,7 @@ __all__ = [
     "copying_scores",
     "decompose_resid",
     "direct_logit_attribution",
+    "dose_curve",
     "edge_attribution",
     "full_resid_decomposition",
     "get_neuron_results",
@@ -67,4 +71,5 @@ __all__ = [
     "repeated_tokens",
     "stack_head_results",
     "stack_neuron_results",
+    "steering_vector",
 ]
