@@ -98,6 +98,7 @@ bench: .venv-bench/.stamp
 	.venv-bench/bin/python benchmarks/generation.py $(GENERATION_ARGS)
 	.venv-bench/bin/python benchmarks/prefix.py $(PREFIX_ARGS)
 	.venv-bench/bin/python benchmarks/names.py $(NAMES_ARGS)
+	.venv-bench/bin/python benchmarks/sweep.py $(SWEEP_ARGS)
 
 ## make compare       numbers beside TransformerLens' (COMPARE_ARGS="gpt2 llama")
 compare: .venv-bench/.stamp

@@ -69,7 +69,7 @@ def _runs(subject: Subject) -> tuple[dict[str, Run], Run]:
         "pattern of one layer": pattern,
         "eager attention, one layer": _eager_attention(subject),
     }
-    bridge = _bridge(subject)
+    bridge = bridge_of(subject.module)
     if bridge is not None:
         _check_alike(model.run_with_cache(subject.ids)[1], bridge.run_with_cache(subject.ids)[1])
         runs["TransformerLens"] = lambda: bridge.run_with_cache(subject.ids)
@@ -98,14 +98,14 @@ def _eager_attention(subject: Subject) -> Run:
     return lambda: attention(*args, **kwargs)
 
 
-def _bridge(subject: Subject) -> Any:
+def bridge_of(module: Any) -> Any:
     """TransformerLens' own model of the same weights; None where it is not installed."""
     try:
         from transformer_lens.model_bridge.sources import _bridge_builder as builder
     except ImportError:
         print("transformer-lens is not installed: pip install 'transformer-lens==4.3.*'")
         return None
-    module = copy.deepcopy(subject.module)
+    module = copy.deepcopy(module)
     module.set_attn_implementation("eager")  # which it needs, and sets when it loads a model
     name = type(module).__name__
     with warnings.catch_warnings():

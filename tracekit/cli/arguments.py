@@ -45,13 +45,86 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(module=f"tracekit.cli.{name}")
         return command
 
-    for each in (_demo, _tree, _doctor):
+    for each in (_demo, _lens, _patch, _tree, _doctor):
         each(add)
     return found
 
 
 def _demo(add: _Add) -> None:
     add("demo", "what the packaged model thinks, layer by layer, and an edit", "")
+
+
+def _lens(add: _Add) -> None:
+    text = '"The Eiffel Tower is in the city of"'
+    command = add(
+        "lens",
+        "the logit lens: what each layer would say of a text, were it the last",
+        f"tracekit/tiny {text}",
+        f"tracekit/tiny {text} --token Paris --top 3",
+        f"tracekit/tiny {text} --position all",
+        f"tracekit/tiny {text} --json --html lens.html",
+    )
+    _model(command)
+    command.add_argument("text", metavar="TEXT", help="what the model is given")
+    command.add_argument(
+        "--top", type=_positive, default=5, metavar="N", help="likeliest tokens shown (default: 5)"
+    )
+    command.add_argument(
+        "--position",
+        default="-1",
+        metavar="N",
+        help="number of a token, or all (default: -1)",
+    )
+    command.add_argument(
+        "--token", metavar="TEXT", help="follow this one (default: what the model says in the end)"
+    )
+    command.add_argument(
+        "--activation",
+        default="resid_post",
+        metavar="NAME",
+        help="or resid_mid, resid_pre",
+    )
+    _json(command)
+    _html(command)
+
+
+def _patch(add: _Add) -> None:
+    pair = (
+        '--clean "The Eiffel Tower is in the city of" --corrupted "The Big Ben is in the city of"'
+    )
+    command = add(
+        "patch",
+        "which places carry what two prompts differ in: an exact sweep of patches",
+        f"tracekit/tiny {pair}",
+        f"tracekit/tiny {pair} --right Paris --wrong London --over layer,head --activation z",
+        f"tracekit/tiny {pair} --direction noise --json --html patch.html",
+    )
+    _model(command)
+    command.add_argument("--clean", required=True, metavar="TEXT", help="a prompt")
+    command.add_argument("--corrupted", required=True, metavar="TEXT", help="one as long in tokens")
+    command.add_argument(
+        "--right", metavar="TOKEN", help="answer to the clean prompt (default: what the model says)"
+    )
+    command.add_argument(
+        "--wrong", metavar="TOKEN", help="answer to the corrupted one (default: what it says)"
+    )
+    command.add_argument(
+        "--over", default="layer,position", metavar="AXES", help="of layer, position and head"
+    )
+    command.add_argument(
+        "--activation",
+        default="resid_pre",
+        metavar="NAME",
+        help="see tracekit tree --names",
+    )
+    command.add_argument(
+        "--direction",
+        choices=("denoise", "noise"),
+        default="denoise",
+        help="clean values into the corrupted run (default), or the other way round",
+    )
+    _json(command)
+    _html(command)
 
 
 def _tree(add: _Add) -> None:
@@ -104,6 +177,17 @@ def _model(command: argparse.ArgumentParser, is_optional: bool = False) -> None:
 
 def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+
+
+def _html(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--html", metavar="FILE", help="write a page with the picture, too")
+
+
+def _positive(text: str) -> int:
+    found = int(text)
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return found
 
 
 def _count(text: str) -> int:

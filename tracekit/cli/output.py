@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
+from tracekit.errors import InputError
+
 _STYLES: Final = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 _MARKS: Final = {"├── ": "|-- ", "└── ": "`-- ", "│   ": "|   ", "…": "..."}
 
@@ -30,6 +32,16 @@ def say(text: str = "") -> None:
 def say_json(data: Any) -> None:
     """Print as JSON; a number that is none is null."""
     print(json.dumps(_plain(data), indent=2, allow_nan=False))
+
+
+def save(thing: Any, path: str) -> None:
+    """Write the picture of an answer; InputError for a file that can't be written."""
+    from tracekit.viz import show
+
+    try:
+        show(thing).save(path)
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror}.") from error
 
 
 def styled(text: str, style: str) -> str:

@@ -20,6 +20,7 @@ from tracekit.core.tree import Tree
 
 # What a module does when it is called, given its own call: `call(own, args, kwargs)`.
 Call: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Value: TypeAlias = Callable[[], Tensor]  # what a run is given, told when it comes to it
 
 _HOOKS: Final = (
     "_forward_hooks",
@@ -61,27 +62,27 @@ def passing(size: int = 0) -> Call:
     return handed_on
 
 
-def giving(value: Tensor, size: int = 0) -> Call:
+def giving(value: Value, size: int = 0) -> Call:
     """Return `value`, whatever comes."""
-    return lambda own, args, kwargs: _returned(value, size)
+    return lambda own, args, kwargs: _returned(value(), size)
 
 
-def embedding(like: Tensor) -> Call:
+def embedding(like: Value) -> Call:
     """Add nothing: ids become a zero, and what is embedded already goes on."""
 
     def embedded(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first = _first(args, kwargs)
         is_embedded = isinstance(first, Tensor) and first.is_floating_point() and first.dim() > 2
-        return first if is_embedded else like.new_zeros(())
+        return first if is_embedded else like().new_zeros(())
 
     return embedded
 
 
-def entering(value: Tensor) -> Call:
+def entering(value: Value) -> Call:
     """Run the module on `value` instead of the first tensor that it is given."""
 
     def entered(own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = replace_tensor((args, kwargs), _first(args, kwargs), value)
+        args, kwargs = replace_tensor((args, kwargs), _first(args, kwargs), value())
         return own(*args, **kwargs)
 
     return entered

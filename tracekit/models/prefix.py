@@ -79,6 +79,7 @@ class Prefix:
         positions: Tensor | None = None,
         source: Source | None = None,
         has_media: bool = False,
+        weights: tuple[object, ...] | None = None,
     ) -> None:
         check_shareable(kv_cache)
         self.model = model
@@ -90,7 +91,7 @@ class Prefix:
         self._tokens = tokens
         self._attention_mask = attention_mask
         self._edits = _lasting(model)
-        self._weights = weights_of(model.module)
+        self._weights = weights_of(model.module) if weights is None else weights
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -309,8 +310,9 @@ class Prefix:
             self._attention_mask[:, :positions],
             positions=axes,
             source=self.source,
+            weights=self._weights,
         )
-        found._edits, found._weights = self._edits, self._weights
+        found._edits = self._edits
         return found
 
 

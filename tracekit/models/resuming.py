@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, final
 
 from torch import Tensor
 
 from tracekit.core.tree import Tree
 from tracekit.errors import TracekitError
-from tracekit.models.face import both
+from tracekit.models.face import both, run_with_hooks
 from tracekit.models.kv_layers import Filled
 from tracekit.models.language import LanguageModel
 from tracekit.models.prefix import Prefix
 from tracekit.models.probing import deviation, tolerance
 from tracekit.models.signatures import accepts
+from tracekit.models.starting import Begun, Detours, begin
 from tracekit.tracing.call import Follower, TracedCall
 from tracekit.tracing.declared import run_to_end
-from tracekit.tracing.hooked import Function
+from tracekit.tracing.hooked import Function, Hooked
 from tracekit.tracing.wanted import Names, Spot, wanted
 
 Pair: TypeAlias = tuple[Names, Function]
@@ -44,6 +45,7 @@ class Kept:
     prefix: Prefix | None
     why_whole: str
     can_narrow: bool = False  # to the last position, in the last layer
+    detours: Detours = field(default_factory=Detours, repr=False)
 
     @property
     def layers(self) -> int:
@@ -103,16 +105,35 @@ def resume(
         found = _narrowed(model, kept, residual, layer, position, fwd_hooks)
         if found is not None:
             return found
-    options = _of_the_last(model)
+    prefix = None
     if position:
         assert kept.prefix is not None
-        options["prefix"] = kept.prefix.crop(position)
-    found = model.run_with_hooks(residual, start_at_layer=layer, fwd_hooks=fwd_hooks, **options)
+        prefix = kept.prefix.cut(position)
+    functions = both(model._tree, fwd_hooks, ())
+    return _last_logits(model, kept, residual, layer, prefix, functions)
+
+
+def _last_logits(
+    model: LanguageModel,
+    kept: Kept,
+    residual: Tensor,
+    layer: int,
+    prefix: Prefix | None,
+    functions: Sequence[Hooked],
+) -> Tensor:
+    begun = _begun(model, kept, residual, layer, prefix)
+    begun.check(functions, None)
+    found: Any = run_with_hooks(model._start(begun), begun.call, functions)
     return found[:, -1]
 
 
-def _of_the_last(model: LanguageModel) -> dict[str, Any]:
-    return {"logits_to_keep": 1} if accepts(model.module, "logits_to_keep") else {}
+def _begun(
+    model: LanguageModel, kept: Kept, residual: Tensor, layer: int, prefix: Prefix | None
+) -> Begun:
+    options: dict[str, Any] = {} if prefix is None else {"prefix": prefix}
+    if accepts(model.module, "logits_to_keep"):
+        options["logits_to_keep"] = 1
+    return begin(model._tree, (residual,), layer, options, model._begin_with, kept.detours)
 
 
 # -- the last layer, for the last position --------------------------------------------------------
@@ -140,8 +161,7 @@ def _narrowed(
     if layer < last:
         look = [(("resid_pre", last), lambda value, _: streams.append(value[:, -1:].clone()))]
         functions += both(model._tree, look, ())
-    begun = model._begun(layer, (residual,), {"prefix": prefix, **_of_the_last(model)})
-    assert begun is not None
+    begun = _begun(model, kept, residual, layer, prefix)
 
     def made(follower: Follower | None) -> None:
         with suppress(Filled):
@@ -153,10 +173,7 @@ def _narrowed(
         return None
     keys, values = (each[:, :, :-1] for each in filled[0])
     before = kept.prefix.cut(kept.length - 1).replaced(last, keys, values)
-    found = model.run_with_hooks(
-        streams[-1], start_at_layer=last, prefix=before, **_of_the_last(model)
-    )
-    return found[:, -1]
+    return _last_logits(model, kept, streams[-1], last, before, ())
 
 
 def _is_from(model: LanguageModel, spot: Spot, layer: int) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tracekit.architectures import Bound
 from tracekit.architectures.layouts import Whole
-from tracekit.core.detour import Call, detour, embedding, entering, giving, passing
+from tracekit.core.detour import Call, Value, detour, embedding, entering, giving, passing
 from tracekit.core.nest import first_tensor
 from tracekit.core.site import Slot
 from tracekit.core.tree import Tree
@@ -46,7 +46,7 @@ class Route:
     embeds: tuple[str, ...]
     layer: str | None  # None: behind the last
 
-    def of(self, tree: Tree, residual: Tensor) -> Tree:
+    def of(self, tree: Tree, residual: Value) -> Tree:
         """The model that goes this way, with that residual stream."""
         calls: dict[str, Call] = {path: embedding(residual) for path in self.embeds}
         for path, size in self.skipped.items():
@@ -161,7 +161,7 @@ class _Proof:
             assert self._residual is not None
             residual = self._residual[:, half:].contiguous()
             rest = behind(model, first, {"inputs_embeds": torch.zeros_like(residual)}, False)
-            outputs = run_behind(route.of(self._twin, residual), None, (), rest)
+            outputs = run_behind(route.of(self._twin, lambda: residual), None, (), rest)
             found = _logits(outputs)
         except Exception as error:  # noqa: BLE001 - as it may in any way
             return f"it does not go on behind keys and values ({type(error).__name__}: {error})"
@@ -247,9 +247,10 @@ class _Proof:
             for module in self._twin.modules[path].modules()
         ]
         name = "decoder_inputs_embeds" if self._is_both else "inputs_embeds"
+        residual = self._residual
         try:
-            zeros = torch.zeros_like(self._residual)
-            found = self._outputs(route.of(self._twin, self._residual), {name: zeros})
+            zeros = torch.zeros_like(residual)
+            found = self._outputs(route.of(self._twin, lambda: residual), {name: zeros})
         except Exception as error:  # noqa: BLE001 - a model may fail in any way without its layers
             return f"it fails without what is before ({type(error).__name__}: {error})"
         finally:

@@ -75,10 +75,39 @@ class Begun:
         )
 
 
-def begin(tree: Tree, args: tuple[Any, ...], layer: int, kwargs: dict[str, Any], fit: Fit) -> Begun:
+@final
+class Detours:
+    """The models that go round the first layers of one, each made once, for one run at a time."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Route, Tree]] = {}
+        self._residual: Tensor | None = None
+
+    def tree(self, tree: Tree, route: Route, residual: Tensor) -> Tree:
+        """That of a route, with a residual stream for the next run."""
+        self._residual = residual
+        made = self._made.get(route.number)
+        if made is None or made[0] is not route or made[1].original is not tree:
+            made = self._made[route.number] = route, route.of(tree, self._given)
+        return made[1]
+
+    def _given(self) -> Tensor:
+        assert self._residual is not None
+        return self._residual
+
+
+def begin(
+    tree: Tree,
+    args: tuple[Any, ...],
+    layer: int,
+    kwargs: dict[str, Any],
+    fit: Fit,
+    detours: Detours | None = None,
+) -> Begun:
     """The run of the model on `args`, a residual stream, from a layer on.
 
-    InputError for what is none; UnsupportedError for a model that is not right so.
+    By one of `detours`, if whoever has them makes one run at a time. InputError for what is no
+    residual stream; UnsupportedError for a model that is not right so.
     """
     residual = _residual(args, layer)
     number = _number(tree, layer)
@@ -104,7 +133,7 @@ def begin(tree: Tree, args: tuple[Any, ...], layer: int, kwargs: dict[str, Any],
             f"in front of layer {number}: {route}. Run it on tokens, with stop_at_layer= or "
             f"names_filter= for less."
         )
-    return Begun(route.of(tree, residual), inputs, route)
+    return Begun((detours or Detours()).tree(tree, route, residual), inputs, route)
 
 
 def _behind(tree: Tree, number: int, route: Route, found: Behind) -> Route | str:
