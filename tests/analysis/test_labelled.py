@@ -74,7 +74,8 @@ def test_an_axis_of_words_is_read_downwards_and_none_is_cut() -> None:
         ["embed", "0.5"],
         ["0_attn_out", "-2"],
     ]
-    assert [line.split() for line in repr(heads).splitlines()[1:]] == [["0", "1"], ["0.5", "-2"]]
+    lines = [line.split() for line in repr(heads).splitlines()[1:]]
+    assert lines == [["head", "0", "1"], ["0.5", "-2"]]
 
 
 def test_metrics_are_what_they_say_of_the_last_logits() -> None:

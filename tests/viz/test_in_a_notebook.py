@@ -7,7 +7,7 @@ import builtins
 import pytest
 import torch
 
-from tests.viz.examples import heat
+from tests.viz.examples import TOKENS, attention, heat
 from tests.viz.reading import read
 from tracekit import show
 from tracekit.analysis import Axis, Labelled
@@ -36,3 +36,9 @@ def test_one_axis_of_words_goes_down_and_one_of_numbers_across() -> None:
     layers = read(show(Labelled(values, [Axis("layer", ("0", "1", "2"))])).html)
     assert [each.text for each in layers.all("tr")[1].all("th")] == [""]
     assert [each.text for each in layers.all("tr")[0].all("th")] == ["layer", "0", "1", "2"]
+
+
+def test_one_head_by_itself_is_not_numbered() -> None:
+    pattern = attention(3, 7)
+    assert "head" not in show(pattern[2], tokens=TOKENS).text
+    assert "head 0" in show(pattern[2:], tokens=TOKENS).text

@@ -115,7 +115,7 @@ class Labelled:
         return "\n".join([head, *self._table()])
 
     def _table(self) -> list[str]:
-        values, only = self.values.detach(), Axis("", ("",))
+        values, only = self.values.detach(), Axis(self.axes[0].name, ("",))
         rows, columns = self.axes if len(self.axes) == 2 else (only, self.axes[0])
         if rows is only and max(map(len, columns.labels)) >= WIDTH:  # they are read downwards
             rows, columns = columns, rows

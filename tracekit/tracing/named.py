@@ -20,7 +20,13 @@ from tracekit.core.norms import known_kind, may_be_norm
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.core.versions import changes
-from tracekit.errors import LostError, MisfitError, MissingNameError, NeverRanError, UnsupportedError
+from tracekit.errors import (
+    LostError,
+    MisfitError,
+    MissingNameError,
+    NeverRanError,
+    UnsupportedError,
+)
 from tracekit.interleave.mediator import Mediator
 
 
@@ -38,7 +44,9 @@ def read_named(mediator: Mediator, site: Site, call: int, bound: Bound) -> Tenso
     if bound.sharing is Sharing.UNUSED:
         found = found.clone()
         line = mediator.last[1] if mediator.last is not None else "a line before"
-        mediator.loans.append(partial(_edited_copy, found, changes(found), f"{bound.name} ({line})"))
+        mediator.loans.append(
+            partial(_edited_copy, found, changes(found), f"{bound.name} ({line})")
+        )
     return bound.view(found)
 
 

@@ -29,7 +29,8 @@ def attention_of(pattern: Tensor, tokens: Sequence[str] | None) -> list[Part]:
     shape = list(pattern.shape)
     if pattern.dim() == 4 and len(pattern) == 1:
         pattern = pattern[0]
-    if pattern.dim() == 2:
+    is_one_head = pattern.dim() == 2  # nobody said which
+    if is_one_head:
         pattern = pattern[None]
     if pattern.dim() != 3 or not pattern.numel():
         raise InputError(
@@ -45,7 +46,13 @@ def attention_of(pattern: Tensor, tokens: Sequence[str] | None) -> list[Part]:
     columns = Places("to", labels, is_named=False)
     numbers: Any = as_numbers(pattern)
     grids = tuple(
-        Grid(rows, columns, head, f"head {number}", joint=" \N{RIGHTWARDS ARROW} ")
+        Grid(
+            rows,
+            columns,
+            head,
+            "" if is_one_head else f"head {number}",
+            joint=" \N{RIGHTWARDS ARROW} ",
+        )
         for number, head in enumerate(numbers)
     )
     return [Grids(grids, Scale("sequential", 0.0, 1.0, "weight"), is_pattern=True)]

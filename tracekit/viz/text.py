@@ -29,7 +29,9 @@ def for_terminal(title: str, parts: Sequence[Part]) -> str:
     """The picture in colours if standard output is a terminal, else without."""
     from rich.console import Console
 
-    here = Console(file=sys.stdout, force_jupyter=False)  # else it displays what it prints
+    here = Console(file=sys.stdout)
+    if here.is_jupyter:  # the colours are those of the HTML, beside which this is stored
+        return plain(title, parts)
     if not here.is_terminal or here.no_color:
         return plain(title, parts, here.width if here.is_terminal else WIDTH)
     file = io.StringIO()
