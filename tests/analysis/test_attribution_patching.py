@@ -87,13 +87,30 @@ def test_it_ranks_patches_much_as_exact_patching_does(
     tiny: LanguageModel, over: tuple[str, str], name: str, at_least: float, direction: str
 ) -> None:
     wanted = logit_difference(tiny, "Paris", "Rome")
-    found = attribution_patching(tiny, CLEAN, CORRUPTED, wanted, over, name, direction)
+    found = attribution_patching(
+        tiny, CLEAN, CORRUPTED, wanted, over, activation=name, direction=direction
+    )
     into, source = (CORRUPTED, CLEAN) if direction == "denoise" else (CLEAN, CORRUPTED)
     true = exact(tiny, into, source, wanted, name)
     apart = true.abs() > 1e-4  # patches of what does not differ do nothing, in any order
     rank = spearman(found.values[apart], true[apart])
     print(f"\n{direction} {name} over {over}: Spearman {rank:.2f} of {int(apart.sum())} patches")
     assert rank > at_least
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_it_takes_the_place_of_an_exact_sweep(tiny: LanguageModel, direction: Any) -> None:
+    wanted = logit_difference(tiny, "Paris", "Rome")
+    pair = (CLEAN, CORRUPTED, wanted, ("layer", "position"))
+    found = attribution_patching(tiny, *pair, activation="mlp_out", direction=direction)
+    sweep = patch_sweep(tiny, *pair, activation="mlp_out", direction=direction, progress=False)
+    assert found.axes == sweep.values.axes
+    base = sweep.corrupted if direction == "denoise" else sweep.clean
+    change = sweep.values.values - base
+    apart = change.abs() > 1e-4
+    rank = spearman(found.values[apart], change[apart])
+    print(f"\n{direction}, against patch_sweep of mlp_out: Spearman {rank:.2f}")
+    assert rank > 0.8
 
 
 def test_a_patch_of_what_is_the_same_in_both_runs_is_nothing(tiny: LanguageModel) -> None:
@@ -108,10 +125,13 @@ def test_padded_pairs_are_each_as_they_are_alone(tiny: LanguageModel) -> None:
     pairs = [(CLEAN, CORRUPTED), ("We took a picture of the Eiffel Tower in",) * 2]
     pairs[1] = (pairs[1][0], "We took a picture of the Trevi Fountain in")
     wanted = logit_difference(tiny, "Paris", "Rome")
-    each = [attribution_patching(tiny, *pair, wanted, ("layer", "head"), "z") for pair in pairs]
+    each = [
+        attribution_patching(tiny, *pair, wanted, ("layer", "head"), activation="z")
+        for pair in pairs
+    ]
     clean, corrupted = (list(side) for side in zip(*pairs, strict=True))
     over = ("layer", "head", "prompt")
-    found = attribution_patching(tiny, clean, corrupted, wanted, over, "z")
+    found = attribution_patching(tiny, clean, corrupted, wanted, over, activation="z")
     expected = torch.stack([one.values for one in each], -1)
     torch.testing.assert_close(found.values, expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(InputError, match="these prompts are of different lengths"):
@@ -132,7 +152,7 @@ def test_it_labels_positions_as_a_sweep_does_by_the_clean_prompts(
 ) -> None:
     names = ["Eiffel Tower", "Trevi Fountain", "Prado Museum"]
     clean = [f"The {name} is in the city of" for name in names]
-    for pair, label in (((clean[0], clean[1]), "Eiffel"), ((clean, clean[::-1]), "Eiffel/Trevi/…")):
+    for pair, label in (((clean[0], clean[1]), "Eiffel"), ((clean, clean[::-1]), "2")):
         paris = probability(tiny, "Paris")
         first = attribution_patching(tiny, *pair, paris, direction=direction)
         exact = patch_sweep(tiny, *pair, paris, layers=[3], direction=direction)

@@ -292,3 +292,9 @@ def test_what_families_can_not_do_is_refused() -> None:
     net, inputs = make("t5")
     with pytest.raises(UnsupportedError, match="cross-attention"):
         edge_attribution(LanguageModel(net), inputs, inputs, metric)
+
+
+def test_half_precision_ranks_edges_alike(tiny: LanguageModel, edges: Edges) -> None:
+    half = LanguageModel("tracekit/tiny", dtype=torch.bfloat16)
+    found = edge_attribution(half, CLEAN, CORRUPTED, logit_difference(half, "Paris", "Rome"))
+    assert {edge[:2] for edge in found.top(5)} == {edge[:2] for edge in edges.top(5)}

@@ -26,6 +26,7 @@ from tracekit.analysis.parts import (
 )
 from tracekit.analysis.patched import PatchSweep
 from tracekit.analysis.patches import Patch
+from tracekit.analysis.probes import Probes, probe
 from tracekit.analysis.residual import accumulated_resid, decompose_resid
 from tracekit.analysis.saliency import gradient_x_input
 from tracekit.analysis.steering import DoseCurve, SteeringVector, dose_curve, steering_vector
@@ -45,6 +46,7 @@ __all__ = [
     "Metric",
     "Patch",
     "PatchSweep",
+    "Probes",
     "SteeringVector",
     "ablate",
     "ablation_sweep",
@@ -68,6 +70,7 @@ __all__ = [
     "logit_lens",
     "patch_sweep",
     "probability",
+    "probe",
     "repeated_tokens",
     "stack_head_results",
     "stack_neuron_results",

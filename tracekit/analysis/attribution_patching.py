@@ -37,6 +37,7 @@ def attribution_patching(
     corrupted: Any,
     metric: Measure,
     over: Sequence[str] = ("layer", "position"),
+    *,
     activation: str = "resid_pre",
     direction: str = "denoise",
 ) -> Labelled:
@@ -44,16 +45,17 @@ def attribution_patching(
 
     "denoise" puts what an activation is for `clean` into the run of `corrupted`, and "noise" the
     other way round: (what is put in, less what is there) times the gradient there. Two forward
-    passes and one backward for all patches. `over` says which axes to keep: "layer", "position",
-    "head", "prompt", what the activation has; over all others it is one patch of all, and the mean
-    over prompts. `clean` and `corrupted` are one prompt each, or as many, of as many tokens.
+    passes and one backward for all patches; patch_sweep has the metric itself behind each, exactly.
+    `over` says which axes to keep: "layer", "position" (labelled by the clean tokens), "head",
+    "prompt", what the activation has; over all others it is one patch of all, and the mean over
+    prompts. `clean` and `corrupted` are one prompt each, or as many, of as many tokens.
     Nanda 2023; Kramár et al. 2024 (AtP*).
     """
     over = check_over(activation, over)
     if direction not in DIRECTIONS:
         raise InputError(f"direction= is 'denoise' or 'noise', not {direction!r}.")
     pair = read_pair(model, clean, corrupted)
-    into, source = pair[:: -1 if direction == "denoise" else 1]
+    source, into = pair if direction == "denoise" else pair[::-1]
     found = gradients_of(model, into, [name_at(activation, None)], metric)[activation]
     put = _recorded(model, source, activation)
     changes = {

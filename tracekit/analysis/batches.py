@@ -69,3 +69,14 @@ def nodes(count: int) -> tuple[Tensor, Tensor]:
     beside = index / (4 * index**2 - 1).sqrt()
     values, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
     return (values + 1) / 2, vectors[0] ** 2
+
+
+def in_parts(model: LanguageModel, prompts: Prompts, memory: int) -> Iterator[Prompts]:
+    """The prompts, in batches for which the memory is enough."""
+    one = Prompts({}, prompts.ids[:1], prompts.is_token[:1])
+    for rows in chunks(len(prompts), rows_that_fit(model, one, memory)):
+        inputs = {
+            name: value[rows] if isinstance(value, Tensor) and len(value) == len(prompts) else value
+            for name, value in prompts.inputs.items()
+        }
+        yield Prompts(inputs, prompts.ids[rows], prompts.is_token[rows])

@@ -15,13 +15,12 @@ from torch import Tensor
 from tracekit.analysis.components import recorded
 from tracekit.analysis.gradients import Gradients
 from tracekit.analysis.parts import stack_head_results
-from tracekit.analysis.residual import check_sum
+from tracekit.analysis.residual import check_sum, tolerance
 from tracekit.analysis.unembedding import final_name
 from tracekit.errors import MissingNameError, UnsupportedError
 from tracekit.models.language import LanguageModel
 from tracekit.tracing.named_cache import NamedCache
 
-CLOSE: Final = 1e-3  # of the largest number, what two ways to the same tensor may differ by
 _WHOLE: Final = {"attn_out": "attn", "mlp_out": "mlp", "ssm_out": "ssm", "conv_out": "conv"}
 _READS: Final = {"attn_in": "attn", "mixer_in": "mixer", "mlp_in": "mlp"}
 
@@ -83,7 +82,7 @@ def _by_head(model: LanguageModel, cache: NamedCache) -> dict[int, list[tuple[st
 def _constant(layer: int, whole: Tensor, parts: list[Tensor]) -> Tensor:
     """What an attention adds beside its heads: its bias, the same for all tokens."""
     rest = whole - torch.stack(parts).sum(0)
-    if (rest - rest[:1, :1]).abs().max() > CLOSE * whole.abs().max():
+    if (rest - rest[:1, :1]).abs().max() > tolerance(whole) * whole.abs().max():
         raise UnsupportedError(
             f"layer {layer}: its attention adds more than its heads (a gate?): heads=False."
         )
@@ -214,4 +213,4 @@ def _weight(model: LanguageModel, cache: NamedCache, at: _Input, word: str) -> T
 def _is_close(one: Tensor, other: Tensor) -> bool:
     size = other.abs().max()
     other = other.reshape(one.shape) if one.numel() == other.numel() else other
-    return one.shape == other.shape and bool((one - other).abs().max() <= CLOSE * size)
+    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance(one) * size)

@@ -86,9 +86,9 @@ def integrated_gradients(
     prompts = one_prompt(model, input, "integrated_gradients")
     way = _Way(model, prompts, name_at(activation, layer), metric, baseline)
     points, weights = nodes(steps)
-    total = torch.zeros_like(way.end)
+    total = torch.zeros_like(way.end, dtype=torch.promote_types(way.end.dtype, torch.float32))
     for part in chunks(steps, rows_that_fit(model, prompts, memory)):
-        gradients = way.gradients(points[part].to(way.end))
+        gradients = way.gradients(points[part].to(way.end)).to(total)
         total += torch.einsum("s,s...->...", weights[part].to(gradients), gradients)
     ends = way.metric_at(torch.tensor([1.0, 0.0]).to(way.end))
     product = (total * (way.end - way.begin))[None]

@@ -120,14 +120,14 @@ def words_of(model: LanguageModel, ids: Tensor) -> tuple[str, ...]:
 
 
 def position_axis(model: LanguageModel, prompts: Prompts) -> Axis:
-    """Positions, labelled by their tokens; of several prompts that differ, by two of them."""
+    """Positions, labelled by their tokens; where prompts differ, by both, or by their number."""
     return Axis("position", joined([words_of(model, row) for row in prompts.ids]))
 
 
 def joined(words: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    """A label for each position of several prompts: "is", "Eiffel/Trevi", "Eiffel/Trevi/…"."""
-    columns = [list(dict.fromkeys(column)) for column in zip(*words, strict=True)]
-    return tuple("/".join([*column[:2], *["…"] * (len(column) > 2)]) for column in columns)
+    """The label of each position of several prompts: "is"; of two, "Eiffel/Trevi"; of more, "2"."""
+    columns = [tuple(dict.fromkeys(column)) for column in zip(*words, strict=True)]
+    return tuple("/".join(one) if len(one) <= 2 else str(at) for at, one in enumerate(columns))
 
 
 def prompt_axis(model: LanguageModel, prompts: Prompts) -> Axis:

@@ -17,7 +17,9 @@ from tracekit.models.language import LanguageModel
 from tracekit.tracing.named_cache import NamedCache
 
 KINDS = {"all": None, "attn": ("attn_out", "cross_attn_out"), "mlp": ("mlp_out",)}
-TOLERANCE = 1e-3  # of what parts may be off, beside the largest number of the stream: rounding
+# What parts may be off, beside the largest number of the stream: rounding.
+TOLERANCE = 1e-3
+OF_HALF = 5e-2  # where numbers have 16 bits
 
 
 def accumulated_resid(
@@ -117,11 +119,16 @@ def additions(
                 yield each, name, factor
 
 
+def tolerance(value: Tensor) -> float:
+    """What two ways to the same numbers may differ by, beside the largest."""
+    return TOLERANCE if value.element_size() > 2 else OF_HALF
+
+
 def check_sum(parts: list[tuple[str, Tensor]], whole: Tensor) -> None:
     """CacheError if parts don't add up to the recorded stream."""
     total = sum((value for _, value in parts), torch.zeros_like(whole))
     off = (total - whole).abs().max().item()
-    if off > TOLERANCE * max(1.0, whole.abs().max().item()):
+    if off > tolerance(whole) * max(1.0, whole.abs().max().item()):
         raise CacheError(
             f"the parts do not add up to the recorded residual stream: they are off by {off:.2g}. "
             f"Was it written to in the run? Record a run without edits of the stream."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from tracekit.analysis.gradients import gradients_of, name_at
@@ -55,8 +56,12 @@ def gradient_x_input(
 
 
 def product(value: Tensor, gradient: Tensor) -> Tensor:
-    """The product, which is 0 where there is no gradient, also of a masked score's infinity."""
-    return (value * gradient).masked_fill(gradient == 0, 0)
+    """The product, which is 0 where there is no gradient, also of a masked score's infinity.
+
+    In float32 at least, as it is to be added up.
+    """
+    exact = torch.promote_types(value.dtype, torch.float32)
+    return (value.to(exact) * gradient).masked_fill(gradient == 0, 0)
 
 
 def _kept(activation: str) -> tuple[str, ...]:
