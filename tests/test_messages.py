@@ -195,6 +195,13 @@ def a_misspelled_setting() -> None:
     settings.lift_block = False  # type: ignore[attr-defined]
 
 
+def an_edit_of_what_is_not_read_again() -> None:
+    module, inputs = make("llama4_text")
+    model = Model(module)
+    with model.trace(**inputs):
+        model.layers[1].router_logits[:] = 0
+
+
 def a_branch_in_a_dry_run() -> None:
     with MODEL.scan(X):
         if MODEL[0].output.sum() > 0:
@@ -388,6 +395,13 @@ CASES = [
         "checkpointing: backward would compute the layer again without the edit, and give other "
         "gradients. Switch checkpointing off, or edit the layer's own output. "
         "[unsupported]",
+    ),
+    Case(
+        an_edit_of_what_is_not_read_again,
+        errors.LostError,
+        "router_logits (line 202) was edited in place, and nothing in the model reads it again, so "
+        "the edit would change nothing: edit router_weights or router_indices, or a .clone() to "
+        "compute with. [lost]",
     ),
     Case(
         a_misspelled_name_of_a_model,

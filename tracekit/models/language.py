@@ -40,6 +40,7 @@ from tracekit.models.returned import Returning, wanted_of
 from tracekit.models.scanning import fake_twin
 from tracekit.models.signatures import accepts
 from tracekit.models.texts import Texts, is_list_of_texts
+from tracekit.models.verification import refuse_generation
 from tracekit.models.weights import WithWeights
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
@@ -227,6 +228,7 @@ class LanguageModel(Answering, WithWeights):
         """
         if is_with_item(caller_frame()):
             return self.generation(*args, **kwargs)
+        refuse_generation(kwargs)
         wanted, rest = wanted_of(kwargs)
         if wanted.is_plain:
             return super().generate(*args, **rest)

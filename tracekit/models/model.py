@@ -22,7 +22,7 @@ from tracekit.models.generation import forward, generate, generation
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
-from tracekit.models.verification import verify
+from tracekit.models.verification import refuse_generation, verify
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
@@ -147,6 +147,7 @@ class Model(Functional):
         """
         if is_with_item(caller_frame()):
             return self.generation(*args, **kwargs)
+        refuse_generation(kwargs)
         self._check_generates()
         return self._made(self._generation(args, kwargs))
 
@@ -156,6 +157,7 @@ class Model(Functional):
 
         For an ExitStack, or to run a function: `model.generation(x, ...).run(function)`.
         """
+        refuse_generation(kwargs)
         self._check_generates()
         if is_without_input(args, kwargs):
             return self._tracer(self._batch(kwargs, generate, "generate"), grad=False)
@@ -184,6 +186,7 @@ class Model(Functional):
         `Tracer.run`, and `run` is a function, as there, that runs beside all steps. In the end
         `stream.result` is what `generate` returned.
         """
+        refuse_generation(options)
         self._check_generates()
         texts = self._texts(args, return_type, skip_special_tokens)
 

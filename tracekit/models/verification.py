@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, cast, final
 
@@ -178,6 +178,16 @@ def _without_hook(function: Callable[[Any], Any], tensor: Tensor, _: object) -> 
 
 def _written(value: Any, tensor: Tensor, _: object) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full_like(tensor, value)
+
+
+def refuse_generation(kwargs: Mapping[str, Any]) -> None:
+    """UnsupportedError if a generation is to be verified."""
+    if kwargs.get("verify"):
+        raise UnsupportedError(
+            "verify= is of one forward pass: a generation with other tokens has nothing to be held "
+            "against. Verify the edit on the prompt, or on what was generated, as in "
+            "model.verify(edit, model.generate(prompt))."
+        )
 
 
 def _no_edit(given: object) -> InputError:

@@ -28,7 +28,8 @@ class Met:
     order: int
     seen: Seen
     change: ModuleChange | None  # None: every bit is the same
-    rows: Tensor | None  # `[rows]`: the largest difference in each, over the largest clean value
+    # `[rows]`: the largest difference in each, over the largest clean value; None: it has no rows
+    rows: Tensor | None
     is_touched: bool
 
 
@@ -81,9 +82,10 @@ class Comparison:
         """Who was given, in the clean run, the very tensor that was edited: is it given the new?"""
         for touch, was, written in self._written:
             for tensor, kept in zip(now, known, strict=False):
-                if kept is was:
-                    same = is_same(tensor.detach().cpu(), written)
-                    (touch.read_by if same else touch.not_read_by).append(seen.site.path)
+                if kept is was and is_same(tensor.detach().cpu(), written):
+                    touch.read_by.append(seen.site.path)
+                elif kept is was and kept.is_same(tensor):
+                    touch.not_read_by.append(seen.site.path)
 
     # -- what became of all else ----------------------------------------------------------------
 
@@ -94,25 +96,26 @@ class Comparison:
         apart = [(tensor, kept) for tensor, kept in pairs if not kept.is_same(tensor)]
         if not apart and len(now) == len(known):
             return Met(order, seen, None, None, is_touched)
-        rows = torch.zeros(self.grid.rows)
+        rows: Tensor | None = None
         largest, above, below, is_sized = 0.0, 0.0, 0.0, bool(apart)
         for tensor, kept in apart:
             sizes = _sizes(tensor, kept)
             if sizes is None:
-                is_sized, rows = False, torch.maximum(rows, torch.tensor(float("inf")))
+                is_sized = False
                 continue
             size, clean = sizes
             largest = max(largest, float(size.max()))
             above, below = above + float((size**2).sum()), below + float((clean**2).sum())
             of_rows = self.grid.by_row(size / (float(clean.abs().max()) or 1.0))
-            rows = torch.maximum(rows, torch.tensor(float("inf")) if of_rows is None else of_rows)
+            if of_rows is not None:
+                rows = of_rows if rows is None else torch.maximum(rows, of_rows)
         change = ModuleChange(
             str(seen.site),
             seen.call,
             order,
             largest if is_sized else None,
             (above**0.5 / below**0.5 if below else float("inf")) if is_sized else None,
-            tuple(rows.nonzero().flatten().tolist()),
+            () if rows is None else tuple(rows.nonzero().flatten().tolist()),
         )
         return Met(order, seen, change, rows, is_touched)
 

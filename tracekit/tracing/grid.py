@@ -85,7 +85,13 @@ class Grid:
         return is_true.expand(count, -1) if is_true.shape[0] == 1 else is_true
 
     def by_row(self, size: Tensor) -> Tensor | None:
-        """`[rows]`: the largest of a value of the whole batch in each row; None: it has no rows."""
+        """`[rows]`: the largest of a value of the whole batch in each row; None: it has no rows.
+
+        Of a model that reads sequences only what has positions is taken to have rows: experts sort
+        tokens, and contrastive logits are of pairs.
+        """
+        if self.sequences and size.dim() < 3:
+            return None
         found = self._laid(size, self.rows)
         if found is None or not found.numel():
             return None

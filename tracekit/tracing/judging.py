@@ -77,7 +77,9 @@ def _groups(touches: Touches) -> Iterator[tuple[Origin | None, list[Touch]]]:
         file = line.file if isinstance(line, Line) else ""
         key = touch.origin or (file, str(line), touch.invoke)
         by_key.setdefault(key, []).append(touch)
-    for key, group in by_key.items():
+    last = len(touches.every)
+    ordered = sorted(by_key.items(), key=lambda each: each[1][0].order if each[1] else last)
+    for key, group in ordered:
         if not group and key in touches.called:
             continue  # it only looked
         yield (key if isinstance(key, Origin) else None), group
@@ -261,6 +263,8 @@ def _rows(found: Found, start: int) -> Iterator[RowCheck]:
     for each in met:
         if each.rows is not None and each.order >= start:
             worst = torch.maximum(worst, each.rows)
+    differing = [each for each in met if each.change is not None and each.order >= start]
+    is_known = not differing or any(each.rows is not None for each in differing)
     limit = _tolerance(found)
     tokens = grid.tokens(found.tell)
     for row in range(grid.rows):
@@ -268,6 +272,7 @@ def _rows(found: Found, start: int) -> Iterator[RowCheck]:
         verdict = "within rounding" if deviation <= limit else "changed"
         verdict = "bit-identical" if not deviation else verdict
         text = "".join(tokens[row]) if row < len(tokens) and found.tell is not None else ""
+        verdict = verdict if is_known else "not compared"
         verdict = "edited" if row in edited else verdict
         yield RowCheck(row, _invoke_of(found.touches, row), text, verdict, deviation)
 

@@ -24,7 +24,7 @@ def is_lost(
     result: Tensor | None,
 ) -> bool:
     """Whether the edit certainly changed nothing that comes after it."""
-    if touch.site.slot is Slot.RESULT:
+    if touch.site.slot is Slot.RESULT or _is_restored(touch, comparison):
         return False
     others = [each for each in touches.every if each.seen != touch.seen]
     following = [each for each in others if each.clock >= touch.clock]
@@ -37,9 +37,9 @@ def is_lost(
         return False
     if following and not _is_as_clean(following[0], comparison):
         return False
-    if stop is None and clean is not None and result is not None and not is_same(clean, result):
-        return False
-    return stop is None or _has_returned(touch, tree, window, following[0])
+    if stop is None and clean is not None and result is not None:
+        return is_same(clean, result)
+    return _has_returned(touch, tree, window, following)
 
 
 def _is_dirty(comparison: Comparison, clock: int) -> bool:
@@ -62,7 +62,12 @@ def _is_as_clean(touch: Touch, comparison: Comparison) -> bool:
     return is_same(was, touch.before) or bool(torch.equal(was, touch.before))
 
 
-def _has_returned(touch: Touch, tree: Tree, window: list[Met], following: Touch) -> bool:
+def _is_restored(touch: Touch, comparison: Comparison) -> bool:
+    """Whether the value is what the clean run had, as the edit took an earlier one back."""
+    return any(met.seen == touch.seen and met.change is None for met in comparison.met)
+
+
+def _has_returned(touch: Touch, tree: Tree, window: list[Met], following: list[Touch]) -> bool:
     """Whether what calls the module has returned before the next edit, or with it."""
     path = touch.site.path
     if touch.site.slot is Slot.OUTPUT or path not in tree.called:
@@ -70,4 +75,5 @@ def _has_returned(touch: Touch, tree: Tree, window: list[Met], following: Touch)
     while path and path not in tree.called:
         path = path.rpartition(".")[0]
     end = Site(path, Slot.OUTPUT)
-    return any(met.seen.site == end for met in window) or following.site == end
+    is_next = bool(following) and following[0].site == end
+    return is_next or any(met.seen.site == end for met in window)

@@ -122,7 +122,8 @@ class RowCheck:
     """One row of the batch: whether it was edited, and how far its values are from the clean run.
 
     `deviation` is the greatest difference over the largest clean value of its site, and 0.0 where
-    every bit is the same; `verdict` is "edited", "bit-identical", "within rounding" or "changed".
+    every bit is the same; `verdict` is "edited", "bit-identical", "within rounding", "changed" or
+    "not compared" (the values that differ have no rows that could be told).
     """
 
     row: int

@@ -167,7 +167,8 @@ def is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor[None].view(torch.uint8)
+    found = tensor.contiguous()
+    return found.as_strided((found.numel(),), (1,)).view(torch.uint8)
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -25,8 +25,8 @@ def writes_over(touch: Touch, earlier: Touch) -> bool:
     target = statement.targets[0]
     if touch.kind == "in place":
         return isinstance(target, ast.Subscript) and not _is_in(target.value, statement.value)
-    is_same_block = touch.invoke == earlier.invoke
-    has_read = touch.reads > (earlier.reads if is_same_block else 0)
+    before = len(earlier.read_at) if touch.invoke == earlier.invoke else 0
+    has_read = any(line != touch.line for line in touch.read_at[before:])
     return not has_read and not _is_in(target, statement.value)
 
 

@@ -31,11 +31,13 @@ def _head(report: EditReport) -> str:
 
 
 def _edit(report: EditReport, edit: EditCheck) -> Iterator[str]:
-    of = "" if edit.expected is None else f" of {edit.expected}"
+    fired = f"fired at {edit.fired} of {edit.expected} places"
+    if edit.expected is None:
+        fired = f"fired {edit.fired} times" if edit.fired > 1 else "fired"
     source = f"  {edit.source}" if edit.source else ""
     where = f"line {edit.line}" if edit.line else edit.what
     yield f"  [{edit.index}] {where}{source}"
-    yield f"      {edit.kind}, fired {edit.fired}{of} times: {edit.verdict}"
+    yield f"      {edit.kind}, {fired}: {edit.verdict}"
     for landing in edit.landings[:_MOST]:
         yield f"      {_landing(report, landing)}"
     if len(edit.landings) > _MOST:

@@ -61,7 +61,7 @@ class Touch:
     place: int  # among the tensors of the value
     before: Tensor | None  # None: there was nothing
     after: Tensor
-    reads: int  # how often its block had asked for the value by then
+    read_at: tuple[str, ...]  # the lines at which its block had asked for the value by then
     is_there: bool | None = None  # as plain hooks saw it
     read_by: list[str] = field(default_factory=list[str])
     not_read_by: list[str] = field(default_factory=list[str])
@@ -158,11 +158,12 @@ class Keeper:
         self._visit: Visit | None = None
         self._line: Line | str = ""
         self._known: dict[Leaf, _Copy] = {}
-        self._reads = 0
+        self._read_at: list[str] = []
 
     def begin(self, visit: Visit, value: Any) -> None:
         """The block is about to be given this value."""
-        self._visit, self._line, self._reads = visit, "", 0
+        self._visit, self._line = visit, ""
+        self._read_at.clear()
         origin = self._given[1]
         if origin is not None:
             self._touches.called.add(origin)
@@ -171,14 +172,16 @@ class Keeper:
     def came(self, kind: str, value: Any, line: str) -> None:
         """The block has the value that it asked for at this line, or wrote one there."""
         self._line = line
-        self._reads += kind == "read"
-        if kind != "read":
+        if kind == "read":
+            self._read_at.append(line)
+        else:
             self._compare(kind, value, line)
 
     def again(self, value: Any, line: str) -> None:
         """The block asks for the value a second time: what it did meanwhile was the line before."""
         self._compare("in place", value, self._line)
-        self._line, self._reads = line, self._reads + 1
+        self._line = line
+        self._read_at.append(line)
 
     def wrote(self, now: Any, new: Any, line: str) -> None:
         """The block writes, behind what it did to the value that it has."""
@@ -247,7 +250,7 @@ class Keeper:
                 place,
                 None if known is None or kind == "skip" else known.value,
                 copied(tensor),
-                self._reads,
+                tuple(self._read_at),
             )
         )
 
