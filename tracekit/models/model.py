@@ -297,7 +297,7 @@ class Model(Functional):
 
     @property
     def _is_edited(self) -> bool:
-        return bool(self._edits or self._functions)
+        return bool(self._edits) or any(each.is_on for each in self._functions)
 
     def _interventions(self) -> list[Intervention]:
         self._functions[:] = [each for each in self._functions if each.is_on]
