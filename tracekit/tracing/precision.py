@@ -51,7 +51,7 @@ def _lost_to_rounding(report: EditReport, again: EditReport, dtype: str) -> Iter
         if change < _KEPT * in_float32:
             yield Problem(
                 "precision-only",
-                f"of the change of {own.what}, of norm {in_float32:.3g} in float32, {dtype} keeps "
+                f"of the change of {own.landings[0].site if own.landings else own.what}, of norm {in_float32:.3g} in float32, {dtype} keeps "
                 f"{change:.3g}: the rest is smaller than its rounding.",
                 own.index,
             )
