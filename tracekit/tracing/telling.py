@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -134,7 +135,7 @@ def _other_rows(report: EditReport) -> Iterator[str]:
 
 def _logits(report: EditReport) -> Iterator[str]:
     if report.logits is None:
-        if report.edits:
+        if report.edits and not math.isnan(report.result):
             yield f"  result: changed by {_number(report.result)} of its norm"
         return
     found = report.logits
