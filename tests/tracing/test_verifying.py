@@ -24,7 +24,7 @@ from tracekit.errors import (
     UnsupportedError,
 )
 from tracekit.testing import assert_edit
-from tracekit.tracing.report import EditReport
+from tracekit.tracing.verified.report import EditReport
 
 TOWER = "The Eiffel Tower is in the city of"
 LOUVRE = "The Louvre is in the city of"

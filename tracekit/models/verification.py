@@ -21,11 +21,11 @@ from tracekit.tracing.declared import DeclaredEdit
 from tracekit.tracing.edit import Edit
 from tracekit.tracing.execution import Intervention
 from tracekit.tracing.hooked import Hooked
-from tracekit.tracing.precision import with_precision
 from tracekit.tracing.rehearsal import is_of_a_library
-from tracekit.tracing.report import EditReport
 from tracekit.tracing.tracer import Tracer
-from tracekit.tracing.verifying import Verifier, Wanted
+from tracekit.tracing.verified.precision import with_precision
+from tracekit.tracing.verified.report import EditReport
+from tracekit.tracing.verified.run import Verifier, Wanted
 
 _HALVES: Final = (torch.float16, torch.bfloat16)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from tracekit.tracing.report import EditCheck, EditReport, PrecisionCheck, Problem
+from tracekit.tracing.verified.report import EditCheck, EditReport, PrecisionCheck, Problem
 
 # The effect in half precision is that of the edit, and of other roundings on the way; where less
 # than so much of it is there in float32, or it is so many times as large there, it is not the same.

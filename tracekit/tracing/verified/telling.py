@@ -7,7 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from tracekit.tracing.report import EditCheck, EditReport, Landing, ModuleChange, Touched
+    from tracekit.tracing.verified.report import (
+        EditCheck,
+        EditReport,
+        Landing,
+        ModuleChange,
+        Touched,
+    )
 
 _MOST: Final = 6  # of a list; the rest is counted
 
