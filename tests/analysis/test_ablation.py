@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.tiny_models import make
 from tracekit import LanguageModel
-from tracekit.analysis import ablate, ablation_sweep, logit_difference
+from tracekit.analysis import ablate, ablation_sweep, logit, logit_difference, patch_sweep
 from tracekit.errors import InputError
 
 CITY = "The {} is in the city of"
@@ -176,3 +176,15 @@ def test_what_is_no_ablation_is_refused(tiny: LanguageModel) -> None:
         ablation_sweep(tiny, TEXT, metric, activation="pattern", how="mean")
     with pytest.raises(InputError, match="a place is"):
         ablate(tiny, [("z",)])
+    with pytest.raises(InputError, match=r"as in \('z', 2, 1\); not \(2, 1\)"):
+        ablate(tiny, [(2, 1)])
+
+
+def test_a_model_is_as_it_was_when_an_ablation_is_over(tiny: LanguageModel) -> None:
+    before = tiny.forward(TEXT)
+    with ablate(tiny, [("z", 2, 1)]):
+        assert not torch.equal(tiny.forward(TEXT), before)
+    other = "The Trevi Fountain is in the city of"
+    found = patch_sweep(tiny, TEXT, other, logit(tiny, "Paris"), layers=[3])  # refuses edited ones
+    assert found.clean == pytest.approx(logit(tiny, "Paris")(before[:, -1]).item())
+    assert torch.equal(tiny.forward(TEXT), before)

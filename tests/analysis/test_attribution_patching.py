@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tiny_models import make
 from tracekit import LanguageModel
-from tracekit.analysis import attribution_patching, logit_difference, patch_sweep
+from tracekit.analysis import attribution_patching, logit_difference, patch_sweep, probability
 from tracekit.errors import InputError
 
 CLEAN = "The Eiffel Tower is in the city of"
@@ -144,3 +144,17 @@ def test_prompts_that_are_not_token_beside_token_are_refused(tiny: LanguageModel
         attribution_patching(tiny, CLEAN, "The Trevi Fountain", wanted)
     with pytest.raises(InputError, match="direction= is 'denoise' or 'noise', not 'clean'"):
         attribution_patching(tiny, CLEAN, CORRUPTED, wanted, direction="clean")
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_it_labels_positions_as_a_sweep_does_by_the_clean_prompts(
+    tiny: LanguageModel, direction: Any
+) -> None:
+    names = ["Eiffel Tower", "Trevi Fountain", "Prado Museum"]
+    clean = [f"The {name} is in the city of" for name in names]
+    for pair, label in (((clean[0], clean[1]), "Eiffel"), ((clean, clean[::-1]), "2")):
+        paris = probability(tiny, "Paris")
+        first = attribution_patching(tiny, *pair, paris, direction=direction)
+        exact = patch_sweep(tiny, *pair, paris, layers=[3], direction=direction)
+        assert first.labels("position") == exact.values.labels("position")
+        assert first.labels("position")[2] == label

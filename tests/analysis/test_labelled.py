@@ -67,6 +67,17 @@ def test_its_text_is_a_table(found: Labelled) -> None:
     assert "layer 2, position 3" in text and "Tower" in text and "-5" in text
 
 
+def test_an_axis_of_words_is_read_downwards_and_none_is_cut() -> None:
+    parts = Labelled(torch.tensor([0.5, -2.0]), [Axis("component", ("embed", "0_attn_out"))], "x")
+    heads = Labelled(torch.tensor([0.5, -2.0]), [Axis("head", ("0", "1"))], "x")
+    assert [line.split() for line in repr(parts).splitlines()[2:]] == [
+        ["embed", "0.5"],
+        ["0_attn_out", "-2"],
+    ]
+    lines = [line.split() for line in repr(heads).splitlines()[1:]]
+    assert lines == [["head", "0", "1"], ["0.5", "-2"]]
+
+
 def test_metrics_are_what_they_say_of_the_last_logits() -> None:
     model = LanguageModel("tracekit/tiny")
     ids = [model.to_single_token(word) for word in ("Paris", "Rome")]

@@ -85,8 +85,11 @@ def ablate(
         raise InputError("how= is 'zero', or 'mean' with reference= prompts.")
     wanted: dict[tuple[str, Any], list[Any]] = {}
     for place in places:
-        if len(place) not in (2, 3):
-            raise InputError(f"a place is (activation, layer), or with a head: not {place!r}.")
+        if len(place) not in (2, 3) or not isinstance(place[0], str):
+            raise InputError(
+                f"a place is (activation, layer), or (activation, layer, head) as in ('z', 2, 1); "
+                f"not {place!r}."
+            )
         wanted.setdefault((place[0], place[1]), []).append(place[2] if len(place) == 3 else None)
     given = None if reference is None else read_prompts(model, reference)
     means: dict[str, dict[int | None, Tensor]] = {}

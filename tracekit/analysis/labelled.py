@@ -115,12 +115,17 @@ class Labelled:
         return "\n".join([head, *self._table()])
 
     def _table(self) -> list[str]:
-        values = self.values.detach() if len(self.axes) == 2 else self.values.detach()[None]
-        rows = self.axes[0].labels if len(self.axes) == 2 else ("",)
-        columns = self.axes[-1].labels
-        first = max(map(len, (self.axes[0].name, *rows[:TABLE])))
+        values, only = self.values.detach(), Axis(self.axes[0].name, ("",))
+        rows, columns = self.axes if len(self.axes) == 2 else (only, self.axes[0])
+        if rows is only and max(map(len, columns.labels)) >= WIDTH:  # they are read downwards
+            rows, columns = columns, rows
+        return self._lines(rows, columns.labels, values.reshape(len(rows.labels), -1))
+
+    def _lines(self, side: Axis, columns: Sequence[str], values: Tensor) -> list[str]:
+        name, rows = side
+        first = max(map(len, (name, *rows[:TABLE])))
         names = "".join(f"{label[: WIDTH - 1]:>{WIDTH}}" for label in columns[:TABLE])
-        lines = [f"  {self.axes[0].name if len(self.axes) == 2 else '':{first}}{names}"]
+        lines = [f"  {name:{first}}{names}".rstrip()]
         for label, row in zip(rows[:TABLE], values.tolist(), strict=False):
             numbers = "".join(f"{value:>{WIDTH}.3g}" for value in row[:TABLE])
             lines.append(f"  {label:{first}}{numbers}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
 
@@ -121,10 +121,13 @@ def words_of(model: LanguageModel, ids: Tensor) -> tuple[str, ...]:
 
 def position_axis(model: LanguageModel, prompts: Prompts) -> Axis:
     """Positions, labelled by their tokens; where prompts differ, by both, or by their number."""
-    each = [words_of(model, row) for row in prompts.ids]
-    columns = [tuple(dict.fromkeys(column)) for column in zip(*each, strict=True)]
-    labels = ["/".join(one) if len(one) <= 2 else str(at) for at, one in enumerate(columns)]
-    return Axis("position", tuple(labels))
+    return Axis("position", joined([words_of(model, row) for row in prompts.ids]))
+
+
+def joined(words: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """The label of each position of several prompts: "is"; of two, "Eiffel/Trevi"; of more, "2"."""
+    columns = [tuple(dict.fromkeys(column)) for column in zip(*words, strict=True)]
+    return tuple("/".join(one) if len(one) <= 2 else str(at) for at, one in enumerate(columns))
 
 
 def prompt_axis(model: LanguageModel, prompts: Prompts) -> Axis:

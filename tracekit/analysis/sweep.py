@@ -21,12 +21,14 @@ from tracekit.analysis.patch_pairs import Pair, Prompt, prompts_of
 from tracekit.analysis.patch_runs import Counts, Runs, Way, layers_of
 from tracekit.analysis.patched import PatchSweep, Request, empty
 from tracekit.analysis.patches import Asked, Patch, Places
+from tracekit.analysis.prompts import joined, words_of
 from tracekit.capture import showing_own_lines
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.language import LanguageModel
 from tracekit.models.resuming import is_edited
 
 MEMORY = 2**29  # bytes, of the rows of one batch
+SHORT = 1.0  # seconds; a sweep that is done by then needs no progress bar
 
 
 @showing_own_lines
@@ -302,15 +304,12 @@ class _Sweep:
         self._counts.computed, self._unchanged = before.layer_tokens, before.unchanged
 
     def _tokens(self) -> Sequence[str]:
-        """The text of each position of the clean prompts; its number, where they differ."""
+        """The text of each position in the clean prompts, where there is one."""
         if self._model.tokenizer is None:
             return ()
         clean = [pair[self._direction == "denoise"] for pair in self._prompts]
-        texts = [[str(each) for each in self._model.to_str_tokens(one.ids[0])] for one in clean]
-        return [
-            text if all(other[at : at + 1] == [text] for other in texts) else str(at)
-            for at, text in enumerate(texts[0])
-        ]
+        alike = [each.ids[0] for each in clean if each.length == clean[0].length]
+        return joined([words_of(self._model, ids) for ids in alike])
 
     def _bar(self) -> Any:
         from tqdm.auto import tqdm
@@ -320,6 +319,7 @@ class _Sweep:
             initial=int(self._done.sum()),
             desc="patch",
             unit="patch",
+            delay=SHORT,
             disable=not self._progress,
         )
         return bar

@@ -29,7 +29,8 @@ def attention_of(pattern: Tensor, tokens: Sequence[str] | None) -> list[Part]:
     shape = list(pattern.shape)
     if pattern.dim() == 4 and len(pattern) == 1:
         pattern = pattern[0]
-    if pattern.dim() == 2:
+    is_one_head = pattern.dim() == 2  # nobody said which
+    if is_one_head:
         pattern = pattern[None]
     if pattern.dim() != 3 or not pattern.numel():
         raise InputError(
@@ -49,7 +50,7 @@ def attention_of(pattern: Tensor, tokens: Sequence[str] | None) -> list[Part]:
             rows,
             columns,
             head,
-            f"head {number}",
+            "" if is_one_head else f"head {number}",
             joint=" \N{RIGHTWARDS ARROW} ",
             told=f"head {number}",
         )

@@ -10,6 +10,8 @@ from tracekit.errors import InputError
 from tracekit.viz.parts import Flow, Grid, Grids, Part, Places, scale_of
 from tracekit.viz.wording import as_numbers, brief
 
+_SHORT = 6  # characters; a longer label is too wide for the head of a column
+
 
 def heat_of(
     found: Labelled,
@@ -39,11 +41,13 @@ def heat_of(
 
 
 def labelled_grid(found: Labelled, title: str = "", beside: Labelled | None = None) -> Grid:
-    """One or two axes as a grid."""
+    """One or two axes as a grid; one whose labels are words goes down, so that they fit."""
     numbers, more = as_numbers(found.values), _told_beside(beside)
     if len(found.axes) == 1:
-        only = _places(found.axes[0])
-        return Grid(Places("", ("",)), only, numbers[None], title, more=more, told=title)
+        only, other = _places(found.axes[0]), Places("", ("",))
+        if beside is None and max(map(len, only.labels)) > _SHORT:
+            return Grid(only, other, numbers[:, None], title, told=title)
+        return Grid(other, only, numbers[None], title, more=more, told=title)
     rows, columns = map(_places, found.axes)
     return Grid(rows, columns, numbers, title, more=more, told=title)
 

@@ -8,7 +8,8 @@ from tracekit.viz.images import image_html, labels_html
 from tracekit.viz.parts import Flow, Grid, Grids, Places, Scale
 from tracekit.viz.wording import brief
 
-_UPRIGHT = 20  # columns; the labels of more stand upright
+_UPRIGHT = 20  # columns; the labels of more stand upright,
+_LONG = 100  # and so do those of more characters in all
 
 
 def grids_html(part: Grids) -> str:
@@ -41,7 +42,8 @@ def _grid(part: Grids, grid: Grid) -> str:
     if part.is_large:
         return f"{title}{image_html(part, grid)}"
     body = "".join(_row(part, grid, row) for row in range(len(grid.rows.labels)))
-    is_upright = part.is_pattern or len(grid.columns.labels) > _UPRIGHT
+    shown = grid.columns.shown
+    is_upright = part.is_pattern or len(shown) > _UPRIGHT or sum(map(len, shown)) > _LONG
     style = "tk-grid" + " tk-upright" * is_upright + " tk-small" * part.is_pattern
     label = escape(f"{grid.title or part.scale.what}: {grid.rows.name} by {grid.columns.name}")
     return (

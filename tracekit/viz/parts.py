@@ -73,8 +73,8 @@ class Places:
 
     @property
     def shown(self) -> list[str]:
-        """The labels, with nothing invisible in them."""
-        return [visible(label) for label in self.labels]
+        """The labels, with nothing invisible in them; nothing for what has no name at all."""
+        return [visible(label) if label or self.name else "" for label in self.labels]
 
     @property
     def is_text(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from tracekit.viz.parts import Facts, Flow, Grids, Part, Table, Tree, Verdict
 from tracekit.viz.text_grids import flow_text, grids_text
@@ -20,10 +20,8 @@ _TABLE: Final = 400  # and of one of a table, whose words are not to be broken
 
 def plain(title: str, parts: Sequence[Part], width: int = WIDTH) -> str:
     """The picture without colours."""
-    from rich.console import Console
-
     file = io.StringIO()
-    console = Console(file=file, width=width, color_system=None, highlight=False, emoji=False)
+    console = _console(file, width=width, color_system=None)
     return _printed(console, file, title, parts, _TABLE)
 
 
@@ -32,12 +30,12 @@ def for_terminal(title: str, parts: Sequence[Part]) -> str:
     from rich.console import Console
 
     here = Console(file=sys.stdout)
+    if here.is_jupyter:  # the colours are those of the HTML, beside which this is stored
+        return plain(title, parts)
     if not here.is_terminal or here.no_color:
         return plain(title, parts, here.width if here.is_terminal else WIDTH)
     file = io.StringIO()
-    console = Console(
-        file=file, width=here.width, force_terminal=True, highlight=False, emoji=False
-    )
+    console = _console(file, width=here.width, force_terminal=True)
     return _printed(console, file, title, parts)
 
 
@@ -49,6 +47,13 @@ def renderables(title: str, parts: Sequence[Part], width: int) -> Iterator[Rende
         yield Text(title, "bold")
     for part in parts:
         yield from _part(part, width)
+
+
+def _console(file: io.StringIO, **options: Any) -> Console:
+    """One that prints to `file` and nowhere else, in a notebook too."""
+    from rich.console import Console
+
+    return Console(file=file, highlight=False, emoji=False, force_jupyter=False, **options)
 
 
 def _printed(
