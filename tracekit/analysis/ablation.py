@@ -128,7 +128,7 @@ def replacements(
         rows = _others(given, prompts, seed)
         return {layer: value[rows] for layer, value in values.items()}
     if by_position:
-        if alike(given, "a mean by position").ids.shape[1] != prompts.ids.shape[1]:
+        if alike(given, "a mean by position").length != prompts.length:
             raise InputError("by_position=True: the prompts of reference= are of another length.")
         return {layer: value.mean(0, keepdim=True) for layer, value in values.items()}
     return {layer: _mean(value, activation, given) for layer, value in values.items()}
@@ -146,7 +146,7 @@ def _mean(value: Tensor, activation: str, given: Prompts) -> Tensor:
 
 def _others(given: Prompts, prompts: Prompts, seed: int) -> Tensor:
     """For each prompt, another row of `given`: never the same tokens."""
-    if alike(given, "resampling").ids.shape[1] != alike(prompts, "resampling").ids.shape[1]:
+    if alike(given, "resampling").length != alike(prompts, "resampling").length:
         raise InputError("how='resample': the prompts of reference= are of another length.")
     draw = torch.Generator().manual_seed(seed)
     found: list[int] = []

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -21,13 +21,10 @@ from tracekit.analysis.places import (
     stacked_layers,
     unfolded,
 )
-from tracekit.analysis.prompts import Prompts, read_pair
+from tracekit.analysis.prompts import Direction, Prompts, check_direction, read_pair
 from tracekit.analysis.saliency import product
 from tracekit.capture import showing_own_lines
-from tracekit.errors import InputError
 from tracekit.models.language import LanguageModel
-
-DIRECTIONS: Final = ("denoise", "noise")
 
 
 @showing_own_lines
@@ -39,7 +36,7 @@ def attribution_patching(
     over: Sequence[str] = ("layer", "position"),
     *,
     activation: str = "resid_pre",
-    direction: str = "denoise",
+    direction: Direction = "denoise",
 ) -> Labelled:
     """By how much the metric would change, to first order, for each patch: `[layer, position]`.
 
@@ -52,8 +49,7 @@ def attribution_patching(
     Nanda 2023; Kramár et al. 2024 (AtP*).
     """
     over = check_over(activation, over)
-    if direction not in DIRECTIONS:
-        raise InputError(f"direction= is 'denoise' or 'noise', not {direction!r}.")
+    check_direction(direction)
     pair = read_pair(model, clean, corrupted)
     source, into = pair if direction == "denoise" else pair[::-1]
     found = gradients_of(model, into, [name_at(activation, None)], metric)[activation]

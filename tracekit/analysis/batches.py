@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import torch
@@ -23,7 +23,7 @@ _LOGITS: Final = 4
 def rows_that_fit(model: LanguageModel, prompts: Prompts, memory: int) -> int:
     """How many times these prompts may be in one batch: at least once."""
     config: Any = model.module.config.get_text_config()
-    positions = prompts.ids.shape[1]
+    positions = prompts.length
     width = getattr(config, "hidden_size", None) or 1024
     heads = getattr(config, "num_attention_heads", None) or 0
     of_token = len(model.layers) * (_WIDTHS * width + _SCORES * heads * positions)
@@ -40,22 +40,33 @@ def chunks(count: int, rows: int) -> Iterator[slice]:
 
 def repeated(prompts: Prompts, times: int) -> Prompts:
     """All prompts, and all again, that many times."""
+    return _by_row(prompts, lambda value: value.repeat(times, *[1] * (value.dim() - 1)))
+
+
+def part(prompts: Prompts, rows: slice) -> Prompts:
+    """Some of the prompts."""
+    if len(range(*rows.indices(len(prompts)))) == len(prompts):
+        return prompts
+    return _by_row(prompts, lambda value: value[rows])
+
+
+def _by_row(prompts: Prompts, change: Callable[[Tensor], Tensor]) -> Prompts:
     count = len(prompts)
-    inputs = {name: _repeated(name, value, count, times) for name, value in prompts.inputs.items()}
-    return Prompts(inputs, prompts.ids.repeat(times, 1), prompts.is_token.repeat(times, 1))
+    inputs = {name: _changed(name, each, count, change) for name, each in prompts.inputs.items()}
+    return Prompts(inputs, change(prompts.ids), change(prompts.is_token))
 
 
-def _repeated(name: str, value: Any, count: int, times: int) -> Any:
+def _changed(name: str, value: Any, count: int, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
     if not isinstance(value, Tensor):
-        if isinstance(value, (bool, int, float, str, type(None))):
-            return value
-        raise UnsupportedError(f"{name}= can't be repeated as rows: it is no tensor.")
+        raise UnsupportedError(f"{name}= can't be divided or repeated by rows: it is no tensor.")
     if value.dim() == 0 or value.shape[0] != count:
         raise UnsupportedError(
             f"{name}= has the shape {list(value.shape)}, not a row for each of {count} prompts: "
-            f"it can't be repeated."
+            f"it can't be divided or repeated by rows."
         )
-    return value.repeat(times, *[1] * (value.dim() - 1))
+    return change(value)
 
 
 def nodes(count: int) -> tuple[Tensor, Tensor]:
@@ -75,8 +86,4 @@ def in_parts(model: LanguageModel, prompts: Prompts, memory: int) -> Iterator[Pr
     """The prompts, in batches for which the memory is enough."""
     one = Prompts({}, prompts.ids[:1], prompts.is_token[:1])
     for rows in chunks(len(prompts), rows_that_fit(model, one, memory)):
-        inputs = {
-            name: value[rows] if isinstance(value, Tensor) and len(value) == len(prompts) else value
-            for name, value in prompts.inputs.items()
-        }
-        yield Prompts(inputs, prompts.ids[rows], prompts.is_token[rows])
+        yield part(prompts, rows)

@@ -8,14 +8,13 @@ from typing import Any, Final, NamedTuple, final
 
 import torch
 
-from tracekit.analysis.attribution_patching import DIRECTIONS
 from tracekit.analysis.edge_ends import is_edge, names_of_targets, sources_of, targets_of
 from tracekit.analysis.gradients import gradients_of
 from tracekit.analysis.labelled import Axis, Labelled
 from tracekit.analysis.metrics import Measure, name_of
-from tracekit.analysis.prompts import Prompts, read_pair
+from tracekit.analysis.prompts import Direction, Prompts, check_direction, read_pair
 from tracekit.capture import showing_own_lines
-from tracekit.errors import InputError, UnsupportedError
+from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
 from tracekit.tracing.named_cache import NamedCache
 
@@ -93,7 +92,7 @@ def edge_attribution(
     metric: Measure,
     *,
     heads: bool = True,
-    direction: str = "denoise",
+    direction: Direction = "denoise",
 ) -> Edges:
     """By how much the metric would change, to first order, if one edge were patched; for all.
 
@@ -104,8 +103,7 @@ def edge_attribution(
     UnsupportedError for what does not just add to the stream, or reads more of it than is named.
     Syed et al. 2023, "Attribution Patching Outperforms Automated Circuit Discovery".
     """
-    if direction not in DIRECTIONS:
-        raise InputError(f"direction= is 'denoise' or 'noise', not {direction!r}.")
+    check_direction(direction)
     into, other = read_pair(model, clean, corrupted)[:: -1 if direction == "denoise" else 1]
     if "decoder_input_ids" in into.inputs:
         raise UnsupportedError(

@@ -150,8 +150,8 @@ class _Way:
         other = one_prompt(self._model, given, "a baseline")
         if other.ids.shape != self._prompts.ids.shape:
             raise InputError(
-                f"baseline= is a prompt of {other.ids.shape[1]} tokens, and the input has "
-                f"{self._prompts.ids.shape[1]}: give one of as many."
+                f"baseline= is a prompt of {other.length} tokens, and the input has "
+                f"{self._prompts.length}: give one of as many."
             )
         return self._recorded(other)
 

@@ -11,12 +11,13 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
+from tracekit.analysis.batches import repeated
 from tracekit.analysis.patch_batches import Change, Costs, batches, bytes_of_row
 from tracekit.analysis.patch_pairs import Pair
 from tracekit.analysis.patches import Target, Where
 from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
-from tracekit.models.resuming import Kept, keep, repeated, resume
+from tracekit.models.resuming import Kept, keep, resume
 from tracekit.models.signatures import accepts
 
 # What a value at one position has no part in at another position of its layer, in a decoder.
@@ -170,7 +171,7 @@ class Runs:
         return resume(self._model, self._kept, residual, entry, start, hooks, is_narrowed)
 
     def _whole(self, rows: Sequence[Change]) -> Tensor:
-        inputs = repeated(self._pair.base.inputs, len(rows))
+        inputs = repeated(self._pair.base, len(rows)).inputs
         if self._pair.base.is_tokens_alone and accepts(self._model.module, "logits_to_keep"):
             inputs["logits_to_keep"] = 1
         hooks = self._hooks(rows, 0, None)

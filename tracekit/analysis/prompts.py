@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import Any, Final, Literal, TypeAlias, cast, final, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,10 @@ from torch import Tensor
 from tracekit.analysis.labelled import Axis
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.language import LanguageModel
+
+# Which run is patched: the corrupted one, with clean values, or the other way round.
+Direction: TypeAlias = Literal["denoise", "noise"]
+DIRECTIONS: Final[tuple[str, ...]] = get_args(Direction)
 
 
 @final
@@ -27,9 +31,19 @@ class Prompts:
         return len(self.ids)
 
     @property
+    def length(self) -> int:
+        """How many positions there are."""
+        return int(self.ids.shape[1])
+
+    @property
+    def is_tokens_alone(self) -> bool:
+        """Whether the tokens are all that the run is given."""
+        return set(self.inputs) == {"input_ids"}
+
+    @property
     def last(self) -> Tensor:
         """The column of each prompt's last token: `[prompts]`."""
-        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        columns = torch.arange(self.length, device=self.ids.device)
         return (columns * self.is_token).argmax(-1)
 
     @property
@@ -89,13 +103,29 @@ def alike(prompts: Prompts, what: str) -> Prompts:
 
 def read_pair(model: LanguageModel, clean: Any, corrupted: Any) -> tuple[Prompts, Prompts]:
     """The prompts of two runs, token beside token; InputError if they are not alike."""
-    one, other = read_prompts(model, clean), read_prompts(model, corrupted)
-    if one.ids.shape != other.ids.shape or not torch.equal(one.is_token, other.is_token):
+    pair = read_prompts(model, clean), read_prompts(model, corrupted)
+    check_pair(*pair)
+    return pair
+
+
+def check_pair(clean: Prompts, corrupted: Prompts) -> None:
+    """InputError if two runs don't have their tokens at the same positions."""
+    one, other = clean.is_token, corrupted.is_token
+    if one.shape != other.shape or not torch.equal(one, other):
         raise InputError(
-            f"clean and corrupted prompts stand token beside token, and they are of "
-            f"{one.is_token.sum(1).tolist()} and {other.is_token.sum(1).tolist()} tokens."
+            f"clean and corrupted prompts must be of one length, token beside token: a value goes "
+            f"to the position that it is from; and they are of {one.sum(1).tolist()} and "
+            f"{other.sum(1).tolist()} tokens. Compare model.to_str_tokens of both."
         )
-    return one, other
+
+
+def check_direction(direction: str) -> None:
+    """InputError for a direction that is none."""
+    if direction not in DIRECTIONS:
+        raise InputError(
+            f"direction= is 'denoise' (clean values into the corrupted run) or 'noise' (the other "
+            f"way round), not {direction!r}."
+        )
 
 
 def last_logits(prompts: Prompts, output: object) -> Tensor:

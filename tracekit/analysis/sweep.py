@@ -17,11 +17,18 @@ from tracekit.analysis.labelled import Axis, Labelled
 from tracekit.analysis.metrics import Measure, measured, name_of
 from tracekit.analysis.patch_batches import Change
 from tracekit.analysis.patch_check import Recompute, drawn, is_off
-from tracekit.analysis.patch_pairs import Pair, Prompt, prompts_of
+from tracekit.analysis.patch_pairs import Pair, prompts_of
 from tracekit.analysis.patch_runs import Counts, Runs, Way, layers_of
 from tracekit.analysis.patched import PatchSweep, Request, empty
 from tracekit.analysis.patches import Asked, Patch, Places
-from tracekit.analysis.prompts import joined, words_of
+from tracekit.analysis.prompts import (
+    Direction,
+    Prompts,
+    check_direction,
+    check_pair,
+    joined,
+    words_of,
+)
 from tracekit.capture import showing_own_lines
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.language import LanguageModel
@@ -44,7 +51,7 @@ def patch_sweep(
     positions: Places | Literal["all"] = None,
     heads: Places = None,
     patches: Iterable[Patch] | None = None,
-    direction: Literal["denoise", "noise"] = "denoise",
+    direction: Direction = "denoise",
     memory: int = MEMORY,
     check: int = 8,
     seed: int | None = None,
@@ -79,11 +86,7 @@ def patch_sweep(
 
 
 def _check(model: LanguageModel, direction: str) -> None:
-    if direction not in ("denoise", "noise"):
-        raise InputError(
-            f"direction= is 'denoise' (clean values into the corrupted run) or 'noise', not "
-            f"{direction!r}."
-        )
+    check_direction(direction)
     model.dispatch()
     if is_edited(model):
         raise UnsupportedError(
@@ -96,11 +99,13 @@ def _check(model: LanguageModel, direction: str) -> None:
 
 def _pairs(
     model: LanguageModel, clean: Any, corrupted: Any, direction: str
-) -> list[tuple[Prompt, Prompt]]:
+) -> list[tuple[Prompts, Prompts]]:
     """The run that is patched, and the other, of each pair."""
     own, other = prompts_of(model, clean, "clean"), prompts_of(model, corrupted, "corrupted")
     if len(own) != len(other):
         raise InputError(f"{len(own)} clean prompts and {len(other)} corrupted ones are no pairs.")
+    for pair in zip(own, other, strict=True):
+        check_pair(*pair)
     if direction == "denoise":
         own, other = other, own
     return list(zip(own, other, strict=True))
@@ -118,7 +123,7 @@ class _Sweep:
         self,
         model: LanguageModel,
         asked: Asked,
-        pairs: list[tuple[Prompt, Prompt]],
+        pairs: list[tuple[Prompts, Prompts]],
         metric: Measure,
         direction: str,
         memory: int,

@@ -220,11 +220,3 @@ def number_of_layer(model: LanguageModel, spot: Spot) -> int | None:
 def is_edited(model: LanguageModel) -> bool:
     """Whether lasting edits, or functions at activations, are made in every run of the model."""
     return bool(model._edits) or any(each.is_on for each in model._functions)
-
-
-def repeated(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
-    """The inputs of one prompt, for several rows."""
-    return {
-        name: value.repeat_interleave(rows, 0) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
