@@ -17,7 +17,7 @@ from tracekit import Cache, LanguageModel
 from tracekit.capture import tracebacks
 from tracekit.capture.block import Body
 from tracekit.cli import guards, versions
-from tracekit.cli.guards import beside, experiment, numbers, traceless, wrongness
+from tracekit.cli.guards import answers, beside, experiment, numbers, traceless, wrongness
 from tracekit.cli.guards.experiment import Experiment, Finding
 from tracekit.models import padding
 
@@ -144,6 +144,28 @@ def tokens_are_others(patch: pytest.MonkeyPatch, model: LanguageModel) -> None:
     patch.setattr(numbers, "tokens_of", lambda model: experiment.tokens_of(model, "Paris is"))
 
 
+def a_norm_is_left_out(patch: pytest.MonkeyPatch, model: LanguageModel) -> None:
+    patch.setattr(answers, "first_of", lambda value: experiment.first_of(value).flip(-1))
+
+
+def a_patch_is_one_position_off(patch: pytest.MonkeyPatch, model: LanguageModel) -> None:
+    real = answers.patch_sweep
+    patch.setattr(
+        answers,
+        "patch_sweep",
+        lambda *given, **named: real(*given, **{**named, "positions": range(8)}),
+    )
+
+
+def edits_get_lost(patch: pytest.MonkeyPatch, model: LanguageModel) -> None:
+    real = LanguageModel.verify
+    patch.setattr(
+        LanguageModel,
+        "verify",
+        lambda self, edit, *given, **named: real(self, (edit[0], torch.clone), *given, **named),
+    )
+
+
 def named(name: str, function: Any) -> Any:
     function.__name__ = name
     return function
@@ -169,6 +191,9 @@ def named(name: str, function: Any) -> Any:
         ("standard names are", names_are_swapped, "WRONG: resid_pre + attn_out"),
         ("generation", one_pass_computes_others, "computes other values"),
         ("generation", tokens_are_others, "the tokens are others"),
+        ("the logit lens", a_norm_is_left_out, "probabilities differ by"),
+        ("a sweep of patches", a_patch_is_one_position_off, "a patch differs by"),
+        ("a verified edit", edits_get_lost, "changed-nothing"),
         ("patterns read beside SDPA", attention_is_sharper, "patterns differ by"),
     ],
 )

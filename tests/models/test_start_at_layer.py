@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny_models import SPECS, make
-from tracekit import LanguageModel, Model
+from tracekit import KeyValueCache, LanguageModel, Model
 from tracekit.errors import CacheError, InputError, NeverRanError, UnsupportedError
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -129,6 +129,55 @@ def test_padding_and_positions_are_those_of_tokens() -> None:
             logits, whole = model.run_with_cache(given["input_ids"], position_ids=other)
             found = model.forward(whole["resid_pre", 1], start_at_layer=1, position_ids=other)
             assert torch.equal(found, logits), name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "bloom", "falcon", "mixtral"])
+def test_it_goes_on_behind_a_prefix(name: str) -> None:
+    from transformers import DynamicCache
+
+    net, _ = make(name)
+    model = LanguageModel(net)
+    ids = torch.arange(20, 30)[None]
+    logits, whole = model.run_with_cache(ids)
+    prefix = model.prefill(ids, past_key_values=DynamicCache())
+    for number in range(3):
+        stream = whole["resid_pre", number] if number < 2 else whole["resid_post", 1]
+        for position in (1, 7):
+            given = {"start_at_layer": number, "prefix": prefix.crop(position)}
+            found, cache = model.run_with_cache(stream[:, position:].expand(2, -1, -1), **given)
+            expected = logits[:, position:].expand(2, -1, -1)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+            assert number == 2 or cache["resid_post", 1].shape[1] == 10 - position
+    doubled = [(("mlp_out", 1), lambda value, hook: value * 2)]
+    given = {"start_at_layer": 1, "prefix": prefix.crop(4)}
+    behind = model.run_with_hooks(whole["resid_pre", 1][:, 4:], fwd_hooks=doubled, **given)
+    only_behind = [(("mlp_out", 1), lambda value, hook: double_from(value, 4))]
+    fresh = model.run_with_hooks(ids, fwd_hooks=only_behind)
+    torch.testing.assert_close(behind, fresh[:, 4:], atol=1e-5, rtol=1e-4)
+
+
+def double_from(value: Tensor, position: int) -> None:
+    value[:, position:] *= 2
+
+
+def test_what_does_not_belong_behind_a_prefix_is_refused() -> None:
+    net, _ = make("gpt2")
+    model = LanguageModel(net)
+    ids = torch.arange(20, 30)[None]
+    _, whole = model.run_with_cache(ids)
+    prefix, residual = model.prefill(ids), whole["resid_pre", 1]
+    grown = KeyValueCache.init(model)
+    model.trace(ids, prefix=grown).run()
+    with pytest.raises(InputError, match="would grow in some of its layers alone"):
+        model.run_with_hooks(residual, start_at_layer=1, prefix=grown)
+    with pytest.raises(InputError, match="is for a LanguageModel"):
+        Model(net).run_with_cache(residual, start_at_layer=1, prefix=prefix)
+    other = LanguageModel(make("gpt2", seed=1)[0])
+    with pytest.raises(InputError, match="made by another model"):
+        other.run_with_hooks(residual, start_at_layer=1, prefix=prefix)
+    bart, _ = make("bart")
+    with pytest.raises(UnsupportedError, match="is for models without an encoder"):
+        LanguageModel(bart).run_with_cache(residual, start_at_layer=1, prefix=prefix)
 
 
 def test_sliding_windows_stay_those_of_their_layers() -> None:

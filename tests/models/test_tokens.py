@@ -397,6 +397,13 @@ def test_a_text_that_is_not_one_token_says_which_it_is() -> None:
             model.to_single_token(wrong)  # pyright: ignore[reportArgumentType] - as users may
 
 
+def test_a_word_that_the_model_reads_as_unknown_is_no_token() -> None:
+    model = LanguageModel("tracekit/tiny")
+    with pytest.raises(TokenError, match=r"'Atlantis' is not among the tokens .* read '<unk>'"):
+        model.to_single_token("Atlantis")
+    assert model.to_single_token("<unk>") == model.tokenizer.unk_token_id
+
+
 def test_the_text_of_one_token_is_of_one() -> None:
     model = model_of("plain")
     token = model.to_single_token(" cat")

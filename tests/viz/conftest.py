@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
+from tests.viz.browsers import lacking
 from tests.viz.examples import every
 from tracekit import LanguageModel, Picture
 
@@ -21,21 +21,15 @@ def browser() -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        _lacking("playwright is not installed: pip install playwright")
+        lacking("playwright is not installed: pip install playwright")
         return
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
-        _lacking("there is no Chromium: apt-get install chromium")
+        lacking("there is no Chromium: apt-get install chromium")
     with sync_playwright() as driver:
         found = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield found
         found.close()
-
-
-def _lacking(what: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,9 @@ def report() -> EditReport:
         EditCheck(0, "assigned", site, "x.py", 7, "h[0] = '<b>'", 0, 1, 1, (landed,), "as written"),
         EditCheck(1, "skip", site, "x.py", 9, "skip()", 0, 1, 2, (lost,), "overwritten"),
     )
-    shift = LogitsChange(((0.0, 0.25, 0.5),), ((0.0, 0.1, 0.7),), (Flip(0, 2, " a", " b"),), 4.0)
+    shift = LogitsChange(
+        ((0, 1, 2),), ((0.0, 0.25, 0.5),), ((0.0, 0.1, 0.7),), (Flip(0, 2, " a", " b"),), 4.0
+    )
     return EditReport(
         edits,
         (Problem("overwritten", "what line 9 wrote was overwritten by line 8", 1),),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from tests.viz.browsers import lacking
 from tests.viz.examples import TOKENS, heads, heat
 from tests.viz.reading import Element, read
 from tracekit import Picture, show
@@ -78,8 +83,8 @@ def test_three_axes_are_small_multiples_and_panels_says_of_which() -> None:
     of_heads = read(show(heads()).html)
     assert len(of_heads.all("table")) == 2
     assert [table.all("td")[1]["title"] for table in of_heads.all("table")] == [
-        "layer 0, position 1 ·Eiffel: 0.04761905",
-        "layer 0, position 1 ·Eiffel: 0.071428575",
+        "head 0, layer 0, position 1 ·Eiffel: 0.04761905",
+        "head 1, layer 0, position 1 ·Eiffel: 0.071428575",
     ]
     assert len(read(show(heads(), panels="layer").html).all("table")) == 3
     with pytest.raises(InputError, match="panels='heads' is no axis; there are layer, position"):
@@ -163,3 +168,36 @@ def test_no_numbers_at_all_and_all_alike_are_shown_too() -> None:
     for values in (torch.full((2,), float("nan")), torch.zeros(2), torch.full((2,), 5.0)):
         picture = show(Labelled(values, axes))
         assert len(cells_of(picture)) == 2 and picture.text
+
+
+def test_a_notebook_gets_html_and_rich_gets_text() -> None:
+    formatters = pytest.importorskip("IPython.core.formatters")
+    picture = show(heads().at(head=0))
+    data, _ = formatters.DisplayFormatter().format(picture)
+    assert data == {"text/html": picture.html, "text/plain": picture.text}
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    console.print(picture)
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [line.rstrip() for line in written.splitlines()] == picture.text.splitlines()
+
+
+def test_large_heat_maps_are_images_with_their_numbers_beside_them() -> None:
+    values = torch.linspace(-2e5, 3e5, 12 * 400).reshape(12, 400)
+    axes = [Axis("layer", tuple(map(str, range(12)))), Axis("position", ("w",) * 400)]
+    picture = show(Labelled(values, axes))
+    image = next(e for e in read(picture.html).all("div") if e.attributes.get("data-numbers"))
+    numbers = np.frombuffer(base64.b64decode(image["data-numbers"]), "<f4")
+    assert image["data-bytes"] == "4" and (numbers == values.flatten().numpy()).all()
+    assert "the largest is layer 11, position 399 w: 300000.0" in image["aria-label"]
+    assert len(picture.html) < 60_000
+
+
+def test_a_browser_that_is_missing_is_a_failure_in_ci_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no browser"):
+        lacking("no browser")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="no browser"):
+        lacking("no browser")

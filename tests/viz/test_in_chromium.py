@@ -128,11 +128,11 @@ def test_pointing_at_an_image_tells_the_weight_there(opened: Open) -> None:
     for row, column in ((0, 0), (127, 64), (100, 3), (5, 90)):
         page.mouse.move(box["x"] + (column + 0.5) * step, box["y"] + (row + 0.5) * step)
         place, _, number = page.locator(".tk-say").inner_text().rpartition(": ")
-        assert place == f"{row} ·w{row} → {column} ·w{column}"
+        assert place == f"head 1, {row} ·w{row} → {column} ·w{column}"
         assert float(number) == pytest.approx(float(pattern[1, row, column]), rel=5e-3, abs=6e-8)
     image.focus()
     page.keyboard.press("ArrowDown")
-    assert page.locator(".tk-say").inner_text().startswith("6 ·w6 → 90 ·w90: ")
+    assert page.locator(".tk-say").inner_text().startswith("head 1, 6 ·w6 → 90 ·w90: ")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -157,16 +157,36 @@ def test_the_image_of_a_theme_is_seen_and_has_its_colours(opened: Open, theme: A
 def test_a_tree_opens_and_closes_and_its_columns_stay_in_line(
     opened: Open, pictures: Mapping[str, Picture]
 ) -> None:
-    page = opened(pictures["statistics"])
-    folded = page.locator("summary", has_text="0 … 3")
-    assert not page.get_by_text("c_attn", exact=False).first.is_visible()
-    folded.press("Enter")
-    assert page.locator("summary:visible", has_text="GPT2Block").count() == 5
+    page = opened(pictures["modules"])
+    inner = page.get_by_text("ln_1")
+    for key, is_visible in (("Enter", True), ("Space", False), ("Enter", True)):
+        page.locator("summary", has_text="0 … 3").press(key)
+        assert inner.is_visible() == is_visible
     rights = page.evaluate(
         """() => [...document.querySelectorAll(".tk-line")].filter(e => e.offsetParent).map(e =>
             e.children[1].getBoundingClientRect().right)"""
     )
     assert len(rights) > 10 and max(rights) - min(rights) < 1
+
+
+# What JupyterLab's style says of tables, lists and images in an output, in short.
+LAB = """.lab table{border-collapse:collapse;border-spacing:0;table-layout:fixed;margin:0 auto 1em}
+.lab td,.lab th,.lab tr{vertical-align:middle;padding:.5em;line-height:normal;text-align:right;
+white-space:normal;max-width:none;border:none;font-weight:bold}.lab tbody tr:nth-child(odd){
+background:#f00}.lab img{max-width:50%;margin:9px}.lab dl,.lab p{margin:1em}
+.lab dt{font-weight:bold}body{font:20px serif;line-height:3}"""
+
+
+@pytest.mark.parametrize("name", ["heat map", "attention", "report", "tokens", "much attention"])
+def test_a_notebooks_style_changes_nothing(
+    opened: Open, pictures: Mapping[str, Picture], name: str
+) -> None:
+    boxes = """() => [...document.querySelectorAll(".tk-part :not(tr)")].map(e => {
+        const b = e.getBoundingClientRect(), c = getComputedStyle(e);
+        return [b.width, b.height, c.backgroundColor, c.fontWeight, c.textAlign, c.fontSize] })"""
+    html = f'<body style="margin:0"><div class="lab">{pictures[name].html}</div>'
+    alone = opened("<!doctype html>" + html).evaluate(boxes)
+    assert opened(f"<!doctype html><style>{LAB}</style>{html}").evaluate(boxes) == alone
 
 
 def test_pictures_on_one_page_do_not_disturb_each_other_nor_the_page(opened: Open) -> None:
@@ -197,6 +217,11 @@ def test_at_400_pixels_nothing_is_cut_off_and_the_page_does_not_scroll_sideways(
 ) -> None:
     page = opened(pictures[name], width=400, theme="dark" if KINDS.index(name) % 2 else "light")
     page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+    heights = """() => [...document.querySelectorAll(".tk-grid tr")].map(e => e.clientHeight)"""
+    narrow = page.evaluate(heights)
+    page.set_viewport_size({"width": 900, "height": 700})
+    assert page.evaluate(heights) == narrow  # no label is squeezed
+    page.set_viewport_size({"width": 400, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     cut = page.evaluate(
         """() => [...document.querySelectorAll(".tk-viz *")].filter(e =>

@@ -60,7 +60,9 @@ def test_small_patterns_have_a_cell_for_each_weight() -> None:
     cells = read(show(pattern, tokens=TOKENS).html).all("td")
     told = [cell["title"].rpartition(": ") for cell in cells]
     assert [float(number) for *_, number in told] == pytest.approx(pattern.flatten().tolist())
-    assert told[8][0] == "1 ·Eiffel → 1 ·Eiffel" and told[14][0] == "2 \\n → 0 <bos>"
+    assert (
+        told[8][0] == "head 0, 1 ·Eiffel → 1 ·Eiffel" and told[14][0] == "head 0, 2 \\n → 0 <bos>"
+    )
     text = show(pattern, tokens=TOKENS).text
     assert f"{pattern[1, 6, 2]:.2f}" in text and "head 1" in text
 
@@ -68,7 +70,7 @@ def test_small_patterns_have_a_cell_for_each_weight() -> None:
 def test_queries_are_the_last_of_the_keys() -> None:
     step = attention(2, 7)[:, -1:]
     titles = [cell["title"] for cell in read(show(step, tokens=TOKENS).html).all("td")]
-    assert titles[0].startswith("6 日本 → 0 <bos>: ")
+    assert titles[0].startswith("head 0, 6 日本 → 0 <bos>: ")
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -89,7 +91,7 @@ def test_large_patterns_keep_every_weight_in_a_few_bytes(is_causal: bool) -> Non
 def test_the_strongest_weights_of_a_large_pattern_are_told_as_text() -> None:
     pattern = torch.zeros(1, 40, 40)
     pattern[0, 30, 7] = 0.75
-    assert "  30 → 7: 0.75" in show(pattern).text
+    assert "  head 0, 30 → 7: 0.75" in show(pattern).text
 
 
 def test_attention_that_is_none_is_refused(model: LanguageModel) -> None:
@@ -117,7 +119,9 @@ def test_a_lens_has_the_likeliest_token_in_each_cell_and_the_next_ones_behind(le
     )
     assert cells[-1]["title"].startswith("layer 3, position 8 of: Paris 0.99")
     assert f"then {lens.words[-1][-1][1]} " in cells[-1]["title"]
-    assert "3 0.998 (rank 0)" in show(lens).text and "Paris" in show(lens).text
+    lines = show(lens).text.splitlines()
+    assert any(line.startswith("3 ") and line.endswith(" Paris 1.00") for line in lines)
+    assert any("3 0.998 (rank 0)" in line for line in lines)
 
 
 def test_of_a_long_prompt_the_last_positions_are_shown_and_it_is_said(
@@ -141,7 +145,7 @@ def test_a_sweep_says_how_far_each_patch_goes_and_the_metric(
             strict=True,
         )
     )
-    clean, corrupted = float(facts["clean run"]), float(facts["corrupted run"])
+    clean, corrupted = float(facts["metric, clean run"]), float(facts["metric, corrupted run"])
     for share, metric in zip(shares, ends, strict=True):
         assert share == pytest.approx((metric - corrupted) / (clean - corrupted), abs=0.01)
     assert max(shares) > 0.9 and facts["checked"] == "no patch was recomputed whole"
@@ -206,6 +210,14 @@ def test_statistics_are_those_of_what_hooks_see(model: LanguageModel) -> None:
             0,
         ]
         assert [float(each) for each in numbers] == pytest.approx(expected, rel=0.05)
+
+
+def test_what_is_infinite_is_marked_as_such(model: LanguageModel) -> None:
+    with model.trace(PROMPT) as tracer:
+        cache = tracer.cache(modules=[model.transformer.drop])
+        model.transformer.drop.output[0, 0, 0] = -torch.inf
+    *_, mean, _, largest, nans = lines_of(show(model, cache))["drop"]
+    assert largest == "inf" and nans == "0" and abs(float(mean)) < 1
 
 
 def test_what_is_no_number_is_marked_where_it_began(pictures: Mapping[str, Picture]) -> None:

@@ -12,10 +12,10 @@ from typing import Any, Final, final
 
 from tracekit.analysis.patches import Target
 
-CALL: Final = 3e-3  # seconds that a call takes beside what it computes
+CALL: Final = 5e-3  # seconds that a call takes beside what it computes
 SPEED: Final = 6e10  # operations a second, of one processor
 SPEED_OF_ACCELERATOR: Final = 3e13
-READING: Final = 32  # tokens whose computation takes as long as to read a layer's weights
+READING: Final = 12  # tokens whose computation takes as long as to read a layer's weights
 READING_OF_ACCELERATOR: Final = 256
 OF_NARROWING: Final = 0.75  # of the last layer: all but queries, keys and values
 MOST_ROWS: Final = 256  # more gain nothing

@@ -48,7 +48,8 @@ class Recompute:
     def tolerance(self) -> float:
         """The largest difference that is rounding."""
         largest = float(self._pair.logits.abs().max())
-        return TOLERANCE.get(self._pair.logits.element_size(), 0.05) * max(1.0, largest)
+        kinds = (self._pair.logits.dtype, next(self._model.module.parameters()).dtype)
+        return TOLERANCE.get(min(kind.itemsize for kind in kinds), 0.05) * max(1.0, largest)
 
     def logits(self, targets: Sequence[Target]) -> Tensor:
         """The logits at the last position of the patched run, `[vocabulary]`."""

@@ -45,7 +45,8 @@ class Counts:
 
     computed: int = 0  # by patched runs,
     prepared: int = 0  # by those that they rest on
-    calls: int = 0
+    begun: int = 0  # patches that were run from a layer on,
+    whole: int = 0  # and in whole forwards
 
 
 @final
@@ -65,7 +66,7 @@ class Runs:
         self._counts, self._memory = counts, memory
         self._closed: dict[int, str] = {}  # why no run begins at a layer
         self._kept: Kept | None = None
-        self.way, self.why = way, ""
+        self.way, self.why = way, ""  # why it is not the least that could be
         self.layers = layers_of(model)
         counts.prepared += 2 * pair.length * self.layers
         if way is not Way.WHOLE:
@@ -94,6 +95,8 @@ class Runs:
         entry = None if None in entries else min(each for each in entries if each is not None)
         if entry is not None and not self._is_open(entry):
             entry = None
+        elif entry is None and self._kept is not None:
+            self.why = self.why or "what is in no layer is run in whole forwards"
         start = min(at[0] for _, at in changing)
         is_cut = entry is not None and self.way is Way.CONE
         return Change(cell, tuple(target for target, _ in changing), entry, start if is_cut else 0)
@@ -141,14 +144,9 @@ class Runs:
                 resume(self._model, kept, kept.stream[entry][:, at : at + 1], entry, at)
                 self._closed[entry] = ""
             except UnsupportedError as error:
-                self._closed[entry] = str(error.args[0])
+                self._closed[entry] = str(error.args[0]).partition(". Run it on tokens")[0]
                 self.why = self.why or self._closed[entry]
         return not self._closed[entry]
-
-    @property
-    def is_partly_whole(self) -> bool:
-        """Whether patches at some layers are run in whole forwards."""
-        return any(self._closed.values())
 
     # -- running --------------------------------------------------------------------------------
 
@@ -156,10 +154,11 @@ class Runs:
         """The logits at the last position for each change of a batch, `[rows, vocabulary]`."""
         entry, start = rows[0].entry, rows[0].start
         tokens = len(rows) * (self._pair.length - start)
-        self._counts.calls += 1
         self._counts.computed += tokens * (self.layers - (entry or 0))
         if entry is None:
+            self._counts.whole += len(rows)
             return self._whole(rows)
+        self._counts.begun += len(rows)
         assert self._kept is not None
         is_narrowed = self._costs.gains_by_narrowing(tokens)
         residual = self._kept.stream[entry][:, start:].repeat(len(rows), 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -60,12 +61,12 @@ class PatchSweep:
     @property
     def clean(self) -> float:
         """The metric of the clean prompt."""
-        return float(self.clean_per_pair.mean())
+        return float(self.clean_per_pair.nanmean())
 
     @property
     def corrupted(self) -> float:
         """The metric of the corrupted prompt."""
-        return float(self.corrupted_per_pair.mean())
+        return float(self.corrupted_per_pair.nanmean())
 
     @property
     def base(self) -> float:
@@ -117,8 +118,8 @@ class PatchSweep:
             "direction": self.direction,
             "values": self.values.to_json(),
             "per_pair": self.per_pair.to_json()["values"],
-            "clean": self.clean_per_pair.tolist(),
-            "corrupted": self.corrupted_per_pair.tolist(),
+            "clean": _plain(self.clean_per_pair),
+            "corrupted": _plain(self.corrupted_per_pair),
             "is_complete": self.is_complete,
             "how": self.how,
             "deviation": self.deviation,
@@ -164,6 +165,10 @@ def _place(axis: Axis, number: int, label: str) -> str:
     if axis.name in ("module", "patch"):
         return label
     return f"{axis.name} {label}" if is_number else f"{axis.name} {number} {label!r}"
+
+
+def _plain(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(each) else each for each in values.tolist()]
 
 
 def empty(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -136,7 +136,8 @@ class Asked:
         self._is_of_modules = patches is None and not set(over) <= {*AXES}
         self._patches = None if patches is None else list(patches)
         self._positions, self._heads = positions, heads
-        self._over = ("module", "position") if self._is_of_modules else tuple(over)
+        axes = ("module",) if positions == "all" else ("module", "position")
+        self._over = axes if self._is_of_modules else tuple(over)
         self._check(over)
         names = list(over) if self._is_of_modules else [activation]
         if self._patches is not None:

@@ -135,8 +135,8 @@ class _Sweep:
         self._cells = asked.cells(self._pair.sizes, self._tokens())
         self._shape = (len(pairs), *(len(axis.labels) for axis in self._cells.axes))
         self._values, self._done = empty((len(pairs), len(self._cells.patches)))
-        self._logits: list[Tensor] = []
-        self._others: list[Tensor] = []
+        self._unpatched = torch.full((2, len(pairs)), math.nan)  # the metric of base and other
+        self._drawn: set[tuple[int, int]] = set()  # pairs and cells to be held against another way
         self._deviation, self._checked, self._unchanged = 0.0, 0, 0
 
     def run(self, before: PatchSweep | None) -> PatchSweep:
@@ -144,6 +144,8 @@ class _Sweep:
         if before is not None:
             self._take_up(before)
         while True:
+            left = (~self._done).nonzero().tolist()
+            self._drawn = {tuple(left[at]) for at in drawn(len(left), self._check, self._seed)}
             try:
                 self._run_pairs()
                 return self._result()
@@ -163,6 +165,7 @@ class _Sweep:
             )
         self._way, self._why = left[0], f"less was wrong: {why}"
         self._values, self._done = empty(tuple(self._values.shape))
+        self._counts.begun = self._counts.whole = 0
         self._deviation, self._checked, self._unchanged = 0.0, 0, 0
 
     # -- pairs ----------------------------------------------------------------------------------
@@ -173,7 +176,6 @@ class _Sweep:
 
     def _run_pairs(self) -> None:
         with self._bar() as bar:
-            self._measure_unpatched()
             for number in range(len(self._prompts)):
                 if bool(self._done[number].all()):
                     continue
@@ -189,47 +191,42 @@ class _Sweep:
                 f"common: leave 'position' out of over=, or sweep them one by one."
             )
 
-    def _measure_unpatched(self) -> None:
-        """The last logits of every run as it is, for metrics that are of all prompts."""
-        if self._logits:
-            return
-        for base, source in self._prompts:
-            for prompt, some in ((base, self._logits), (source, self._others)):
-                some.append(self._model.run_with_hooks(**prompt.inputs)[:, -1])
-
     def _run_pair(self, number: int, pair: Pair, bar: Any) -> None:
         runs = Runs(self._model, pair, self._asked.wheres, self._way, self._memory, self._counts)
         self._way, self._why = runs.way, self._why or runs.why
         recompute = Recompute(self._model, pair, self._asked.wheres)
         left = [cell for cell in range(len(self._cells.patches)) if not self._done[number, cell]]
         changes: list[Change] = []
-        unpatched = self._measured(number, self._logits[number])
-        drawn_cells = drawn(len(self._cells.patches), self._share(number), self._seed)
+        for place, logits in enumerate((pair.logits, pair.source_logits)):
+            self._unpatched[place, number] = self._measured(number, logits)
         for cell in left:
             change = runs.change(cell, self._cells.patches[cell])
             if change is not None:
                 changes.append(change)
                 continue
-            if cell in drawn_cells:
-                self._hold(recompute, self._logits[number][0], cell)
-            self._put(number, cell, float(unpatched))
+            if (number, cell) in self._drawn:
+                self._hold(recompute, pair.logits[0], cell)
+            self._put(number, cell, float(self._unpatched[0, number]))
             self._unchanged += 1
             bar.update()
         self._why = self._why or runs.why
-        for batch in runs.batches(changes):
-            logits = runs.logits(batch)
+        left_over = runs.batches(changes)[::-1]
+        while left_over:
+            batch = left_over.pop()
+            try:
+                logits = runs.logits(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                half = len(batch) // 2
+                left_over += [batch[half:], batch[:half]]
+                continue
             for change, row in zip(batch, logits, strict=True):
-                if change.cell in drawn_cells:
+                if (number, change.cell) in self._drawn:
                     self._hold(recompute, row, change.cell)
             for change, row in zip(batch, logits, strict=True):
                 self._put(number, change.cell, float(self._measured(number, row[None])))
             bar.update(len(batch))
-        self._why = self._why or runs.why
-
-    def _share(self, number: int) -> int:
-        """How many cells of a pair are held against a recompute."""
-        pairs = len(self._prompts)
-        return self._check // pairs + (number < self._check % pairs)
 
     def _hold(self, recompute: Recompute, logits: Tensor, cell: int) -> None:
         """Hold a patched run against a whole one; _Deviates if it is another."""
@@ -247,7 +244,7 @@ class _Sweep:
         """The metric of one prompt, with these logits `[1, vocabulary]`."""
         if len(self._prompts) == 1:
             return measured(self._metric, logits)[0].detach()
-        every = torch.cat([*self._logits[:number], logits, *self._logits[number + 1 :]])
+        every = logits.expand(len(self._prompts), -1)  # which may have a token for each prompt
         found = self._metric(every)
         if found.shape != (len(every),):
             raise InputError(
@@ -261,7 +258,7 @@ class _Sweep:
     def _result(self) -> PatchSweep:
         pairs = Axis("pair", tuple(map(str, range(len(self._prompts)))))
         values = self._values.reshape(self._shape).clone()
-        base, other = self._unpatched(self._logits), self._unpatched(self._others)
+        base, other = self._unpatched.clone()
         clean, corrupted = (other, base) if self._direction == "denoise" else (base, other)
         layers = max(layers_of(self._model), 1)
         naive = sum(base.length for base, _ in self._prompts) * layers * len(self._cells.patches)
@@ -271,7 +268,7 @@ class _Sweep:
             corrupted_per_pair=corrupted,
             direction=self._direction,
             what=self._asked.name,
-            how=self._way.value + (f" ({self._why})" if self._why else ""),
+            how=self._how(),
             deviation=self._deviation,
             checked=self._checked,
             layer_tokens=self._counts.computed + self._counts.prepared,
@@ -281,12 +278,13 @@ class _Sweep:
             request=self._request(),
         )
 
-    def _unpatched(self, every: list[Tensor]) -> Tensor:
-        """The metric of runs as they are; of those that were not run, no number."""
-        count = len(self._prompts)
-        if len(every) < count:
-            return torch.full((count,), math.nan)
-        return measured(self._metric, torch.cat(every)).detach().float().cpu()
+    def _how(self) -> str:
+        """What was computed, and why it was not less."""
+        whole, begun = self._counts.whole, self._counts.begun
+        way = Way.WHOLE if whole and not begun else self._way
+        why = f" ({self._why})" if self._why else ""
+        part = f", {whole} patches in {Way.WHOLE.value}" if whole and begun else ""
+        return f"{way.value}{part}{why}"
 
     def _request(self) -> Request:
         tokens = [tuple(each.ids[0].tolist()) for pair in self._prompts for each in pair]
@@ -300,6 +298,8 @@ class _Sweep:
             )
         self._values = before.per_pair.values.reshape(self._values.shape).clone()
         self._done = before.done.reshape(self._done.shape).clone()
+        each = (before.corrupted_per_pair, before.clean_per_pair)
+        self._unpatched = torch.stack(each if self._direction == "denoise" else each[::-1])
         self._deviation, self._checked = before.deviation, before.checked
         self._counts.computed, self._unchanged = before.layer_tokens, before.unchanged
 

@@ -48,12 +48,13 @@ def run(options: Namespace) -> int:
 def _experiments(place: str, told: Callable[[str], None]) -> Iterator[Finding]:
     """What each experiment on the packaged model finds, told as it comes."""
     from tracekit.cli.guards import EXPERIMENTS, found_by
+    from tracekit.cli.machine import one_thread
     from tracekit.cli.opening import device, quiet_transformers
     from tracekit.models.language import LanguageModel
 
     told(f"\nexperiments on {TINY} ({device(place)})")
     size = max(len(each.claim) for each in EXPERIMENTS)
-    with quiet_transformers():
+    with quiet_transformers(), one_thread():
         model = LanguageModel(TINY, device=device(place))
         for experiment in EXPERIMENTS:
             found = found_by(experiment, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from tracekit.analysis import Lens, logit_lens
-from tracekit.cli.opening import open_model, quiet_transformers
+from tracekit.cli.opening import open_decoder, quiet_transformers
 from tracekit.cli.output import clipped, save, say, say_json, shown, styled, table, width
 from tracekit.cli.status import FINE
 from tracekit.errors import InputError
@@ -15,7 +15,7 @@ from tracekit.models.language import LanguageModel
 def run(options: Namespace) -> int:
     """Print the lens, as a table of one position or of all."""
     with quiet_transformers():
-        model = open_model(options)
+        model = open_decoder(options)
         if options.text == "":
             raise InputError("the text is empty: there is no position to read.")
         position, lens = _lens_of(model, options)
@@ -62,10 +62,8 @@ def _position(given: str, tokens: tuple[str, ...]) -> int | None:
 
 def _tell(options: Namespace, lens: Lens, position: int) -> None:
     token = lens.chosen[position]
-    say(
-        f"{options.model}: what each layer ({lens.activation}) would say behind position {position},"
-    )
-    say(f"{shown(lens.tokens[position])}, of {len(lens.tokens)} tokens\n")
+    place = f"position {position}, {shown(lens.tokens[position])}, of {len(lens.tokens)} tokens"
+    say(f"{options.model}: what each layer ({lens.activation}) would say behind {place}\n")
     head = ["layer", f"probability of {shown(token)}", "rank", "entropy", "says"]
     rows = [head, *(_row(lens, number, position) for number in range(len(lens.layers)))]
     first, *lines = (clipped(line, width()) for line in table(rows, right=[1, 2, 3]))
@@ -76,9 +74,7 @@ def _tell(options: Namespace, lens: Lens, position: int) -> None:
 def _row(lens: Lens, layer: int, position: int) -> list[str]:
     words = lens.words[layer][position]
     chances = lens.top.values[layer, position].tolist()
-    says = "  ".join(
-        f"{shown(word)} {chance:.3f}" for word, chance in zip(words, chances, strict=True)
-    )
+    says = (f"{shown(word)} {chance:.3f}" for word, chance in zip(words, chances, strict=True))
     place = (layer, position)
     return [
         lens.layers[layer],

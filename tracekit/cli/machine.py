@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 
@@ -18,6 +20,17 @@ def devices() -> dict[str, str]:
         "cuda": ", ".join(names) or "none",
         "mps": "there" if torch.backends.mps.is_available() else "none",
     }
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Let torch compute on one thread: small models gain nothing from more, and wait for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def capture_way() -> dict[str, str]:

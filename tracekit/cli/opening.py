@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tracekit.errors import InputError
+from tracekit.errors import InputError, UnsupportedError
 from tracekit.models import loading
 from tracekit.models.language import LanguageModel
 
@@ -25,6 +25,17 @@ def open_model(options: Namespace, **more: Any) -> LanguageModel:
         given["local_files_only"] = True
     chosen = {name: value for name, value in given.items() if value is not None}
     return LanguageModel(options.model, **chosen)
+
+
+def open_decoder(options: Namespace) -> LanguageModel:
+    """The model, which goes on from text; UnsupportedError for one that reads two texts."""
+    model = open_model(options)
+    if getattr(model.module.config, "is_encoder_decoder", False):
+        raise UnsupportedError(
+            f"{options.model} is an encoder-decoder, which reads tokens beside the text that the "
+            f"command line gives: use tracekit.analysis in Python, with decoder_input_ids."
+        )
+    return model
 
 
 def open_outside(options: Namespace) -> LanguageModel:

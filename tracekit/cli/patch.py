@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from tracekit.analysis import Axis, Labelled, Metric, PatchSweep, logit_difference, patch_sweep
-from tracekit.cli.opening import open_model, quiet_transformers
+from tracekit.cli.opening import open_decoder, quiet_transformers
 from tracekit.cli.output import clipped, save, say, say_json, shown, styled, table, width
 from tracekit.cli.status import FINE, INTERRUPTED
 from tracekit.errors import InputError
@@ -23,7 +24,7 @@ _TOP = 10  # patches that are listed where there is no table
 def run(options: Namespace) -> int:
     """Print the sweep; what is done of one that was interrupted, too."""
     with quiet_transformers():
-        model = open_model(options)
+        model = open_decoder(options)
         _check(model, options)
         right, wrong, told = _answers(model, options)
         metric = _metric(model, right, wrong)
@@ -40,12 +41,9 @@ def run(options: Namespace) -> int:
     if options.html:
         save(found, options.html)
     if options.json:
-        answers = {
-            "right": model.to_single_str_token(right),
-            "wrong": model.to_single_str_token(wrong),
-        }
-        prompts = {"clean": options.clean, "corrupted": options.corrupted}
-        say_json({"model": options.model, "prompts": prompts, **answers, **found.to_json()})
+        words = [model.to_single_str_token(each) for each in (right, wrong)]
+        asked = {"model": options.model, "prompts": [options.clean, options.corrupted]}
+        say_json({**asked, "right": words[0], "wrong": words[1], **found.to_json()})
     else:
         _tell(options, found, told)
     return FINE if found.is_complete else INTERRUPTED
@@ -67,9 +65,7 @@ def _check(model: LanguageModel, options: Namespace) -> None:
     told = "\n".join(f"  {line}" for line in lines)
     raise InputError(
         f"a patch goes from a position to the same position, and the prompts have {len(clean)} and "
-        f"{len(corrupted)} tokens:\n"
-        + "\n".join(f"  {line}" for line in lines)
-        + "\nGive prompts of as many tokens."
+        f"{len(corrupted)} tokens:\n{told}\nGive prompts of as many tokens."
     )
 
 
@@ -113,9 +109,7 @@ def _tell(options: Namespace, found: PatchSweep, told: Sequence[str]) -> None:
     _tell_values(values)
     whole = f"{found.layer_tokens:,} layer-tokens of {found.naive_layer_tokens:,}"
     say(f"\ncomputed {whole} ({found.saved:.0%} saved): {found.how}")
-    say(
-        f"{found.checked} patches drawn at random, computed whole: logits off by {found.deviation:.1e}"
-    )
+    say(f"{found.checked} drawn at random and computed whole: logits off by {found.deviation:.1e}")
     if not found.is_complete:
         say(f"interrupted: {int(found.done.sum())} of {found.done.numel()} patches are done")
 
@@ -142,6 +136,9 @@ def _tell_values(values: Labelled) -> None:
 
 
 def _short(value: float) -> str:
+    """Two decimals, zero without a sign; nothing where nothing was computed."""
+    if math.isnan(value):
+        return ""
     text = f"{value:.2f}"
     return text.removeprefix("-") if float(text) == 0 else text
 

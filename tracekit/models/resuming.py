@@ -77,9 +77,12 @@ def _prefix(model: LanguageModel, ids: Tensor) -> tuple[Prefix | None, str]:
         # forgets them. The mask is that of the window all the same.
         found = model.prefill(ids, past_key_values=DynamicCache())
     except TracekitError as error:
-        return None, str(error.args[0])
+        return None, str(error.args[0]).partition(" Trace the whole text")[0].removesuffix(".")
     except Exception as error:  # noqa: BLE001 - models fail in any way on a cache not of their own
-        return None, f"its layers don't take a plain cache of keys and values ({error})"
+        return (
+            None,
+            f"its layers don't take a plain cache of keys and values ({type(error).__name__})",
+        )
     if not found.is_plain or len(found.kinds) != len(model.layers):
         return None, "its keys and values are not those of one plain attention in each layer"
     return found, ""
@@ -216,7 +219,7 @@ def number_of_layer(model: LanguageModel, spot: Spot) -> int | None:
 
 def is_edited(model: LanguageModel) -> bool:
     """Whether lasting edits, or functions at activations, are made in every run of the model."""
-    return model._is_edited
+    return bool(model._edits) or any(each.is_on for each in model._functions)
 
 
 def repeated(inputs: dict[str, Any], rows: int) -> dict[str, Any]:

@@ -62,6 +62,27 @@ class Route:
 
 def route_of(tree: Tree, number: int, kwargs: dict[str, Any]) -> Route | str:
     """The way round what is before a layer, proved on a few tokens; or why there is none."""
+    proof = _proof(tree, number, kwargs)
+    if isinstance(proof, str):
+        return proof
+    with as_if_nothing_ran(tree):
+        return proof.route()
+
+
+def routes_of(
+    model: Any, tree: Tree, number: int, kwargs: dict[str, Any], route: Route | None
+) -> tuple[Route | str, str]:
+    """The same, if `route` does not say it; and why it is wrong behind keys and values, or ""."""
+    proof = _proof(tree, number, kwargs)
+    if isinstance(proof, str):
+        return proof, ""
+    with as_if_nothing_ran(tree):
+        found = route or proof.route()
+        return found, "" if isinstance(found, str) else proof.why_not_behind(model, found)
+
+
+def _proof(tree: Tree, number: int, kwargs: dict[str, Any]) -> _Proof | str:
+    """What a way round the layers before one is proved with, or why there is none."""
     paths = _layers(tree)
     if len(set(paths)) < len(paths):
         return "its layers are the same modules, called several times"
@@ -73,25 +94,7 @@ def route_of(tree: Tree, number: int, kwargs: dict[str, Any]) -> Route | str:
         return "the layer is not given it as it is"
     twin = real_twin(tree)
     twin.root.eval()
-    with as_if_nothing_ran(tree):
-        return _Proof(twin, paths, number, bound, kwargs).route()
-
-
-def why_not_behind(model: Any, tree: Tree, number: int, route: Route) -> str:
-    """Why `route` is wrong behind keys and values that are there; "" if it is right.
-
-    Asked of a twin on a few tokens, half of them before.
-    """
-    names, paths = tree.names, _layers(tree)
-    assert names is not None
-    is_last = number == len(paths)
-    layer = paths[-1] if is_last else paths[number]
-    bound = names.point(tree.below(layer), "resid_post" if is_last else "resid_pre")
-    assert bound is not None
-    twin = real_twin(tree)
-    twin.root.eval()
-    with as_if_nothing_ran(tree):
-        return _Proof(twin, paths, number, bound, {}).why_not_behind(model, route)
+    return _Proof(twin, paths, number, bound, kwargs)
 
 
 def _layers(tree: Tree) -> list[str]:
@@ -131,6 +134,7 @@ class _Proof:
         self._order: list[str] = []  # of the modules that were called
         self._returned: dict[str, Any] = {}
         self._residual: Tensor | None = None
+        self._known: Tensor | None = None  # what the whole run gave
 
     def route(self) -> Route | str:
         try:
@@ -171,6 +175,8 @@ class _Proof:
 
     def _whole(self) -> Tensor:
         """The outputs for tokens; what is called on the way, and the residual stream."""
+        if self._known is not None:
+            return self._known
         handles: list[Any] = []
         for path, module in self._twin.called.items():
             handles += self._watched(path, module)
@@ -178,6 +184,7 @@ class _Proof:
         outputs = self._outputs(self._twin, {name: self._ids()})
         for handle in handles:
             handle.remove()
+        self._known = outputs
         return outputs
 
     def _watched(self, path: str, module: nn.Module) -> list[Any]:

@@ -14,7 +14,7 @@ from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, InputError, UnsupportedError
 from tracekit.models.behind import Behind, run_behind
 from tracekit.models.passes import is_encoder_decoder
-from tracekit.models.routes import Route, route_of, why_closed, why_not_behind
+from tracekit.models.routes import Route, route_of, routes_of, why_closed
 from tracekit.models.signatures import accepts
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.cut import StopAt, count_layers
@@ -118,15 +118,9 @@ def begin(
     if accepts(root, "use_cache"):
         inputs.setdefault("use_cache", False)
     tree.refresh_if_changed()
-    route: object = why_closed(tree, number)
-    if not route:
-        if number not in tree.routes:
-            tree.routes[number] = route_of(tree, number, kwargs)
-        route = tree.routes[number]
-    assert isinstance(route, (Route, str))
     found = inputs.get("prefix")
-    if isinstance(route, Route) and isinstance(found, Behind):
-        route = _behind(tree, number, route, found)
+    behind = found if isinstance(found, Behind) else None
+    route = why_closed(tree, number) or _route(tree, number, kwargs, behind)
     if isinstance(route, str):
         raise UnsupportedError(
             f"start_at_layer={layer}: {type(root).__name__} can't go on from the residual stream "
@@ -136,19 +130,26 @@ def begin(
     return Begun((detours or Detours()).tree(tree, route, residual), inputs, route)
 
 
-def _behind(tree: Tree, number: int, route: Route, found: Behind) -> Route | str:
-    """The route, if it goes right behind keys and values too; else why it does not."""
-    if found.grown is not None:
+def _route(tree: Tree, number: int, kwargs: dict[str, Any], behind: Behind | None) -> Route | str:
+    """The way, proved the first time that it is asked for; or why there is none."""
+    known, why = tree.routes.get(number), tree.routes.get(("behind", number))
+    assert known is None or isinstance(known, (Route, str))
+    if behind is None:
+        if known is None:
+            tree.routes[number] = known = route_of(tree, number, kwargs)
+        return known
+    if behind.grown is not None:
         raise InputError(
             "start_at_layer= goes behind what model.prefill(prompt) returns, which no run changes; "
             "a KeyValueCache would grow in some of its layers alone."
         )
-    key = ("behind", number)
-    if key not in tree.routes:
-        tree.routes[key] = why_not_behind(found.prefix.model, tree, number, route)
-    why = tree.routes[key]
+    if isinstance(known, str):
+        return known
+    if known is None or why is None:
+        known, why = routes_of(behind.prefix.model, tree, number, kwargs, known)
+        tree.routes[number], tree.routes["behind", number] = known, why
     assert isinstance(why, str)
-    return why or route
+    return why or known
 
 
 # -- what is given --------------------------------------------------------------------------------

@@ -42,6 +42,11 @@ def single_token(text: object, tokenizer: Any) -> int:
     if not isinstance(text, str):
         raise InputError(f"a single token is asked for by its text, not {type(text).__name__}.")
     ids = _bare(text, tokenizer)
+    if ids == [tokenizer.unk_token_id] and text.strip() != tokenizer.unk_token:
+        raise TokenError(
+            f"{text!r} is not among the tokens that the model knows: it would read "
+            f"{tokenizer.unk_token!r}, as for any other such word."
+        )
     if len(ids) == 1:
         return ids[0]
     pieces = ", ".join(repr(string_of(token, tokenizer, 0)) for token in ids)

@@ -10,7 +10,7 @@ from tracekit.viz.parts import Facts, Grids, Part, Scale
 from tracekit.viz.wording import brief
 
 _KINDS = ("induction", "previous_token", "duplicate_token")
-_FEW = 5  # patches that are named
+_FEW = 3  # patches that are named
 
 
 def sweep_of(sweep: PatchSweep, panels: str | None) -> list[Part]:
@@ -21,12 +21,13 @@ def sweep_of(sweep: PatchSweep, panels: str | None) -> list[Part]:
 
 
 def _told(sweep: PatchSweep) -> Iterator[tuple[str, str]]:
-    yield "clean run", brief(sweep.clean)
-    yield "corrupted run", brief(sweep.corrupted)
+    yield "metric, clean run", brief(sweep.clean)
+    yield "metric, corrupted run", brief(sweep.corrupted)
     for number, cell in enumerate(sweep.top(_FEW)):
         share = ""
         if sweep.base != sweep.other:
-            share = f" ({(cell.value - sweep.base) / (sweep.other - sweep.base):.0%} of the way)"
+            part = round(100 * (cell.value - sweep.base) / (sweep.other - sweep.base))
+            share = f" ({part}% of the way)"
         name = "moves most" if not number else ""
         yield name, f"{told_at(sweep.axes, cell.place)}: {brief(cell.value)}{share}"
     yield "computed", f"{1 - sweep.saved:.0%} of the layer-tokens of whole forwards; {sweep.how}"

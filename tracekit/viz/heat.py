@@ -46,10 +46,10 @@ def labelled_grid(found: Labelled, title: str = "", beside: Labelled | None = No
     if len(found.axes) == 1:
         only, other = _places(found.axes[0]), Places("", ("",))
         if beside is None and max(map(len, only.labels)) > _SHORT:
-            return Grid(only, other, numbers[:, None], title)
-        return Grid(other, only, numbers[None], title, more=more)
+            return Grid(only, other, numbers[:, None], title, told=title)
+        return Grid(other, only, numbers[None], title, more=more, told=title)
     rows, columns = map(_places, found.axes)
-    return Grid(rows, columns, numbers, title, more=more)
+    return Grid(rows, columns, numbers, title, more=more, told=title)
 
 
 def largest(found: Labelled) -> str:

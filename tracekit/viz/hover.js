@@ -14,7 +14,7 @@ value=(r,c)=>{if(!v){const b=Uint8Array.from(atob(g.dataset.numbers),x=>x.charCo
 return g.dataset.lower=="1"?c>r?0:v[r*(r+1)/2+c]:v[r*m+c]},
 look=(r,c)=>{if(r<0||c<0||r>=n||c>=m)return;at=[r,c];const x=value(r,c);box.hidden=false;
 box.style.cssText=`left:${100*c/m}%;top:${100*r/n}%;width:${100/m}%;height:${100/n}%`;
-g.title=l.rows[r]+l.joint+l.columns[c]+": "+(isNaN(x)?"not a number (nan)":+(g.dataset.bytes=="4"?x.toPrecision(7):Math.abs(x)<6.2e-5?x.toFixed(7):x.toPrecision(3)));say(g,g.title)};
+g.title=(g.dataset.told?g.dataset.told+", ":"")+l.rows[r]+l.joint+l.columns[c]+": "+(isNaN(x)?"not a number (nan)":+(g.dataset.bytes=="4"?x.toPrecision(7):Math.abs(x)<6.2e-5?x.toFixed(7):x.toPrecision(3)));say(g,g.title)};
 g.addEventListener("mousemove",e=>{const b=g.getBoundingClientRect();look(Math.floor((e.clientY-b.top-g.clientTop)/g.clientHeight*n),Math.floor((e.clientX-b.left-g.clientLeft)/g.clientWidth*m))});
 g.addEventListener("keydown",e=>{const d=move[e.key];if(d){e.preventDefault();look(at[0]+d[0],at[1]+d[1])}})}
 }})()

@@ -26,7 +26,9 @@ def legend_html(part: Grids | Flow) -> str:
     ticks = "".join(f"<span>{escape(brief(tick))}</span>" for tick in scale.ticks)
     what = f"<span>{escape(scale.what)}</span>" if scale.what else ""
     bar = f'<div class="tk-bar"><i class="{scale.kind[0]}"></i><b>{ticks}</b></div>'
-    return f'<div class="tk-legend">{what}{bar}<div class="tk-say" aria-live="polite"></div></div>'
+    has_more = isinstance(part, Grids) and any(grid.more is not None for grid in part.grids)
+    say = f'<div class="tk-say{" tk-two" * has_more}" aria-live="polite"></div>'
+    return f'<div class="tk-legend">{what}{bar}{say}</div>'
 
 
 def colour_class(scale: Scale, value: float) -> str:
@@ -57,13 +59,14 @@ def _head(rows: Places, columns: Places) -> str:
         f'<th scope="col" title="{escape(columns.told(place))}"><span>{escape(label)}</span></th>'
         for place, label in enumerate(columns.shown)
     )
-    return f'<thead><tr><th scope="col">{escape(corner)}</th>{labels}</tr></thead>'
+    return f'<thead><tr><th scope="col"><span>{escape(corner)}</span></th>{labels}</tr></thead>'
 
 
 def _row(part: Grids, grid: Grid, row: int) -> str:
     cells = "".join(_cell(part, grid, row, column) for column in range(grid.numbers.shape[1]))
     label, told = grid.rows.shown[row], grid.rows.told(row)
-    return f'<tr><th scope="row" title="{escape(told)}">{escape(label)}</th>{cells}</tr>'
+    head = f'<th scope="row" title="{escape(told)}"><span>{escape(label)}</span></th>'
+    return f"<tr>{head}{cells}</tr>"
 
 
 def _cell(part: Grids, grid: Grid, row: int, column: int) -> str:

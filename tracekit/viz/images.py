@@ -21,23 +21,42 @@ _NONE: Final = {"light": "#c9ced4", "dark": "#4a525c"}  # of what is no number
 _CLOSE: Final = 1e-3  # how far a number of two bytes may be from what it stands for, relative
 _TINY: Final = 1e-7  # below it, relative closeness is not asked for
 _CELL: Final = 12  # pixels of the screen that a cell has at most
-_SIDES: Final = ((2, 384), (99, 256))  # how large an image is, where there are at most so many
+_SIDES: Final = ((2, 384),)  # pixels of an image, where there are at most so many
+_SIDE: Final = 256  # and where there are more
+_LABELLED: Final = 40  # rows and columns at most that have their labels beside the image
 
 
 def image_html(part: Grids, grid: Grid) -> str:
     """A grid as an image for each theme, with its labels and numbers for the script."""
     rows, columns = grid.numbers.shape
-    side = next(size for most, size in _SIDES if len(part.grids) <= most or most == _SIDES[-1][0])
-    scale = min(_CELL, side / max(rows, columns))
+    side = next((size for most, size in _SIDES if len(part.grids) <= most), _SIDE)
+    is_framed = max(rows, columns) <= _LABELLED
+    scale = _CELL if is_framed else min(_CELL, side / max(rows, columns))
     style = f"width:{columns * scale:.0f}px;aspect-ratio:{columns}/{rows}"
     pictures = "".join(
         f'<img class="tk-{theme}" alt="" src="{_image(part.scale, grid, theme)}">'
         for theme in ("light", "dark")
     )
-    numbers = " ".join(f'data-{name}="{value}"' for name, value in _numbers(grid.numbers).items())
-    return (
+    known = {"told": escape(grid.told), **_numbers(grid.numbers)}
+    numbers = " ".join(f'data-{name}="{value}"' for name, value in known.items())
+    image = (
         f'<div class="tk-image" style="{style}" tabindex="0" role="img" '
         f'aria-label="{escape(_summary(grid))}" {numbers}>{pictures}<b hidden></b></div>'
+    )
+    return _framed(grid, image) if is_framed else image
+
+
+def _framed(grid: Grid, image: str) -> str:
+    """An image with the labels of its columns above, and those of its rows to the left."""
+    above, left = (
+        "".join(f"<span>{escape(label)}</span>" for label in places.shown)
+        for places in (grid.columns, grid.rows)
+    )
+    corner = escape(" \\ ".join(filter(None, (grid.rows.name, grid.columns.name))))
+    return (
+        f'<div class="tk-scroll"><div class="tk-framed"><div>{corner}</div>'
+        f'<div aria-hidden="true">{above}</div><div aria-hidden="true">{left}</div>{image}'
+        f"</div></div>"
     )
 
 

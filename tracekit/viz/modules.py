@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
@@ -53,7 +53,7 @@ def _branch(child: _Child, cache: Cache | None, depth: int) -> Branch:
         below += [_folded(group, each, cache, depth + 1)] if len(group) > 1 else each
     kind = type(child.module).__name__
     items = _items(child.module, child.path, cache)
-    return Branch(child.name, kind, items, tuple(below), depth < _OPEN)
+    return Branch(child.name, kind, items, tuple(below), depth < _OPEN or _is_bad_in(below))
 
 
 def _folded(group: list[_Child], each: list[Branch], cache: Cache | None, depth: int) -> Branch:
@@ -63,7 +63,15 @@ def _folded(group: list[_Child], each: list[Branch], cache: Cache | None, depth:
     kind = f"{len(group)} x {type(first.module).__name__}, alike"
     count = Item(f"{len(group)} x {counted(_parameters(first.module))}", "number")
     below = each[0].below if cache is None else tuple(each)
-    return Branch(name, kind, (count,), below, depth < _OPEN)
+    return Branch(name, kind, (count,), below, depth < _OPEN or _is_bad_in(below))
+
+
+def _is_bad_in(branches: Iterable[Branch]) -> bool:
+    """Whether one of these has what is to be seen at once."""
+    return any(
+        any(item.mood == "bad" for item in branch.items) or _is_bad_in(branch.below)
+        for branch in branches
+    )
 
 
 def _groups(child: _Child) -> Iterator[list[_Child]]:
@@ -108,14 +116,15 @@ def _statistics(cache: Cache, path: str) -> Iterator[Item]:
     if not (value.is_floating_point() and value.numel()):
         return
     numbers = value.detach().double()
-    known = numbers[numbers.isfinite()]
-    nans = int(numbers.isnan().sum())
-    deviation = known.std(correction=0).item() if known.numel() else math.nan
-    mean = known.mean().item() if known.numel() else math.nan
-    largest = numbers.abs().nan_to_num(nan=-math.inf).max().item()
-    for number in (mean, deviation, largest if largest >= 0 else math.nan):
-        is_fine = math.isfinite(number)
-        yield Item(brief(number), "number" if is_fine else "bad", str(number))
+    known, some = numbers[numbers.isfinite()], numbers[~numbers.isnan()]
+    nans = numbers.numel() - some.numel()
+    found = (
+        known.mean() if known.numel() else None,
+        known.std(correction=0) if known.numel() else None,
+        some.abs().max() if some.numel() else None,  # it may be infinite
+    )
+    for number in (math.nan if each is None else each.item() for each in found):
+        yield Item(brief(number), "number" if math.isfinite(number) else "bad", str(number))
     told = f"{nans} of {numbers.numel()} are no number"
     yield Item(str(nans), "bad" if nans else "number", told)
 

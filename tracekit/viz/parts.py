@@ -10,9 +10,9 @@ from typing import Any, Final, Literal, TypeAlias, final
 from tracekit.viz.colours import STEPS, Kind
 from tracekit.viz.wording import decimals_of, exact, short, visible
 
-Mood: TypeAlias = Literal["", "good", "bad", "note", "code", "number"]
+Mood: TypeAlias = Literal["", "good", "bad", "note", "code", "number", "whole"]
 # So many cells are elements of their own; more are an image, which is read by pointing at it.
-LARGE: Final = 2000
+LARGE: Final = 1500
 LARGE_PATTERN: Final = 1200
 TOKENS: Final = ("position", "token", "query", "key", "from", "to")  # what has tokens as labels
 
@@ -95,7 +95,7 @@ class Grid:
     """A number for each row and column, as colours.
 
     `texts` is what stands in the cells, where that is not the number; `more` is what else is told
-    of a cell; `numbers` is an array, [rows, columns]. `joint` stands between row and column.
+    of a cell; `numbers` is an array, [rows, columns]. `joint` is between row and column in words.
     """
 
     rows: Places
@@ -105,6 +105,7 @@ class Grid:
     texts: Sequence[Sequence[str]] | None = None
     more: Callable[[int, int], str] | None = None
     joint: str = ", "
+    told: str = ""  # which of several it is
 
     def tip(self, row: int, column: int) -> str:
         """All of one cell in words, the number with all its digits."""
@@ -113,7 +114,8 @@ class Grid:
         number = "not a number (nan)" if math.isnan(value) else exact(value)
         text = f"{visible(self.texts[row][column])} " if self.texts is not None else ""
         more = self.more(row, column) if self.more is not None else ""
-        return f"{place}: {text}{number}" + (f"\n{more}" if more else "")
+        which = f"{self.told}, " if self.told else ""
+        return f"{which}{place}: {text}{number}" + (f"\n{more}" if more else "")
 
 
 @final

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tracekit.tracing.report import EditCheck, EditReport, Landing, ModuleChange, Touched
+from tracekit.tracing.report import (
+    EditCheck,
+    EditReport,
+    Landing,
+    LogitsChange,
+    ModuleChange,
+    Touched,
+)
 from tracekit.tracing.verify import Verification
 from tracekit.viz.parts import (
     Facts,
@@ -23,7 +30,7 @@ from tracekit.viz.parts import (
 )
 from tracekit.viz.wording import brief, visible
 
-_MOST = 40  # rows of the table of what changed
+_MOST = 8  # rows of the table of what changed
 _FEW = 6  # things in one list
 _EDITS = ("edit", "line", "code", "fired", "where", "of its norm", "largest", "then", "verdict")
 
@@ -38,10 +45,10 @@ def report_of(report: EditReport) -> list[Part]:
         parts.append(Verdict(f"{problem.slug}{of}: {problem.text}", "bad"))
     if report.edits:
         rows = tuple(row for edit in report.edits for row in _edit(report, edit))
-        parts.append(Table(_EDITS, rows, "Edits"))
+        parts.append(_without_empty(Table(_EDITS, rows, "Edits")))
     parts.append(Facts(tuple(_facts(report))))
     if report.logits is not None:
-        parts += _logits(report, report.logits.total_variation)
+        parts += _logits(report, report.logits)
     if report.after:
         parts.append(_changed(report.after))
     return parts
@@ -85,6 +92,13 @@ def _edit(report: EditReport, edit: EditCheck) -> Iterator[tuple[Item, ...]]:
     for landing in edit.landings:
         yield (*own, *_landing(report, landing), verdict)
         own, verdict = [Item("")] * 4, Item("")
+
+
+def _without_empty(table: Table) -> Table:
+    """The columns in which something stands."""
+    kept = [at for at in range(len(table.columns)) if any(row[at].text for row in table.rows)]
+    rows = tuple(tuple(row[at] for at in kept) for row in table.rows)
+    return Table(tuple(table.columns[at] for at in kept), rows, table.title)
 
 
 def _landing(report: EditReport, landing: Landing) -> tuple[Item, ...]:
@@ -133,7 +147,8 @@ def _facts(report: EditReport) -> Iterator[tuple[str, str]]:
     same = "all bit-identical to the clean run" if not different else f"{different} differ"
     yield "before the edit", f"{report.before} values, {same}"
     if report.first is not None:
-        yield "behind it", f"{len(report.after)} values differ, {report.unchanged_after} do not"
+        every = len(report.after) + report.unchanged_after
+        yield "behind it", f"{len(report.after)} of {every} values differ"
         yield "the first that differs", report.first.site
     for row in report.rows:
         if row.verdict != "edited":
@@ -158,22 +173,25 @@ def _facts(report: EditReport) -> Iterator[tuple[str, str]]:
         yield "note", note
 
 
-def _logits(report: EditReport, values: Sequence[Sequence[float]]) -> list[Part]:
+def _logits(report: EditReport, found: LogitsChange) -> list[Part]:
     """How far the predictions moved, token by token."""
-    rows, columns = len(values), max(map(len, values), default=0)
+    rows = len(found.positions)
+    columns = 1 + max((place for row in found.positions for place in row), default=-1)
     if not columns:
         return []
-    numbers: Any = np.full((rows, columns), np.nan)
+    numbers: Any = np.full((rows, columns), np.nan, "float32")
     texts = [[""] * columns for _ in range(rows)]
-    for row, each in enumerate(values):
-        numbers[row, : len(each)] = each
+    for row, (places, values) in enumerate(
+        zip(found.positions, found.total_variation, strict=True)
+    ):
+        numbers[row, list(places)] = values
         tokens = report.tokens[row] if row < len(report.tokens) else ()
         texts[row][: len(tokens)] = tokens[:columns]
     grid = Grid(
         Places("row", tuple(map(str, range(rows)))),
         Places("position", tuple(map(str, range(columns)))),
         numbers,
-        "What the edit did to the predictions behind each token",
+        "What became of the prediction behind each token",
         texts=texts,
     )
     return [Grids((grid,), Scale("sequential", 0.0, 1.0, "total variation"))]

@@ -48,4 +48,8 @@ def _code(node: Node, last: Node | None) -> tuple[Item, Item]:
 def _request(node: Node) -> tuple[Item, ...]:
     value = node.value if node.shape is None else f"{list(node.shape)} {node.dtype}"
     kind = f"{node.kind} (deferred)" if node.is_deferred else node.kind
-    return Item(kind, "note" if node.kind in _EDITS else ""), Item(node.what, "code"), Item(value)
+    return (
+        Item(kind, "note" if node.kind in _EDITS else ""),
+        Item(node.what, "code"),
+        Item(value, "whole"),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 _LABEL: Final = 16  # characters of a label of a row at most
 _CELL: Final = 10  # and of a cell
+_NUMBER: Final = 6  # and of the number behind a text in it
 _GAP: Final = 1  # between cells
 _PATTERN: Final = 24  # columns; of larger patterns the strongest are told
 _MOST: Final = 10  # of them
@@ -61,7 +63,8 @@ def _grid(part: Grids, grid: Grid, width: int) -> Iterator[Text]:
     first = min(max(map(_width, rows)), _LABEL)
     heads = grid.columns.shown
     cells = [cell for row in texts for cell in row]
-    size = min(max(map(_width, [*heads, *cells]), default=1), _CELL) + _GAP
+    most = _CELL if grid.texts is None else _CELL + _NUMBER
+    size = min(max(map(_width, [*heads, *cells]), default=1), most) + _GAP
     fits = max(1, (width - first) // size)
     if grid.title:
         yield Text(grid.title, "bold")
@@ -96,11 +99,18 @@ def _strongest(grid: Grid) -> Iterator[Text]:
 def _texts(part: Grids, grid: Grid) -> list[list[str]]:
     rows, columns = range(grid.numbers.shape[0]), range(grid.numbers.shape[1])
     if grid.texts is not None:
-        return [[part.text(grid, row, column) for column in columns] for row in rows]
+        return [[_spoken(part, grid, row, column) for column in columns] for row in rows]
     decimals = part.decimals
     return [
         [short(float(grid.numbers[row, column]), decimals) for column in columns] for row in rows
     ]
+
+
+def _spoken(part: Grids, grid: Grid, row: int, column: int) -> str:
+    """What stands in a cell, and its number, which the colour alone does not tell."""
+    value = float(grid.numbers[row, column])
+    number = "" if math.isnan(value) else f" {short(value, 2)}"
+    return _cut(part.text(grid, row, column), _CELL).rstrip() + number
 
 
 def _style(scale: Scale, value: float) -> str:

@@ -59,7 +59,23 @@ def _sweep(model: LanguageModel) -> str:
     return f"{found.deviation:.0e} at most, {found.saved:.0%} of the work saved"
 
 
+def _verified(model: LanguageModel) -> str:
+    """An edit of the last position, meant for it, and the same one meant for another."""
+
+    def grow(value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([value[:, :-1], value[:, -1:] + 1], 1)
+
+    last = tokens_of(model).shape[1] - 1
+    edit = (model.transformer.h[1].mlp, grow)
+    report = model.verify(edit, PROMPT, positions=[last])
+    check(bool(report), "; ".join(problem.slug for problem in report.problems))
+    slugs = {problem.slug for problem in model.verify(edit, PROMPT, positions=[0]).problems}
+    check("wrong-position" in slugs, f"of an edit at a wrong position it says {sorted(slugs)}")
+    return ""
+
+
 ANSWERS: Final = (
+    Experiment("", "a verified edit landed, and one meant elsewhere is named", _verified),
     Experiment("", "the logit lens is each block's output, read out by hand", _lens),
     Experiment("", "a sweep of patches is what plain hooks give", _sweep),
 )
