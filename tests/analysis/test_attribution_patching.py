@@ -142,7 +142,7 @@ def test_prompts_that_are_not_token_beside_token_are_refused(tiny: LanguageModel
     wanted = logit_difference(tiny, "Paris", "Rome")
     with pytest.raises(InputError, match=r"of \[9\] and \[4\] tokens"):
         attribution_patching(tiny, CLEAN, "The Trevi Fountain", wanted)
-    with pytest.raises(InputError, match="direction= is 'denoise' .* or 'noise' .*, not 'clean'"):
+    with pytest.raises(InputError, match=r"direction= is 'denoise' .* or 'noise' .*, not 'clean'"):
         attribution_patching(tiny, CLEAN, CORRUPTED, wanted, direction="clean")
 
 

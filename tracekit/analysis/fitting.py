@@ -107,5 +107,6 @@ def credits_of(scores: Tensor, labels: Tensor) -> Tensor:
 def balanced(credits: Tensor, labels: Tensor, classes: int) -> Tensor:
     """The mean over classes of the share that is right, `[k, …]`: chance is one in `classes`."""
     hot = torch.nn.functional.one_hot(labels, classes).to(credits)
-    share = hot / hot.sum(1, keepdim=True).clamp(min=1)
-    return torch.einsum("k...n,knc->k...c", credits, share).mean(-1)
+    counts = hot.sum(1).clamp(min=1)  # whole numbers until they are divided: all right is 1.0
+    right = torch.einsum("k...n,knc->...kc", credits, hot)
+    return (right / counts).mean(-1).movedim(-1, 0)

@@ -1,12 +1,21 @@
-"""Sweeps, head scores and integrated gradients: heat maps, and what is known of them."""
+"""What analysis answers, from sweeps to edges, as maps and tables, with what is known of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tracekit.analysis import HeadScores, Integrated, Labelled, PatchSweep
+from tracekit.analysis import (
+    Circuit,
+    DoseCurve,
+    Edges,
+    HeadScores,
+    Integrated,
+    Labelled,
+    PatchSweep,
+    Probes,
+)
 from tracekit.viz.heat import heat_of, labelled_grid, largest, told_at
-from tracekit.viz.parts import Facts, Grids, Part, Scale
+from tracekit.viz.parts import Facts, Grids, Item, Part, Scale, Table, scale_of
 from tracekit.viz.wording import brief
 
 _KINDS = ("induction", "previous_token", "duplicate_token")
@@ -59,3 +68,30 @@ def integrated_of(found: Integrated) -> list[Part]:
             )
         ),
     ]
+
+
+def doses_of(curve: DoseCurve) -> list[Part]:
+    """The metric by layer and scale, and below it what that costs."""
+    costs = labelled_grid(curve.divergence, curve.divergence.what)
+    scale = scale_of(curve.divergence.values.flatten().tolist(), "")
+    return [*heat_of(curve.metric), Grids((costs,), scale)]
+
+
+def probes_of(probes: Probes) -> list[Part]:
+    """The accuracy of each probe, beside that on shuffled labels."""
+    each = (probes.accuracy, probes.control)
+    grids = tuple(labelled_grid(one, one.what) for one in each)
+    classes = ", ".join(map(str, probes.classes))
+    told = f"{classes}; chance is {1 / len(probes.classes):.0%}"
+    facts = (("classes", told), ("prompts", str(len(probes.folds))))
+    return [Grids(grids, Scale("sequential", 0.0, 1.0, "accuracy")), Facts(facts)]
+
+
+def edges_of(found: Edges | Circuit) -> list[Part]:
+    """The edges with the largest scores, as a table."""
+    edges = found.edges if isinstance(found, Circuit) else found.top()
+    rows = tuple(
+        (Item(edge.source, "code"), Item(edge.target, "code"), Item(f"{edge.score:+.3g}", "number"))
+        for edge in edges
+    )
+    return [Table(("from", "to", "score"), rows)]

@@ -52,7 +52,7 @@ def attention_of(pattern: Tensor, tokens: Sequence[str] | None) -> list[Part]:
             head,
             "" if is_one_head else f"head {number}",
             joint=" \N{RIGHTWARDS ARROW} ",
-            told=f"head {number}",
+            told="" if is_one_head else f"head {number}",
         )
         for number, head in enumerate(numbers)
     )

@@ -8,7 +8,18 @@ from typing import Any, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from tracekit.analysis import Axis, HeadScores, Integrated, Labelled, Lens, PatchSweep
+from tracekit.analysis import (
+    Axis,
+    Circuit,
+    DoseCurve,
+    Edges,
+    HeadScores,
+    Integrated,
+    Labelled,
+    Lens,
+    PatchSweep,
+    Probes,
+)
 from tracekit.capture import showing_own_lines
 from tracekit.errors import InputError
 from tracekit.tracing.cache import Cache
@@ -18,7 +29,14 @@ from tracekit.tracing.named_cache import NamedCache
 from tracekit.tracing.verified.report import EditReport
 from tracekit.tracing.verify import Verification
 from tracekit.viz import modules, requests
-from tracekit.viz.answers import integrated_of, scores_of, sweep_of
+from tracekit.viz.answers import (
+    doses_of,
+    edges_of,
+    integrated_of,
+    probes_of,
+    scores_of,
+    sweep_of,
+)
 from tracekit.viz.attention import attention_of, pattern_in
 from tracekit.viz.heat import heat_of
 from tracekit.viz.lens import lens_of
@@ -109,6 +127,12 @@ def _picture_of(thing: Any, options: _Options) -> _Told:
             return "What each head attends to", scores_of(thing)
         case Integrated():
             return thing.scores.what, integrated_of(thing)
+        case DoseCurve():
+            return f"{thing.metric.what}, steered", doses_of(thing)
+        case Probes():
+            return "What can be read, by linear probes", probes_of(thing)
+        case Edges() | Circuit():
+            return "The edges that carry most, to first order", edges_of(thing)
         case Lens():
             return f"Logit lens: what each layer ({thing.activation}) would say", lens_of(thing)
         case Graph():
@@ -132,10 +156,10 @@ def _picture_of(thing: Any, options: _Options) -> _Told:
 def _no_picture(thing: object) -> str:
     return (
         f"there is no picture of {type(thing).__name__}. What can be shown: labelled numbers, a "
-        f"patch sweep, head scores, integrated gradients, a logit lens; attention, by show(cache, "
-        f"layer=3) or as a pattern [heads, queries, keys]; a model or a module, with a "
-        f"tracer.cache() too; tracer.graph; a report of edits, cache.verify(); and texts, by "
-        f"show.tokens(strings, values)."
+        f"patch sweep, head scores, integrated gradients, edges, a dose curve, probes, a logit "
+        f"lens; attention, by show(cache, layer=3) or as a pattern [heads, queries, keys]; a model "
+        f"or a module, with a tracer.cache() too; tracer.graph; a report of edits, cache.verify(); "
+        f"and texts, by show.tokens(strings, values)."
     )
 
 

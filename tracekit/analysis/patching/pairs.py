@@ -9,7 +9,7 @@ from typing import Any, cast, final
 from torch import Tensor
 
 from tracekit.analysis.batches import part
-from tracekit.analysis.patches import Target, Where
+from tracekit.analysis.patching.patches import Target, Where
 from tracekit.analysis.prompts import Prompts, last_logits, read_prompts
 from tracekit.errors import InputError
 from tracekit.models.language import LanguageModel
