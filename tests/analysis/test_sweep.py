@@ -433,3 +433,17 @@ def test_prompts_of_other_lengths_are_refused() -> None:
         patch_sweep(model, CLEAN, CLEAN[:4], projected, progress=False)
     with pytest.raises(InputError, match="are no pairs"):
         patch_sweep(model, [CLEAN, CLEAN], CLEAN, projected, progress=False)
+
+
+def test_an_encoding_has_a_row_of_each_tensor_for_each_prompt() -> None:
+    model = model_of("gpt2")[1]
+    given = {"input_ids": torch.stack([CLEAN, CLEAN.flip(0)]), "attention_mask": torch.ones(2, 10)}
+    other = [CORRUPTED, CORRUPTED.flip(0)]
+    found = patch_sweep(model, given, other, projected, layers=[1], progress=False)
+    tokens = patch_sweep(model, [*given["input_ids"]], other, projected, layers=[1], progress=False)
+    assert torch.equal(found.per_pair.values, tokens.per_pair.values) and found.how == tokens.how
+    with pytest.raises(UnsupportedError, match=r"x= has the shape \[3\], not a row for each of 2"):
+        patch_sweep(model, {**given, "x": torch.ones(3)}, other, projected, progress=False)
+    given["attention_mask"][0, 0] = 0
+    with pytest.raises(InputError, match="clean has padding"):
+        patch_sweep(model, given, other, projected, progress=False)

@@ -20,7 +20,8 @@ def prompts_of(model: LanguageModel, given: Any, what: str) -> list[Prompts]:
     if _is_several(given):
         items = cast("Sequence[Any]", given)
         return [each for item in items for each in prompts_of(model, item, what)]
-    prompts = read_prompts(model, given)
+    # Of a text to_tokens leaves out what the model has no positions for, and warns.
+    prompts = read_prompts(model, model.to_tokens(given) if isinstance(given, str) else given)
     if prompts.is_padded:
         raise InputError(
             f"{what} has padding: a sweep runs each prompt by itself, so give a list of texts, "
