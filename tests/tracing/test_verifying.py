@@ -565,12 +565,24 @@ def test_what_is_no_edit_is_refused(model: LanguageModel) -> None:
         model.verify(model, TOWER)
     with pytest.raises(InputError, match="did you mean 'positions'"):
         model.trace(TOWER, verify=dict(position=3))
+    with pytest.raises(InputError, match="model.verify\\(edit, input, check_precision=True\\)"):
+        model.trace(TOWER, verify=dict(check_precision=True))
     with pytest.raises(UnsupportedError, match="verify="):
         model.generate(TOWER, max_new_tokens=2, verify=True)
     with model.trace(TOWER) as tracer:
         pass
     with pytest.raises(CacheError, match="verify=True"):
         tracer.report
+
+
+def test_the_text_counts_only_what_there_is(model: LanguageModel) -> None:
+    text = repr(model.verify(("transformer.h.1", 0.0), TOWER))
+    assert "fired: as written" in text
+    assert " do not;" not in text
+    assert "not edited" not in text
+    with model.trace([TOWER, TOWER], verify=True) as tracer:
+        model.transformer.h[1].hidden[0] = 0
+    assert "  not edited: row 1, bit-identical" in repr(tracer.report)
 
 
 def test_the_report_is_json(model: LanguageModel) -> None:

@@ -68,13 +68,18 @@ class Wanted:
         told = dict(cast("Mapping[str, Any]", given))
         meant = Meant.of(*(told.pop(name, None) for name in ("rows", "positions", "modules")))
         for name in told:
+            if name == "check_precision":
+                raise InputError(
+                    "verify= of a trace can't check precision, as a block runs once: write it as a "
+                    "function, model.verify(edit, input, check_precision=True)."
+                )
             if name not in _OPTIONS:
                 known = ("rows", "positions", "modules", *_OPTIONS)
                 raise InputError(f"verify= knows no {name!r}{did_you_mean(name, known)}")
         return cls(meant, **told)
 
 
-_OPTIONS = ("watch", "budget", "check_precision")
+_OPTIONS = ("watch", "budget")
 
 
 @final
