@@ -367,10 +367,26 @@ def test_an_interrupt_hands_back_what_is_done_and_a_resume_does_the_rest() -> No
     assert "not complete" in repr(part) and json.dumps(part.to_json(), allow_nan=False)
     runs = left[0]
     rest = patch_sweep(model, CLEAN, CORRUPTED, impatient, progress=False, resume=part)
-    assert rest.is_complete and runs - left[0] <= 3 + int((~done).sum())
+    assert rest.is_complete and runs - left[0] <= 5 + int((~done).sum())
     torch.testing.assert_close(rest.values.values, whole.values.values, atol=1e-5, rtol=0)
     with pytest.raises(InputError, match="resume= takes a sweep of the same prompts"):
         patch_sweep(model, CLEAN, CLEAN.flip(0), projected, progress=False, resume=part)
+
+
+def test_a_sweep_is_not_resumed_with_another_metric_or_other_weights() -> None:
+    net, _ = make("gpt2")
+    model = LanguageModel(net)
+
+    def found(metric: Callable[[Tensor], Tensor], before: PatchSweep | None = None) -> PatchSweep:
+        return patch_sweep(model, CLEAN, CORRUPTED, metric, progress=False, resume=before)
+
+    before = found(lambda logits: logits[:, 5])
+    assert found(lambda logits: logits[:, 5], before).is_complete
+    with pytest.raises(InputError, match="the same metric and weights"):
+        found(lambda logits: logits[:, 6], before)
+    net.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
+    with pytest.raises(InputError, match="the same metric and weights"):
+        found(lambda logits: logits[:, 5], before)
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
