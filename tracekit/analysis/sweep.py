@@ -21,7 +21,7 @@ from tracekit.analysis.patch_pairs import Pair, Prompt, prompts_of
 from tracekit.analysis.patch_runs import Counts, Runs, Way, layers_of
 from tracekit.analysis.patched import PatchSweep, Request, empty
 from tracekit.analysis.patches import Asked, Patch, Places
-from tracekit.analysis.prompts import joined, words_of
+from tracekit.analysis.prompts import check_is_the_same, joined, words_of
 from tracekit.capture import showing_own_lines
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.language import LanguageModel
@@ -85,14 +85,12 @@ def _check(model: LanguageModel, direction: str) -> None:
             f"direction= is 'denoise' (clean values into the corrupted run) or 'noise', not "
             f"{direction!r}."
         )
-    model.dispatch()
+    check_is_the_same(model)
     if is_edited(model):
         raise UnsupportedError(
             "patch_sweep() does not make lasting edits, or hooks: which of them a patch leaves as "
             "they were can't be told. Sweep the model without them."
         )
-    if model.module.training:
-        raise InputError("the model is in training mode, where dropout is random: model.eval().")
 
 
 def _pairs(
