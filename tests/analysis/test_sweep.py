@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import cache
+from threading import Thread, get_ident
 from typing import Any
 
 import pytest
@@ -336,6 +337,24 @@ def test_lasting_edits_are_refused_and_hooks_of_torch_are_part_of_the_model() ->
     expected = naive(net, CORRUPTED, CLEAN, net.transformer.h[1], "input")
     found = swept(model, check=100)
     torch.testing.assert_close(found.values.values[1], expected, atol=1e-4, rtol=0)
+
+
+def test_what_is_computed_again_does_not_reach_runs_of_other_threads() -> None:
+    net, _ = make("gpt2")
+    others = CLEAN.flip(0)
+    expected = forward(net, others, {})
+    here, elsewhere = get_ident(), list[Tensor]()
+
+    def beside(*_: Any) -> None:
+        if get_ident() == here:  # else it would begin one more
+            thread = Thread(target=lambda: elsewhere.append(forward(net, others, {})))
+            thread.start()
+            thread.join()
+
+    net.lm_head.register_forward_pre_hook(beside)  # a patched run is under way
+    swept(LanguageModel(net), layers=[1], positions=[2], check=1)
+    assert len(elsewhere) > 2
+    assert all(torch.equal(each, expected) for each in elsewhere)
 
 
 def test_half_precision_is_held_to_its_own_rounding() -> None:

@@ -24,7 +24,8 @@ from tracekit.core.tree import Tree
 from tracekit.core.versions import changes
 from tracekit.errors import CacheError, InputError, UnsupportedError, did_you_mean
 from tracekit.interleave.duties import Span
-from tracekit.interleave.worker import ModelThread
+from tracekit.interleave.hooks import is_elsewhere
+from tracekit.interleave.worker import ModelThread, this_thread
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.cached import see_cache
 from tracekit.tracing.call import TracedCall
@@ -226,7 +227,11 @@ def _inputs_apart(tree: Tree, grids: list[Grid]) -> Generator[Callable[[], bool]
     copies: list[tuple[Tensor, int]] = []
     others: list[object] = []
 
+    thread = this_thread()
+
     def before(module: Any, args: Any, kwargs: Any) -> Any:
+        if is_elsewhere(thread):
+            return None
         grids.append(Grid.of(module, (args, kwargs)))
         own = map_leaves(partial(_copied, others), (args, kwargs))
         copies.extend((tensor, changes(tensor)) for tensor in tensors(own))
