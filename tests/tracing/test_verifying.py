@@ -222,6 +222,47 @@ def test_an_edit_of_the_routers_logits_is_lost_and_an_error_where_it_is_a_copy()
         model.layers[0].router_logits.sum()  # reading is no edit
 
 
+@pytest.mark.parametrize("has_another", [True, False])
+def test_a_value_that_is_changed_when_the_model_has_gone_on_is_named(
+    model: LanguageModel, has_another: bool
+) -> None:
+    def late() -> None:
+        value = model.layers[1].mlp_out
+        later = model.layers[2].resid_post
+        value[:] = 0
+        if has_another:
+            later[:] = 0
+
+    report = model.verify(late, TOWER)
+    assert slugs(report) == ["late"]
+    assert "h.1.mlp.output was changed in place" in repr(report)
+    assert "when the model had gone on to model.transformer.h.2.output" in repr(report)
+
+
+def test_memory_that_a_later_value_shares_may_be_changed_there(model: LanguageModel) -> None:
+    def shared() -> None:
+        before = model.layers[0].resid_post
+        value = model.layers[1].resid_pre  # the same tensor
+        value[0, 1] = before[0, 2]
+        kept = model.layers[1].mlp_out
+        model.layers[1].resid_post = kept
+        kept[0, 3] = 0
+
+    assert model.verify(shared, TOWER)
+
+
+def test_a_write_that_goes_on_from_the_name_that_was_edited_is_no_fault(
+    model: LanguageModel,
+) -> None:
+    def every_layer() -> None:
+        for layer in model.layers:
+            value = layer.resid_post
+            value[0, 2] += 1
+            layer.resid_post = value * 1.1
+
+    assert model.verify(every_layer, TOWER)
+
+
 def test_an_edit_that_changes_nothing_is_named(model: LanguageModel) -> None:
     with model.trace(TOWER, verify=True) as tracer:
         model.transformer.h[1].hidden = model.transformer.h[1].hidden * 1
@@ -565,12 +606,24 @@ def test_what_is_no_edit_is_refused(model: LanguageModel) -> None:
         model.verify(model, TOWER)
     with pytest.raises(InputError, match="did you mean 'positions'"):
         model.trace(TOWER, verify=dict(position=3))
+    with pytest.raises(InputError, match="input, check_precision=True"):
+        model.trace(TOWER, verify=dict(check_precision=True))
     with pytest.raises(UnsupportedError, match="verify="):
         model.generate(TOWER, max_new_tokens=2, verify=True)
     with model.trace(TOWER) as tracer:
         pass
     with pytest.raises(CacheError, match="verify=True"):
         tracer.report
+
+
+def test_the_text_counts_only_what_there_is(model: LanguageModel) -> None:
+    text = repr(model.verify(("transformer.h.1", 0.0), TOWER))
+    assert "fired: as written" in text
+    assert " do not;" not in text
+    assert "not edited" not in text
+    with model.trace([TOWER, TOWER], verify=True) as tracer:
+        model.transformer.h[1].hidden[0] = 0
+    assert "  not edited: row 1, bit-identical" in repr(tracer.report)
 
 
 def test_the_report_is_json(model: LanguageModel) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tracekit.analysis.labelled import Axis, Cell, Labelled
-from tracekit.analysis.prompts import numbered
+from tracekit.analysis.prompts import check_is_the_same, numbered
 from tracekit.capture import showing_own_lines
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.language import LanguageModel
@@ -65,6 +65,7 @@ def head_scores(model: LanguageModel, length: int = 20, rows: int = 8, seed: int
     Read off the attention patterns of a run on `rows` blocks of `length` random tokens, each twice.
     Olsson et al. 2022.
     """
+    check_is_the_same(model)
     tokens = repeated_tokens(model, length, rows, seed)
     logits, cache = model.run_with_cache(tokens, names_filter="pattern")
     layers = cache.layers_of("pattern")

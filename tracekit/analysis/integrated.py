@@ -58,6 +58,7 @@ class Integrated:
 
 
 @showing_own_lines
+@torch.inference_mode(False)
 def integrated_gradients(
     model: LanguageModel,
     input: Any,

@@ -63,7 +63,8 @@ class Prompts:
 
 
 def read_prompts(model: LanguageModel, given: Any) -> Prompts:
-    """The prompts that `given` stands for: whatever a trace takes."""
+    """The prompts that `given` stands for: whatever a trace takes; InputError in training mode."""
+    check_is_the_same(model)
     inputs: dict[str, Any] = model.to_inputs(given)
     is_both = "decoder_input_ids" in inputs
     ids = inputs.get("decoder_input_ids" if is_both else "input_ids")
@@ -76,6 +77,17 @@ def read_prompts(model: LanguageModel, given: Any) -> Prompts:
     if isinstance(mask, Tensor) and mask.shape == ids.shape:
         is_token = mask.bool()
     return Prompts(inputs, ids, is_token)
+
+
+def check_is_the_same(model: LanguageModel) -> None:
+    """InputError for a model in training mode, which is another one in each run."""
+    model.dispatch()
+    training = next((path for path, it in model.module.named_modules() if it.training), None)
+    if training is not None:
+        part = f" ({training})" if training else ""
+        raise InputError(
+            f"the model{part} is in training mode, where dropout is random: model.eval()."
+        )
 
 
 def one_prompt(model: LanguageModel, given: Any, what: str) -> Prompts:

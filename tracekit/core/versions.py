@@ -29,6 +29,10 @@ class Note(Protocol):
         """Whether what was given out is no longer there, though somebody still uses the memory."""
         ...
 
+    def has_changed(self) -> bool:
+        """Whether it was changed, as far as that is known; also if nobody uses it any more."""
+        ...
+
 
 @final
 class Versions:
@@ -73,6 +77,17 @@ class Versions:
         held = _storages_in_hands() if moved else set[int]()
         return [note.label for note in moved if note.storage.cdata in held]
 
+    def changed(self, apart_from: Any = ()) -> list[object]:
+        """The labels of tensors that were changed since, held or not; that is accepted then.
+
+        Those in the memory of tensors in `apart_from` are left out.
+        """
+        own = {StorageWeakRef(t.untyped_storage()) for t in tensors(apart_from) if storage_key(t)}
+        moved = [note for note in self._notes if note.has_changed()]
+        for note in moved:
+            note.renew()
+        return [note.label for note in moved if note.storage not in own]
+
     def sharing(self, label: object) -> list[object]:
         """The other labels of tensors in the memory of what was noted under `label`."""
         own = {note.storage for note in self._notes if note.label == label}
@@ -97,7 +112,10 @@ class _Counted:
         self._version = self._probe._version
 
     def has_moved(self) -> bool:
-        return self._probe._version != self._version and not self.storage.expired()
+        return self.has_changed() and not self.storage.expired()
+
+    def has_changed(self) -> bool:
+        return self._probe._version != self._version
 
 
 @final
@@ -115,6 +133,9 @@ class _Overwritten:
 
     def has_moved(self) -> bool:
         return not self.storage.expired()
+
+    def has_changed(self) -> bool:
+        return True
 
 
 @final
@@ -137,6 +158,9 @@ class _Copied:
     def has_moved(self) -> bool:
         now = self._now()
         return now is not None and not torch.allclose(now, self._copy, 0, 0, equal_nan=True)
+
+    def has_changed(self) -> bool:
+        return self.has_moved()
 
     def _now(self) -> Tensor | None:
         storage: Any = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)  # pyright: ignore[reportPrivateUsage] - what StorageWeakRef is for

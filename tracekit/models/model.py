@@ -116,7 +116,7 @@ class Model(Functional):
         with float32. Problems have slugs: "never-fired", "changed-nothing", "overwritten", "lost",
         "changed-before", "other-rows", "wrong-row", "wrong-position", "wrong-module", "missed-row",
         "missed-position", "missed-module", "not-in-cache", "precision-only", "precision-noise",
-        "no-edit", and those of errors.
+        "late", "no-edit", and those of errors.
         """
         meant = Meant.of(rows, positions, modules)
         return verify(self, edit, args, kwargs, Wanted(meant, watch, budget, check_precision))

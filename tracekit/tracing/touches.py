@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tracekit.core.nest import named_tensors
 from tracekit.core.site import Line, Site, Visit
-from tracekit.core.versions import changes
+from tracekit.core.versions import Versions, changes
 from tracekit.interleave.duties import Span
 from tracekit.interleave.mediator import Mediator
 from tracekit.tracing.sightings import Seen, copied
@@ -93,6 +93,7 @@ class Touches:
         self.every: list[Touch] = []
         self.origins: list[Origin] = []  # of which each is to make an edit
         self.called: set[Origin] = set()
+        self.late: list[str] = []  # what changed a value that the model had gone on from
         self.is_inside = False  # of a function, which may call modules itself
         self.spans: dict[int, Span] = {}  # of the rows of each invoke
         self.counts = counts  # of what plain hooks have seen by now, by site
@@ -159,6 +160,7 @@ class Keeper:
         self._line: Line | str = ""
         self._known: dict[Leaf, _Copy] = {}
         self._read_at: list[str] = []
+        self._past = Versions()  # of what the block had before
 
     def begin(self, visit: Visit, value: Any) -> None:
         """The block is about to be given this value."""
@@ -168,6 +170,7 @@ class Keeper:
         if origin is not None:
             self._touches.called.add(origin)
         self._look(value)
+        self._past.changed()  # by the model, meanwhile
 
     def came(self, kind: str, value: Any, line: str) -> None:
         """The block has the value that it asked for at this line, or wrote one there."""
@@ -198,8 +201,21 @@ class Keeper:
     def end(self, value: Any) -> None:
         """The model goes on with this value."""
         self._compare("in place", value, self._line)
+        self._look_back(value)
         self._known.clear()
         self._visit = None
+
+    def _look_back(self, value: Any) -> None:
+        """Whether the block has changed, by now, what it had been given before this value."""
+        assert self._visit is not None
+        given = [known.tensor for known in self._known.values()]
+        for label in dict.fromkeys(self._past.changed((value, given))):
+            self._touches.late.append(
+                f"{label} was changed in place behind {self._line}, when the model had gone on to "
+                f"{self._visit.site}: what read it before has what was there. Change it where it "
+                f"is asked for."
+            )
+        self._past.note(self._visit.site, value)
 
     def _compare(self, kind: str, value: Any, line: Line | str) -> None:
         """Add what was changed since the last look; a write also where it changed nothing."""
@@ -266,13 +282,13 @@ class _Copy:
     """A tensor, and what it was."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+        self.tensor = tensor
         self._version = changes(tensor)
         self.value = copied(tensor)
 
     def is_untouched(self, tensor: Tensor) -> bool:
         """Whether it is the same one, and nothing wrote into it."""
-        if tensor is not self._tensor or changes(tensor) != self._version:
+        if tensor is not self.tensor or changes(tensor) != self._version:
             return False
         return self._version >= 0 or self.is_equal(tensor)  # which counts no versions
 

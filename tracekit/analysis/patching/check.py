@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from threading import get_ident
 from typing import Any, Final, final
 
 import torch
@@ -93,10 +94,12 @@ class Recompute:
 
     def _hook(self, where: Where, see: See) -> Any:
         module = self._modules[where.bound.path]
-        count = -1
+        count, thread = -1, get_ident()
 
         def seen(value: Any) -> Any:
             nonlocal count
+            if get_ident() != thread:  # another run of the same model
+                return None
             count += 1
             named = where.spot.named
             if named.call is not None and count % named.calls != named.call:

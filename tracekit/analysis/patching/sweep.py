@@ -25,6 +25,7 @@ from tracekit.analysis.prompts import (
     Direction,
     Prompts,
     check_direction,
+    check_is_the_same,
     check_pair,
     joined,
     words_of,
@@ -35,6 +36,7 @@ from tracekit.models.language import LanguageModel
 from tracekit.models.resuming import is_edited
 
 MEMORY = 2**29  # bytes, of the rows of one batch
+SAME = 1e-2  # of a metric: by so much its rounding may be another, on another device
 SHORT = 1.0  # seconds; a sweep that is done by then needs no progress bar
 
 
@@ -87,14 +89,12 @@ def patch_sweep(
 
 def _check(model: LanguageModel, direction: str) -> None:
     check_direction(direction)
-    model.dispatch()
+    check_is_the_same(model)
     if is_edited(model):
         raise UnsupportedError(
             "patch_sweep() does not make lasting edits, or hooks: which of them a patch leaves as "
             "they were can't be told. Sweep the model without them."
         )
-    if model.module.training:
-        raise InputError("the model is in training mode, where dropout is random: model.eval().")
 
 
 def _pairs(
@@ -305,8 +305,25 @@ class _Sweep:
         self._done = before.done.reshape(self._done.shape).clone()
         each = (before.corrupted_per_pair, before.clean_per_pair)
         self._unpatched = torch.stack(each if self._direction == "denoise" else each[::-1])
+        self._check_same()
         self._deviation, self._checked = before.deviation, before.checked
         self._counts.computed, self._unchanged = before.layer_tokens, before.unchanged
+
+    def _check_same(self) -> None:
+        """InputError if the runs that are not patched have other numbers than they had before.
+
+        A metric of the same name may be another one, and weights may have changed.
+        """
+        for number in self._done.any(1).nonzero()[:, 0].tolist():
+            pair = self._pair if number == 0 else self._pair_at(number)
+            each = (pair.logits, pair.source_logits)
+            now = torch.stack([self._measured(number, logits).float().cpu() for logits in each])
+            was = self._unpatched[:, number]
+            if not bool(((now - was).abs() <= SAME * was.abs().max()).all()):
+                raise InputError(
+                    f"resume= takes a sweep of the same metric and weights: without a patch the "
+                    f"metric was {was.tolist()}, and is {now.tolist()} now. Sweep anew."
+                )
 
     def _tokens(self) -> Sequence[str]:
         """The text of each position in the clean prompts, where there is one."""

@@ -61,7 +61,8 @@ def judged(found: Found) -> EditReport:
         problems += _problems(found, index, origin, touches, landings)
     if not any(problem.slug == "never-fired" for problem in problems):
         problems += _of_the_error(found.error)
-    if not groups and found.error is None:
+    problems += [Problem("late", text) for text in found.touches.late]
+    if not groups and not found.touches.late and found.error is None:
         text = "no edit was made in this run: nothing was written, and nothing changed in place."
         problems.append(Problem("no-edit", text))
     return _whole(found, checks, problems)

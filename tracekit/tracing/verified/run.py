@@ -24,7 +24,8 @@ from tracekit.core.tree import Tree
 from tracekit.core.versions import changes
 from tracekit.errors import CacheError, InputError, UnsupportedError, did_you_mean
 from tracekit.interleave.duties import Span
-from tracekit.interleave.worker import ModelThread
+from tracekit.interleave.hooks import is_elsewhere
+from tracekit.interleave.worker import ModelThread, this_thread
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.select import Selector, select
@@ -68,13 +69,18 @@ class Wanted:
         told = dict(cast("Mapping[str, Any]", given))
         meant = Meant.of(*(told.pop(name, None) for name in ("rows", "positions", "modules")))
         for name in told:
+            if name == "check_precision":
+                raise InputError(
+                    "verify= of a trace can't check precision, as a block runs once: write it as a "
+                    "function, model.verify(edit, input, check_precision=True)."
+                )
             if name not in _OPTIONS:
                 known = ("rows", "positions", "modules", *_OPTIONS)
                 raise InputError(f"verify= knows no {name!r}{did_you_mean(name, known)}")
         return cls(meant, **told)
 
 
-_OPTIONS = ("watch", "budget", "check_precision")
+_OPTIONS = ("watch", "budget")
 
 
 @final
@@ -221,7 +227,11 @@ def _inputs_apart(tree: Tree, grids: list[Grid]) -> Generator[Callable[[], bool]
     copies: list[tuple[Tensor, int]] = []
     others: list[object] = []
 
+    thread = this_thread()
+
     def before(module: Any, args: Any, kwargs: Any) -> Any:
+        if is_elsewhere(thread):
+            return None
         grids.append(Grid.of(module, (args, kwargs)))
         own = map_leaves(partial(_copied, others), (args, kwargs))
         copies.extend((tensor, changes(tensor)) for tensor in tensors(own))

@@ -22,12 +22,37 @@ def writes_over(touch: Touch, earlier: Touch) -> bool:
     statement = _statement(touch.line)
     if not isinstance(statement, ast.Assign):
         return False
+    if _names(statement.value) & _holders(earlier):
+        return False
     target = statement.targets[0]
     if touch.kind == "in place":
         return isinstance(target, ast.Subscript) and not _is_in(target.value, statement.value)
     before = len(earlier.read_at) if touch.invoke == earlier.invoke else 0
     has_read = any(line != touch.line for line in touch.read_at[before:])
     return not has_read and not _is_in(target, statement.value)
+
+
+def _holders(touch: Touch) -> set[str]:
+    """The names that have what an edit had left: `h` of `h = layer.output`, behind `h += 1`."""
+    statement = _statement(touch.line)
+    if not isinstance(statement, ast.Assign):
+        return set()
+    if touch.kind == "in place":
+        return {name for target in statement.targets for name in _bound(target)}
+    return {statement.value.id} if isinstance(statement.value, ast.Name) else set()
+
+
+def _bound(target: ast.expr) -> set[str]:
+    """The names that an assignment to this gives to values."""
+    return {
+        node.id
+        for node in ast.walk(target)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+
+
+def _names(value: ast.expr) -> set[str]:
+    return {node.id for node in ast.walk(value) if isinstance(node, ast.Name)}
 
 
 def told_by(touch: Touch) -> str:

@@ -39,7 +39,7 @@ def _head(report: EditReport) -> str:
 
 def _edit(report: EditReport, edit: EditCheck) -> Iterator[str]:
     fired = f"fired at {edit.fired} of {edit.expected} places"
-    if edit.expected is None:
+    if edit.expected is None or edit.fired == edit.expected == 1:
         fired = f"fired {edit.fired} times" if edit.fired > 1 else "fired"
     source = f"  {edit.source}" if edit.source else ""
     where = f"line {edit.line}" if edit.line else edit.what
@@ -113,8 +113,9 @@ def _around(report: EditReport) -> Iterator[str]:
         yield f"  before: {report.before} values, bit-identical to the clean run"
     if report.first is not None:
         most = max(report.after, key=lambda each: each.relative or 0.0)
+        rest = f", {report.unchanged_after} do not" if report.unchanged_after else ""
         yield (
-            f"  after: {len(report.after)} values differ, {report.unchanged_after} do not; first "
+            f"  after: {len(report.after)} values differ{rest}; first "
             f"{_change(report.first)}; most {_change(most)}"
         )
     elif report.edits:
@@ -136,7 +137,8 @@ def _other_rows(report: EditReport) -> Iterator[str]:
         numbers = [str(row.row) for row in others if row.verdict == verdict]
         worst = max(row.deviation for row in others if row.verdict == verdict)
         size = f" (by {_number(worst)})" if worst else ""
-        yield f"  rows that were not edited: {_listed(numbers, 8)} {verdict}{size}"
+        which = f"row{'s' * (len(numbers) > 1)} {_listed(numbers, 8)}"
+        yield f"  not edited: {which}, {verdict}{size}"
 
 
 def _logits(report: EditReport) -> Iterator[str]:
