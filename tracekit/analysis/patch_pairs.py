@@ -96,9 +96,9 @@ class Pair:
     ) -> None:
         if base.length != source.length:
             raise InputError(
-                f"the clean prompt has {source.length} tokens and the corrupted one "
-                f"{base.length}, or the other way round: a value goes to the position that it is "
-                f"from, so they must be of one length. Compare model.to_str_tokens of both."
+                f"a pair has prompts of {base.length} and {source.length} tokens: a value goes to "
+                f"the position that it is from, so they must be of one length. Compare "
+                f"model.to_str_tokens of both."
             )
         self.base, self.source, self._wheres = base, source, wheres
         names = list(wheres)

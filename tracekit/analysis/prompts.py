@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tracekit.analysis.labelled import Axis
+from tracekit.analysis.metrics import traced
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.language import LanguageModel
 
@@ -50,7 +51,7 @@ class Prompts:
 
 def read_prompts(model: LanguageModel, given: Any) -> Prompts:
     """The prompts that `given` stands for: whatever a trace takes."""
-    inputs: dict[str, Any] = model.to_inputs(given)
+    inputs: dict[str, Any] = traced(model).to_inputs(given)
     is_both = "decoder_input_ids" in inputs
     ids = inputs.get("decoder_input_ids" if is_both else "input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:

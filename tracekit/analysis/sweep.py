@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tracekit.analysis.labelled import Axis, Labelled
-from tracekit.analysis.metrics import Measure, measured, name_of
+from tracekit.analysis.metrics import Measure, measured, name_of, traced
 from tracekit.analysis.patch_batches import Change
 from tracekit.analysis.patch_check import Recompute, drawn, is_off
 from tracekit.analysis.patch_pairs import Pair, Prompt, prompts_of
@@ -84,7 +84,7 @@ def _check(model: LanguageModel, direction: str) -> None:
             f"direction= is 'denoise' (clean values into the corrupted run) or 'noise', not "
             f"{direction!r}."
         )
-    model.dispatch()
+    traced(model).dispatch()
     if is_edited(model):
         raise UnsupportedError(
             "patch_sweep() does not make lasting edits, or hooks: which of them a patch leaves as "
