@@ -233,6 +233,7 @@ def test_json_says_the_same_and_nothing_else(tell: Tell) -> None:
     installed = {each["name"]: each["installed"] for each in told["versions"]}
     for name in ("torch", "transformers", "accelerate", "numpy"):
         assert installed[name] == importlib.metadata.version(name)
+    assert len(installed) == len(told["versions"])  # each once, also what is optional elsewhere
     assert told["machine"]["capture"]["skips_by"]
 
 

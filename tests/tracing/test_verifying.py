@@ -62,6 +62,8 @@ def test_without_an_intent_the_report_lists_positions_with_their_tokens(
     assert tracer.report
     assert "row 0, position 4 'is'" in repr(tracer.report)
     assert slugs(tracer.report.expect(positions=[3])) == ["wrong-position", "missed-position"]
+    missed = tracer.report.expect(positions=[1, 3]).problems[-1].text
+    assert missed.endswith("of row 0 were meant, and no edit touched them.")
     assert tracer.report.expect(positions=[-5], rows=[0], modules="transformer.h.1")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tracekit.analysis.labelled import Axis, Cell, Labelled
+from tracekit.analysis.metrics import traced
 from tracekit.analysis.prompts import check_is_the_same, numbered
 from tracekit.capture import showing_own_lines
 from tracekit.errors import InputError, UnsupportedError
@@ -98,10 +99,12 @@ def repeated_tokens(model: LanguageModel, length: int = 20, rows: int = 8, seed:
 
     Behind the beginning-of-sequence token, where the tokenizer puts one. No special tokens.
     """
-    config: Any = model.module.config.get_text_config()
+    config: Any = traced(model).module.config.get_text_config()
     known = [each for each in range(config.vocab_size) if each not in _special(model, config)]
     if not 2 <= length <= len(known):
         raise InputError(f"length= is from 2 to {len(known)}, the tokens there are, not {length}.")
+    if rows < 1:
+        raise InputError(f"rows= is at least 1, not {rows}.")
     draw = torch.Generator().manual_seed(seed)
     blocks = torch.stack([torch.randperm(len(known), generator=draw)[:length] for _ in range(rows)])
     blocks = torch.tensor(known)[blocks]
@@ -121,7 +124,7 @@ def copying_scores(model: LanguageModel) -> Labelled:
     `copying_scores(model.processed())`. Elhage et al. 2021.
     """
     circuits: Any
-    circuits, layers = model.weights("OV")
+    circuits, layers = traced(model).weights("OV")
     through = model.W_U.float() @ model.W_E.float()  # [model, model]
     inner = circuits.B.float() @ through @ circuits.A.float()  # has the eigenvalues of the circuit
     values: Tensor = torch.linalg.eigvals(inner)

@@ -152,7 +152,7 @@ class _Way:
         if other.ids.shape != self._prompts.ids.shape:
             raise InputError(
                 f"baseline= is a prompt of {other.length} tokens, and the input has "
-                f"{self._prompts.length}: give one of as many."
+                f"{self._prompts.length}: give one of as many, or 'zero', 'pad' or 'mean'."
             )
         return self._recorded(other)
 

@@ -114,6 +114,8 @@ def logit_lens(
     followed through the layers: one for all positions, or one for each; None is what the model says
     at the last. UnsupportedError for a model whose logits can't be had so. nostalgebraist 2020.
     """
+    if top < 1:
+        raise InputError(f"top= is at least 1, not {top}.")
     prompts = one_prompt(model, input, "logit_lens")
     last = final_name(model)
     names = [("resid_pre", 0), activation, last]

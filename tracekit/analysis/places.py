@@ -56,6 +56,8 @@ def is_of_layers(activation: str) -> bool:
 def check_over(activation: str, over: Sequence[str]) -> tuple[str, ...]:
     """`over`; InputError for an axis that the activation does not have."""
     there = ("layer", *axes_of(activation)) if is_of_layers(activation) else axes_of(activation)
+    if isinstance(over, str):
+        raise InputError(f"over= is a tuple of axes, as ('layer', 'position'); not {over!r}.")
     for name in over:
         if name not in there:
             cure = did_you_mean(name, there)

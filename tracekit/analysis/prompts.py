@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tracekit.analysis.labelled import Axis
+from tracekit.analysis.metrics import traced
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.language import LanguageModel
 
@@ -81,7 +82,7 @@ def read_prompts(model: LanguageModel, given: Any) -> Prompts:
 
 def check_is_the_same(model: LanguageModel) -> None:
     """InputError for a model in training mode, which is another one in each run."""
-    model.dispatch()
+    traced(model).dispatch()
     training = next((path for path, it in model.module.named_modules() if it.training), None)
     if training is not None:
         part = f" ({training})" if training else ""

@@ -65,6 +65,11 @@ class SteeringVector:
 
         return model.hooks(fwd_hooks=[((one.activation, one.layers[0]), add)])
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it in lists and strings."""
+        vectors = self.vectors.tolist()
+        return {"activation": self.activation, "layers": list(self.layers), "vectors": vectors}
+
     def __repr__(self) -> str:
         lengths = self.vectors.flatten(1).norm(dim=1).tolist()
         told = ", ".join(

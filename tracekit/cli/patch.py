@@ -108,7 +108,8 @@ def _tell(options: Namespace, found: PatchSweep, told: Sequence[str]) -> None:
         say(f"0: as in the {into} run; 1: as in the {of} run\n")
     _tell_values(values)
     whole = f"{found.layer_tokens:,} layer-tokens of {found.naive_layer_tokens:,}"
-    say(f"\ncomputed {whole} ({found.saved:.0%} saved): {found.how}")
+    saved = f"{found.saved:.0%} saved" if found.saved >= 0 else "no fewer: there are few patches"
+    say(f"\ncomputed {whole} ({saved}): {found.how}")
     say(f"{found.checked} drawn at random and computed whole: logits off by {found.deviation:.1e}")
     if not found.is_complete:
         say(f"interrupted: {int(found.done.sum())} of {found.done.numel()} patches are done")

@@ -41,6 +41,8 @@ def versions() -> Iterator[Version]:
     for each in declared:
         yield _of(each)
     for name, use in OPTIONAL.items():
+        if any(re.match(rf"{name}\b", each) for each in declared):
+            continue
         found = _installed(name)
         yield Version(name, found, "", None, "" if found else f'for {use}: pip install "{name}"')
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, TypeAlias, final
+from typing import Any, SupportsIndex, TypeAlias, final
 
 from torch import Tensor
 
@@ -141,6 +141,9 @@ class Asked:
         self._check(over)
         names = list(over) if self._is_of_modules else [activation]
         if self._patches is not None:
+            for patch in self._patches:
+                if not isinstance(patch, Patch):  # pyright: ignore[reportUnnecessaryIsInstance] - what a user gives
+                    raise InputError(f"patches= are Patch('z', layer=3), not {patch!r}.")
             names = list(dict.fromkeys(patch.activation for patch in self._patches))
             self._over = ("patch",)
         self.name = names[0] if len(names) == 1 else f"{len(names)} activations"
@@ -179,6 +182,10 @@ class Asked:
             raise InputError(
                 f"over= is a tuple of axes, as ('layer', 'position'), or a list of paths of "
                 f"modules; not {over!r}."
+            )
+        if isinstance(self._positions, str) and self._positions != "all":
+            raise InputError(
+                f"positions= are numbers, as in positions=[3], or 'all'; not {self._positions!r}."
             )
         if len(set(over)) < len(over):
             raise InputError(f"over={tuple(over)} names one twice.")
@@ -276,6 +283,8 @@ def _places(given: Places, there: Sequence[int], what: str) -> list[Any]:
     """The places of an axis, each a number or a tuple of them."""
     if given is None:
         return list(there)
+    if isinstance(given, (int, str)):
+        raise InputError(f"{what} is a list, as in {what}[{given!r}]; not {given!r}.")
     found: list[Any] = []
     for each in given:
         numbers = _numbers(each, there, what.rstrip("s="))
@@ -287,7 +296,10 @@ def _places(given: Places, there: Sequence[int], what: str) -> list[Any]:
 
 def _numbers(given: int | Sequence[int], there: Sequence[int], what: str) -> tuple[int, ...]:
     """Numbers counted from 0; InputError for one that is not there."""
-    each = [given] if isinstance(given, int) else list(given)
+    each: list[Any] = [given] if isinstance(given, (int, str)) else list(given)
+    for one in each:
+        if not isinstance(one, SupportsIndex):
+            raise InputError(f"{what}s are counted: give numbers, from 0, and not {one!r}.")
     count = max(there) + 1
     found = tuple(number + count if number < 0 else number for number in each)
     for number, told in zip(found, each, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import final
@@ -68,7 +68,8 @@ def _strayed(report: EditReport, edit: EditCheck, meant: Meant) -> Iterator[Prob
         if meant.modules is not None and not _is_meant(landing, meant.modules):
             yield Problem(
                 "wrong-module",
-                f"{landing.site} was edited, and {', '.join(meant.modules)} was meant.",
+                f"{landing.site} was edited, and {', '.join(meant.modules)} "
+                f"{_were(meant.modules)} meant.",
                 edit.index,
             )
         rows = [touched.row for touched in landing.rows]
@@ -78,7 +79,7 @@ def _strayed(report: EditReport, edit: EditCheck, meant: Meant) -> Iterator[Prob
             yield Problem(
                 "wrong-row",
                 f"{landing.site} was edited in {_listed('row', wrong)}, and "
-                f"{_listed('row', meant.rows)} was meant.",
+                f"{_listed('row', meant.rows)} {_were(meant.rows)} meant.",
                 edit.index,
             )
         if meant.positions is not None:
@@ -93,7 +94,7 @@ def _strayed_positions(
             yield Problem(
                 "wrong-position",
                 f"{landing.site} was edited, whose axis of positions could not be told, and "
-                f"{_listed('position', positions)} was meant.",
+                f"{_listed('position', positions)} {_were(positions)} meant.",
                 edit.index,
             )
             return
@@ -103,7 +104,7 @@ def _strayed_positions(
             yield Problem(
                 "wrong-position",
                 f"{landing.site} was edited at {_shown(report, touched.row, wrong)} of row "
-                f"{touched.row}, and {_shown(report, touched.row, own)} was meant.",
+                f"{touched.row}, and {_shown(report, touched.row, own)} {_were(own)} meant.",
                 edit.index,
             )
 
@@ -113,7 +114,8 @@ def _missed(report: EditReport, meant: Meant) -> Iterator[Problem]:
     touched = {one.row for each in landings for one in each.rows}
     missed = [row for row in meant.rows or () if row not in touched]
     if missed:
-        yield Problem("missed-row", f"{_listed('row', missed)} was meant, and no edit touched it.")
+        told = f"{_listed('row', missed)} {_were(missed)} meant"
+        yield Problem("missed-row", f"{told}, and no edit touched {_them(missed)}.")
     for row in sorted(touched if meant.rows is None else touched & {*meant.rows}):
         of_row = [one for each in landings for one in each.rows if one.row == row]
         if any(one.positions is None for one in of_row):
@@ -123,7 +125,8 @@ def _missed(report: EditReport, meant: Meant) -> Iterator[Problem]:
         if left:
             yield Problem(
                 "missed-position",
-                f"{_shown(report, row, left)} of row {row} was meant, and no edit touched it.",
+                f"{_shown(report, row, left)} of row {row} {_were(left)} meant, and no edit "
+                f"touched {_them(left)}.",
             )
     for module in meant.modules or ():
         if not any(_is_meant(each, (module,)) for each in landings):
@@ -154,3 +157,11 @@ def _shown(report: EditReport, row: int, positions: Sequence[int]) -> str:
 
 def _listed(what: str, numbers: Sequence[int]) -> str:
     return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _were(several: Collection[object]) -> str:
+    return "was" if len(several) == 1 else "were"
+
+
+def _them(several: Collection[object]) -> str:
+    return "it" if len(several) == 1 else "them"
