@@ -291,7 +291,9 @@ def test_what_families_can_not_do_is_refused() -> None:
             edge_attribution(LanguageModel(net), ids[:1], ids[1:2], metric)
     net, inputs = make("t5")
     with pytest.raises(UnsupportedError, match="cross-attention"):
-        edge_attribution(LanguageModel(net), inputs, inputs, metric)
+        edge_attribution(
+            LanguageModel(net), inputs, {**inputs, "input_ids": inputs["input_ids"].flip(1)}, metric
+        )
 
 
 def test_half_precision_ranks_edges_alike(tiny: LanguageModel, edges: Edges) -> None:

@@ -129,3 +129,10 @@ def test_a_steering_vector_is_json(model: LanguageModel) -> None:
     told = json.loads(json.dumps(vector.to_json()))
     assert (told["activation"], told["layers"]) == ("resid_post", [1, 2])
     assert torch.tensor(told["vectors"]).equal(vector.vectors)
+
+
+def test_runs_that_are_the_same_are_no_pair(model: LanguageModel) -> None:
+    text = "The Eiffel Tower is in"
+    for tool in (patch_sweep, attribution_patching):
+        with pytest.raises(InputError, match="are the same: no patch changes anything"):
+            tool(model, text, text, logit(model, "Paris"))

@@ -25,7 +25,8 @@ Measure: TypeAlias = Callable[[Tensor], Tensor]
 class Metric:
     """A number for each prompt, `[prompts]`, from the logits at its last token; and its name.
 
-    Called with logits `[prompts, vocabulary]`. Any function of them will do where one is asked for.
+    Called with logits `[prompts, vocabulary]`; any function of them will do where one is asked for.
+    They have no axis of positions: `logits[:, -1]` is the last word of the vocabulary.
     """
 
     name: str

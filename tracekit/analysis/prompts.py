@@ -117,12 +117,26 @@ def alike(prompts: Prompts, what: str) -> Prompts:
 def read_pair(model: LanguageModel, clean: Any, corrupted: Any) -> tuple[Prompts, Prompts]:
     """The prompts of two runs, token beside token; InputError if they are not alike."""
     pair = read_prompts(model, clean), read_prompts(model, corrupted)
-    check_pair(*pair)
+    check_pairs([pair])
     return pair
 
 
-def check_pair(clean: Prompts, corrupted: Prompts) -> None:
-    """InputError if two runs don't have their tokens at the same positions."""
+def check_pairs(pairs: Sequence[tuple[Prompts, Prompts]]) -> None:
+    """InputError if two runs have tokens at other positions, or no pair differs in anything."""
+    for clean, corrupted in pairs:
+        _check_pair(clean, corrupted)
+    if all(_is_same(clean.inputs, corrupted.inputs) for clean, corrupted in pairs):
+        raise InputError("clean and corrupted are the same: no patch changes anything.")
+
+
+def _is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name]
+        for name, value in one.items()
+    )
+
+
+def _check_pair(clean: Prompts, corrupted: Prompts) -> None:
     one, other = clean.is_token, corrupted.is_token
     if one.shape != other.shape or not torch.equal(one, other):
         raise InputError(

@@ -21,7 +21,7 @@ from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.rounds import in_each_step
 from tracekit.tracing.select import Selector, select
-from tracekit.tracing.touches import Origin, of_code
+from tracekit.tracing.touches import Author, of_code
 
 # What becomes of a hidden state: the value that a function returns (None: it changed it in place),
 # a tensor in its place, or a number everywhere in it.
@@ -64,17 +64,17 @@ class DeclaredEdit:
         """What runs beside the model, one for each module: they need not be in its order."""
         if self._at is not None:
             return [Intervention(partial(self._at.change, self._change))]
-        origin = self._origin()
+        author = self._author()
         return [
             Intervention(
                 partial(in_each_step, partial(self._run, envoy), f"the edit of {envoy.path}"),
                 has_rounds=True,
-                origin=origin,
+                author=author,
             )
             for envoy in self._envoys
         ]
 
-    def _origin(self) -> Origin:
+    def _author(self) -> Author:
         paths = [envoy.path for envoy in self._envoys]
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         what = f"the edit of {paths[0]}{more}" if paths else "an edit"

@@ -305,7 +305,7 @@ class Execution:
         invoke = place - len(self._edits) if place >= len(self._edits) else None
         self.log.of(mediator, invoke)
         if self._verifier is not None:
-            self._verifier.touches.follow(mediator, invoke, getattr(intervention, "origin", None))
+            self._verifier.touches.follow(mediator, invoke, getattr(intervention, "author", None))
         self.mediators.insert(place, mediator)
         self._interleaver.mediators.insert(place, mediator)
         return mediator

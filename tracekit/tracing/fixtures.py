@@ -23,11 +23,11 @@ from tracekit.tracing.at import PositionEdit
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.changes import Changes, Rounds
 from tracekit.tracing.cut import StopAt
-from tracekit.tracing.hooked import Firings, Hooked, origin_of
+from tracekit.tracing.hooked import Firings, Hooked, author_of
 from tracekit.tracing.recorder import Recorder
 from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
-from tracekit.tracing.touches import Origin, Touches
+from tracekit.tracing.touches import Author, Touches
 
 
 def _edited(edit: PositionEdit, mediator: Mediator, timeline: Timeline, value: Any) -> Any:
@@ -40,9 +40,9 @@ def _edited(edit: PositionEdit, mediator: Mediator, timeline: Timeline, value: A
         raise Unwind from None
 
 
-def _origin(edit: PositionEdit) -> Origin:
+def _author(edit: PositionEdit) -> Author:
     line = edit.line if isinstance(edit.line, Line) else Line("", 0)
-    return Origin("positions", f"{edit.site}.at({edit.chosen!r})", line.file, line.number, 1)
+    return Author("positions", f"{edit.site}.at({edit.chosen!r})", line.file, line.number, 1)
 
 
 def _never(_: str) -> bool:
@@ -159,20 +159,20 @@ class Fixtures:
         self.changes.at_positions.append(edit)
         self.changes.timeline.is_wanted = True
         change = partial(_edited, edit, mediator, self.changes.timeline)
-        origin = _origin(edit)
+        author = _author(edit)
         if self.touches is not None:
-            self.touches.expect(origin)
-        self._hooks.edit(*edit.site, partial(self.kept, edit.site, origin, change))
+            self.touches.expect(author)
+        self._hooks.edit(*edit.site, partial(self.kept, edit.site, author, change))
         if mediator.note is not None:
             mediator.note("edit", f"{edit.site}.at({edit.chosen!r})", None, line)
 
     # -- verified -------------------------------------------------------------------------------
 
-    def kept(self, site: Site, origin: Origin, change: Callable[[Any], Any], value: Any) -> Any:
+    def kept(self, site: Site, author: Author, change: Callable[[Any], Any], value: Any) -> Any:
         """What `change` makes of a value, noted if that is asked."""
         if self.touches is None:
             return change(value)
-        return self.touches.of_function(site, self.step, origin, change, value)
+        return self.touches.of_function(site, self.step, author, change, value)
 
     # -- functions at activations ---------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class Fixtures:
         self._firings = Firings([one for one in functions if isinstance(one, Hooked)], self)
         for one in functions if self.touches is not None else ():
             if isinstance(one, Hooked) and one.direction == "fwd" and self.touches is not None:
-                self.touches.expect(origin_of(one))
+                self.touches.expect(author_of(one))
         self._firings.place(self._hooks)
         for one in functions:
             if isinstance(one, StopAt):

@@ -23,7 +23,7 @@ from tracekit.errors import GradientError, InputError, MisfitError, NeverRanErro
 from tracekit.interleave.hooks import Hooks
 from tracekit.interleave.interleaver import Look
 from tracekit.tracing.named import tensor_of
-from tracekit.tracing.touches import Origin, of_code
+from tracekit.tracing.touches import Author, of_code
 from tracekit.tracing.wanted import Names, Spot, wanted
 
 Direction: TypeAlias = Literal["fwd", "bwd"]
@@ -98,7 +98,7 @@ class Hooked:
         return f"Hook({self.direction}: {names}{more}{state})"
 
 
-def origin_of(each: Hooked) -> Origin:
+def author_of(each: Hooked) -> Author:
     """What an edit that a function makes is called, and where the function stands."""
     names = ", ".join(spot.spelled for spot in each.spots[:2])
     more = f" and {len(each.spots) - 2} more" if len(each.spots) > 2 else ""
@@ -134,7 +134,7 @@ class Run(Protocol):
     def step(self) -> int: ...
     def copy_what_shares(self, value: object) -> None: ...
     def look(self, visit: Visit, value: object) -> Sequence[Look]: ...
-    def kept(self, site: Site, origin: Origin, change: Callable[[Any], Any], value: Any) -> Any: ...
+    def kept(self, site: Site, author: Author, change: Callable[[Any], Any], value: Any) -> Any: ...
     @property
     def is_recomputed(self) -> Callable[[str], bool]: ...
 
@@ -187,7 +187,7 @@ class Firings:
             change = partial(_changed, self._run, each, spot, point)
             if each.direction == "bwd":
                 return change(value)
-            return self._run.kept(spot.site, origin_of(each), change, value)
+            return self._run.kept(spot.site, author_of(each), change, value)
         finally:
             self._is_inside = False
 

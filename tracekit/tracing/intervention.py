@@ -11,7 +11,7 @@ from tracekit.interleave.duties import Rows, Scope
 from tracekit.tracing.cut import StopAt
 from tracekit.tracing.glance import Asked
 from tracekit.tracing.hooked import Hooked
-from tracekit.tracing.touches import Origin
+from tracekit.tracing.touches import Author
 
 
 @final
@@ -27,4 +27,4 @@ class Intervention:
     asked: Asked | None = None  # all of it, if no value decides
     file: str = ""  # where the block stands, for a forecast
     functions: Sequence[Hooked | StopAt] = ()  # in the place of a block: what stands at activations
-    origin: Origin | None = None  # what it is, where that is no block
+    author: Author | None = None  # what it is, where that is no block

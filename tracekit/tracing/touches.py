@@ -23,7 +23,7 @@ from tracekit.tracing.sightings import Seen, copied
 Leaf = tuple[Any, ...]  # the way to a tensor in a value
 
 
-class Origin(NamedTuple):
+class Author(NamedTuple):
     """What made an edit, where that is no line of a block: a function, or a value, said in data."""
 
     kind: str
@@ -36,11 +36,11 @@ class Origin(NamedTuple):
 
 def of_code(
     kind: str, what: str, change: object, expected: int, fallback: tuple[str, int] = ("", 0)
-) -> Origin:
-    """The origin of an edit that a function makes, at the place where that stands, or a value."""
+) -> Author:
+    """The author of an edit that a function makes, at the place where that stands, or a value."""
     code = getattr(inspect.unwrap(change), "__code__", None) if callable(change) else None
     file, line = fallback if code is None else (code.co_filename, code.co_firstlineno)
-    return Origin(kind, what, file, line, expected, writes=not callable(change))
+    return Author(kind, what, file, line, expected, writes=not callable(change))
 
 
 @final
@@ -54,7 +54,7 @@ class Touch:
     clock: int  # how many values plain hooks had seen
     kind: str
     line: Line | str
-    origin: Origin | None
+    author: Author | None
     invoke: int | None
     span: Span | None  # of the rows that it was given; None: all
     leaf: Leaf
@@ -91,8 +91,8 @@ class Touches:
 
     def __init__(self, counts: Counter[Site]) -> None:
         self.every: list[Touch] = []
-        self.origins: list[Origin] = []  # of which each is to make an edit
-        self.called: set[Origin] = set()
+        self.authors: list[Author] = []  # of which each is to make an edit
+        self.called: set[Author] = set()
         self.late: list[str] = []  # what changed a value that the model had gone on from
         self.is_inside = False  # of a function, which may call modules itself
         self.spans: dict[int, Span] = {}  # of the rows of each invoke
@@ -100,25 +100,25 @@ class Touches:
         self.clock = 0  # and in all
         self._waiting: dict[Seen, list[Touch]] = {}
 
-    def follow(self, mediator: Mediator, invoke: int | None, origin: Origin | None) -> None:
+    def follow(self, mediator: Mediator, invoke: int | None, author: Author | None) -> None:
         """Take note of what `mediator` carries."""
         rows = mediator.rows
         span = None if rows is None or rows.is_all else rows.span
         if invoke is not None and span is not None:
             self.spans[invoke] = span
-        self.expect(origin)
-        mediator.keeper = Keeper(self, invoke, origin, span)
+        self.expect(author)
+        mediator.keeper = Keeper(self, invoke, author, span)
 
-    def expect(self, origin: Origin | None) -> None:
+    def expect(self, author: Author | None) -> None:
         """There is this edit, which may never come to be."""
-        if origin is not None and origin not in self.origins:
-            self.origins.append(origin)
+        if author is not None and author not in self.authors:
+            self.authors.append(author)
 
     def of_function(
-        self, site: Site, step: int, origin: Origin, change: Callable[[Any], Any], value: Any
+        self, site: Site, step: int, author: Author, change: Callable[[Any], Any], value: Any
     ) -> Any:
         """What `change`, a function that is called in the forward pass, makes of a value."""
-        keeper = Keeper(self, None, origin, None)
+        keeper = Keeper(self, None, author, None)
         keeper.begin(Visit(site, step), value)
         self.is_inside = True
         try:
@@ -152,10 +152,10 @@ class Keeper:
     """Notes what one block, or function, does to the value that it has."""
 
     def __init__(
-        self, touches: Touches, invoke: int | None, origin: Origin | None, span: Span | None
+        self, touches: Touches, invoke: int | None, author: Author | None, span: Span | None
     ) -> None:
         self._touches = touches
-        self._given = invoke, origin, span
+        self._given = invoke, author, span
         self._visit: Visit | None = None
         self._line: Line | str = ""
         self._known: dict[Leaf, _Copy] = {}
@@ -166,9 +166,9 @@ class Keeper:
         """The block is about to be given this value."""
         self._visit, self._line = visit, ""
         self._read_at.clear()
-        origin = self._given[1]
-        if origin is not None:
-            self._touches.called.add(origin)
+        author = self._given[1]
+        if author is not None:
+            self._touches.called.add(author)
         self._look(value)
         self._past.changed()  # by the model, meanwhile
 
@@ -248,18 +248,18 @@ class Keeper:
 
     def _add(self, kind: str, place: int, leaf: Leaf, tensor: Tensor, line: Line | str) -> None:
         assert self._visit is not None
-        invoke, origin, span = self._given
+        invoke, author, span = self._given
         known = self._known.get(leaf)
-        line = line if origin is None else Line(origin.file, origin.line)
+        line = line if author is None else Line(author.file, author.line)
         self._touches.add(
             Touch(
                 self._touches.seen(self._visit),
                 self._visit.step,
                 len(self._touches.every),
                 self._touches.clock,
-                origin.kind if origin is not None else _KINDS[kind],
+                author.kind if author is not None else _KINDS[kind],
                 line,
-                origin,
+                author,
                 invoke,
                 span,
                 leaf,

@@ -26,7 +26,7 @@ from tracekit.analysis.prompts import (
     Prompts,
     check_direction,
     check_is_the_same,
-    check_pair,
+    check_pairs,
     joined,
     words_of,
 )
@@ -104,8 +104,7 @@ def _pairs(
     own, other = prompts_of(model, clean, "clean"), prompts_of(model, corrupted, "corrupted")
     if len(own) != len(other):
         raise InputError(f"{len(own)} clean prompts and {len(other)} corrupted ones are no pairs.")
-    for pair in zip(own, other, strict=True):
-        check_pair(*pair)
+    check_pairs(list(zip(own, other, strict=True)))
     if direction == "denoise":
         own, other = other, own
     return list(zip(own, other, strict=True))

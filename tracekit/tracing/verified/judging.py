@@ -14,7 +14,7 @@ from tracekit.core.site import Line
 from tracekit.core.tree import Tree
 from tracekit.errors import NeverRanError, TracekitError
 from tracekit.tracing.replay import TOLERANCES
-from tracekit.tracing.touches import Origin, Touch, Touches
+from tracekit.tracing.touches import Author, Touch, Touches
 from tracekit.tracing.verified.comparison import Comparison
 from tracekit.tracing.verified.grid import Tell
 from tracekit.tracing.verified.landing import landing_of
@@ -55,10 +55,10 @@ def judged(found: Found) -> EditReport:
     groups = list(_groups(found.touches))
     checks: list[EditCheck] = []
     problems: list[Problem] = []
-    for index, (origin, touches) in enumerate(groups):
+    for index, (author, touches) in enumerate(groups):
         landings = [landing_of(touch, found.comparison, found.tell) for touch in touches]
-        checks.append(_check(index, origin, touches, landings))
-        problems += _problems(found, index, origin, touches, landings)
+        checks.append(_check(index, author, touches, landings))
+        problems += _problems(found, index, author, touches, landings)
     if not any(problem.slug == "never-fired" for problem in problems):
         problems += _of_the_error(found.error)
     problems += [Problem("late", text) for text in found.touches.late]
@@ -68,26 +68,26 @@ def judged(found: Found) -> EditReport:
     return _whole(found, checks, problems)
 
 
-def _groups(touches: Touches) -> Iterator[tuple[Origin | None, list[Touch]]]:
+def _groups(touches: Touches) -> Iterator[tuple[Author | None, list[Touch]]]:
     """What each line, or each function, did; those that did nothing too."""
     by_key: dict[object, list[Touch]] = {}
-    for origin in touches.origins:
-        by_key[origin] = []
+    for author in touches.authors:
+        by_key[author] = []
     for touch in touches.every:
         line = touch.line
         file = line.file if isinstance(line, Line) else ""
-        key = touch.origin or (file, str(line), touch.invoke)
+        key = touch.author or (file, str(line), touch.invoke)
         by_key.setdefault(key, []).append(touch)
     last = len(touches.every)
     ordered = sorted(by_key.items(), key=lambda each: each[1][0].order if each[1] else last)
     for key, group in ordered:
         if not group and key in touches.called:
             continue  # it only looked
-        yield (key if isinstance(key, Origin) else None), group
+        yield (key if isinstance(key, Author) else None), group
 
 
 def _check(
-    index: int, origin: Origin | None, touches: list[Touch], landings: list[Landing]
+    index: int, author: Author | None, touches: list[Touch], landings: list[Landing]
 ) -> EditCheck:
     first = touches[0] if touches else None
     sites = list(dict.fromkeys(str(touch.site) for touch in touches))
@@ -95,18 +95,18 @@ def _check(
     number = line.number if isinstance(line, Line) else 0
     file = line.file if isinstance(line, Line) else ""
     what = sites[0] + (f" and {len(sites) - 1} more" if len(sites) > 1 else "") if sites else ""
-    if origin is not None:
-        what, file, number = origin.what, origin.file, origin.line
+    if author is not None:
+        what, file, number = author.what, author.file, author.line
     return EditCheck(
         index,
-        first.kind if first is not None else origin.kind if origin is not None else "",
+        first.kind if first is not None else author.kind if author is not None else "",
         what,
         file,
         number,
         linecache.getline(file, number).strip(),
         first.invoke if first is not None else None,
         len({touch.seen for touch in touches}),
-        origin.expected if origin is not None else None,
+        author.expected if author is not None else None,
         tuple(landings),
         "as written",
     )
@@ -118,13 +118,13 @@ def _check(
 def _problems(
     found: Found,
     index: int,
-    origin: Origin | None,
+    author: Author | None,
     touches: list[Touch],
     landings: list[Landing],
 ) -> Iterator[Problem]:
     if not touches:
-        assert origin is not None
-        text = f"{origin.what} was never made: the model did not come to its module."
+        assert author is not None
+        text = f"{author.what} was never made: the model did not come to its module."
         if isinstance(found.error, NeverRanError):
             text = str(found.error.args[0])
         yield Problem("never-fired", text, index)

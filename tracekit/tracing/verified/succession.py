@@ -15,8 +15,8 @@ from tracekit.tracing.touches import Touch
 
 def writes_over(touch: Touch, earlier: Touch) -> bool:
     """Whether what an edit wrote certainly does not depend on what an earlier one had left."""
-    if touch.origin is not None:
-        return touch.origin.writes
+    if touch.author is not None:
+        return touch.author.writes
     if touch.kind == "skip":
         return True
     statement = _statement(touch.line)
@@ -57,7 +57,7 @@ def _names(value: ast.expr) -> set[str]:
 
 def told_by(touch: Touch) -> str:
     """Where an edit stands, in few words."""
-    return touch.origin.what if touch.origin is not None else str(touch.line)
+    return touch.author.what if touch.author is not None else str(touch.line)
 
 
 def _is_in(target: ast.expr, value: ast.expr) -> bool:
