@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from threading import get_ident
 from typing import Any, Final, final
 
 import torch
@@ -22,6 +21,7 @@ from tracekit.analysis.patching.runs import write
 from tracekit.architectures import Sharing
 from tracekit.core.nest import replace_tensor
 from tracekit.core.site import Slot
+from tracekit.interleave.worker import this_thread
 from tracekit.models.language import LanguageModel
 from tracekit.models.signatures import accepts
 from tracekit.tracing.named import tensor_of
@@ -94,11 +94,11 @@ class Recompute:
 
     def _hook(self, where: Where, see: See) -> Any:
         module = self._modules[where.bound.path]
-        count, thread = -1, get_ident()
+        count, thread = -1, this_thread()
 
         def seen(value: Any) -> Any:
             nonlocal count
-            if get_ident() != thread:  # another run of the same model
+            if this_thread() != thread:  # another run of the same model
                 return None
             count += 1
             named = where.spot.named
