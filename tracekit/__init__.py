@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from tracekit.tracing.envoy import Envoy
     from tracekit.tracing.gradients import backward
     from tracekit.tracing.graph import Graph
-    from tracekit.tracing.report import EditReport
     from tracekit.tracing.save import save
     from tracekit.tracing.sequence import TokenSequence
     from tracekit.tracing.source import Operation, Source
     from tracekit.tracing.tracer import Tracer
+    from tracekit.tracing.verified.report import EditReport
     from tracekit.tracing.verify import Verification
     from tracekit.viz.picture import Picture
     from tracekit.viz.show import show
@@ -38,7 +38,7 @@ __version__ = "0.1.0"
 # no torch.
 _HOMES = {
     "Cache": "tracekit.tracing.cache",
-    "EditReport": "tracekit.tracing.report",
+    "EditReport": "tracekit.tracing.verified.report",
     "Entries": "tracekit.tracing.entries",
     "Entry": "tracekit.tracing.entries",
     "Envoy": "tracekit.tracing.envoy",

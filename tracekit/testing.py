@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tracekit.models.model import Model
-from tracekit.tracing.report import EditReport
+from tracekit.tracing.verified.report import EditReport
 
 
 def assert_edit(model: Model, edit: object, *args: Any, **kwargs: Any) -> EditReport:

@@ -17,10 +17,9 @@ from tracekit.analysis import (
     Patch,
     PatchSweep,
     logit_difference,
-    patch_batches,
-    patch_runs,
     patch_sweep,
 )
+from tracekit.analysis.patching import batches, runs
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.resuming import Kept, keep
 
@@ -180,7 +179,7 @@ def test_noise_is_the_other_direction() -> None:
 def test_the_last_layer_may_be_computed_for_the_last_position_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patch_batches.Costs, "gains_by_narrowing", lambda *_: True)
+    monkeypatch.setattr(batches.Costs, "gains_by_narrowing", lambda *_: True)
     net, model = model_of(name)
     assert keep(model, CORRUPTED[None]).can_narrow
     found = swept(model, check=100)
@@ -249,8 +248,8 @@ def test_only_what_a_patch_can_change_is_computed() -> None:
     source = CLEAN + 30
     found = patch_sweep(model, source, CLEAN, projected, progress=False, check=0, memory=1)
     cone = sum((4 - layer) * (10 - position) for layer in range(4) for position in range(10))
-    runs = 4 * 4 * 10  # two as they are, and two that are kept
-    assert found.layer_tokens == cone + runs
+    prepared = 4 * 4 * 10  # two as they are, and two that are kept
+    assert found.layer_tokens == cone + prepared
     assert found.naive_layer_tokens == 40 * 4 * 10
     assert found.saved == 1 - found.layer_tokens / found.naive_layer_tokens
     batched = patch_sweep(model, source, CLEAN, projected, progress=False, check=0)
@@ -300,12 +299,12 @@ def test_a_wrong_cut_is_found_by_the_check_and_computed_another_way(
     model = model_of("llama")[1]
     right = swept(model)
     others = model.prefill(CLEAN + 40)  # keys and values of another prompt
-    own = patch_runs.resume
+    own = runs.resume
 
     def wrong(model: LanguageModel, kept: Kept, *args: Any) -> Tensor:
         return own(model, Kept(kept.stream, others, ""), *args)
 
-    monkeypatch.setattr(patch_runs, "resume", wrong)
+    monkeypatch.setattr(runs, "resume", wrong)
     found = swept(model, check=12)
     assert found.how.startswith("the layers that a patch can change, at all positions (less was")
     torch.testing.assert_close(found.values.values, right.values.values, atol=1e-5, rtol=0)
@@ -365,9 +364,9 @@ def test_an_interrupt_hands_back_what_is_done_and_a_resume_does_the_rest() -> No
     assert torch.equal(values.isnan(), ~done)
     torch.testing.assert_close(values[done], whole.values.values[done], atol=1e-5, rtol=0)
     assert "not complete" in repr(part) and json.dumps(part.to_json(), allow_nan=False)
-    runs = left[0]
+    again = left[0]
     rest = patch_sweep(model, CLEAN, CORRUPTED, impatient, progress=False, resume=part)
-    assert rest.is_complete and runs - left[0] <= 3 + int((~done).sum())
+    assert rest.is_complete and again - left[0] <= 3 + int((~done).sum())
     torch.testing.assert_close(rest.values.values, whole.values.values, atol=1e-5, rtol=0)
     with pytest.raises(InputError, match="resume= takes a sweep of the same prompts"):
         patch_sweep(model, CLEAN, CLEAN.flip(0), projected, progress=False, resume=part)
@@ -375,7 +374,7 @@ def test_an_interrupt_hands_back_what_is_done_and_a_resume_does_the_rest() -> No
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = model_of("gpt2")
-    own, rows = patch_runs.resume, list[int]()
+    own, rows = runs.resume, list[int]()
 
     def small(model: LanguageModel, kept: Any, residual: Tensor, *args: Any) -> Tensor:
         rows.append(len(residual))
@@ -384,7 +383,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
         return own(model, kept, residual, *args)
 
     whole = swept(model)
-    monkeypatch.setattr(patch_runs, "resume", small)
+    monkeypatch.setattr(runs, "resume", small)
     found = swept(model)
     assert max(rows) > 2
     torch.testing.assert_close(found.values.values, whole.values.values, atol=1e-5, rtol=0)

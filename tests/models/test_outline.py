@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ def test_each_module_and_weight_of_a_family_is_in_it(name: str) -> None:
         if not branch.same_as
         for _, shape in branch.weights
     ]
-    assert sum(own) == whole.parameters
+    assert sum(own) == whole.parameters == whole.own
 
 
 def test_layers_of_two_kinds_are_folded_where_neighbours_are_alike() -> None:
@@ -51,7 +53,33 @@ def test_a_module_that_is_there_twice_says_where_it_is_shown() -> None:
     net = nn.Sequential(shared, nn.ReLU(), shared)
     found = outline(Model(net))
     assert [branch.same_as for branch in found.branches] == ["", "", "model.0"]
-    assert found.parameters == 20
+    assert found.parameters == found.own == 20
+    assert [(branch.parameters, branch.own) for branch in found.branches[::2]] == [
+        (20, 20),
+        (20, 0),
+    ]
+
+
+def test_modules_of_other_settings_are_not_alike() -> None:
+    net = nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.1), nn.Dropout(0.5))
+    assert [branch.name for branch in outline(Model(net)).branches] == ["0-1", "2"]
+
+
+def test_the_outline_of_a_module_is_a_part_of_the_whole() -> None:
+    model = LanguageModel("tracekit/tiny")
+    (whole,) = (each for each in outline(model, fold=False) if each.paths[0].endswith("h.2.attn"))
+    assert outline(model.transformer.h[2].attn) == whole and len(whole.branches) > 2
+
+
+def test_activity_is_over_finite_numbers_and_tells_of_others() -> None:
+    value = torch.tensor([3.0, -4.0, torch.nan, -torch.inf])
+    each = activity(Model(nn.Sequential(nn.Identity())), value)["model.0"]
+    assert (each.mean, each.std, each.largest, each.nans) == (-0.5, 3.5, torch.inf, 1)
+    assert each.rms == pytest.approx(12.5**0.5)
+    none = activity(Model(nn.Sequential(nn.Identity())), value[2:3])["model.0"]
+    assert none.nans == 1 and repr((none.mean, none.std, none.rms, none.largest)) == str(
+        (math.nan,) * 4
+    )
 
 
 def test_activity_counts_calls_and_leaves_integers_without_sizes() -> None:

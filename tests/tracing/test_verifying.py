@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.tiny_models import IS_TRANSFORMERS_5, SPECS, make
-from tracekit import LanguageModel, Model
+from tracekit import KeyValueCache, LanguageModel, Model, settings
 from tracekit.errors import (
     CacheError,
     InputError,
@@ -24,7 +24,7 @@ from tracekit.errors import (
     UnsupportedError,
 )
 from tracekit.testing import assert_edit
-from tracekit.tracing.report import EditReport
+from tracekit.tracing.verified.report import EditReport
 
 TOWER = "The Eiffel Tower is in the city of"
 LOUVRE = "The Louvre is in the city of"
@@ -471,6 +471,34 @@ def test_keys_and_values_that_are_given_grow_once(model: LanguageModel) -> None:
         model.transformer.h[1].hidden[:, 3] = 0
     assert tracer.report
     assert kept.get_seq_length() == 9
+
+
+def test_a_run_behind_a_prefix_is_verified_and_a_cache_that_would_grow_is_refused(
+    model: LanguageModel,
+) -> None:
+    prefix = model.prefill("The Eiffel Tower is")
+    with model.trace(" in the city of", prefix=prefix, verify=True) as tracer:
+        model.transformer.h[1].hidden[:, -1] = 0
+    assert tracer.report, tracer.report
+    with pytest.raises(UnsupportedError, match="would grow each time"):
+        model.trace(" in", prefix=KeyValueCache.init(model), verify=True)
+
+
+@pytest.mark.parametrize("is_lifted", [True, False])
+def test_a_block_in_place_and_a_function_are_verified(
+    model: LanguageModel, is_lifted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "lift_blocks", is_lifted)
+    with model.trace(TOWER, verify=True) as tracer:
+        cache = tracer.cache("transformer.h.1")
+        model.transformer.h[1].hidden[:, 3] = 0
+        model.transformer.h[2].mlp.skip(model.transformer.h[2].mlp.input)
+    assert tracer.report, tracer.report
+    assert tracer.report.edits[0].landings[0].in_cache
+    assert len(cache["transformer.h.1"]) == 1
+    traced = model.trace(TOWER, verify=True)
+    traced.run(lambda: model.transformer.h[1].hidden.zero_())
+    assert traced.report
 
 
 def test_of_values_beyond_the_budget_it_is_known_that_they_differ(model: LanguageModel) -> None:

@@ -16,7 +16,7 @@ from tracekit.analysis import (
     logit_lens,
     patch_sweep,
 )
-from tracekit.tracing.report import (
+from tracekit.tracing.verified.report import (
     EditCheck,
     EditReport,
     Flip,

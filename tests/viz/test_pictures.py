@@ -186,6 +186,17 @@ def test_modules_are_counted_and_layers_alike_are_folded(model: LanguageModel) -
     assert len(read(picture.html).all("details")) >= 6
 
 
+def test_a_module_is_shown_by_itself_and_tied_weights_are_counted_once(
+    model: LanguageModel,
+) -> None:
+    assert (
+        show(model.transformer.h[0]).text.splitlines()[2].startswith("model.transformer.h.0 GPT2B")
+    )
+    picture = show(model)
+    (head,) = (line for line in picture.text.splitlines() if line.lstrip().startswith("lm_head"))
+    assert head.split() == ["lm_head", "Linear", "=", "model.transformer.wte.weight", "0"]
+
+
 def test_statistics_are_those_of_what_hooks_see(model: LanguageModel) -> None:
     seen: dict[str, torch.Tensor] = {}
 

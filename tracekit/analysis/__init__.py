@@ -24,13 +24,13 @@ from tracekit.analysis.parts import (
     stack_head_results,
     stack_neuron_results,
 )
-from tracekit.analysis.patched import PatchSweep
-from tracekit.analysis.patches import Patch
+from tracekit.analysis.patching.patched import PatchSweep
+from tracekit.analysis.patching.patches import Patch
+from tracekit.analysis.patching.sweep import patch_sweep
 from tracekit.analysis.probes import Probes, probe
 from tracekit.analysis.residual import accumulated_resid, decompose_resid
 from tracekit.analysis.saliency import gradient_x_input
 from tracekit.analysis.steering import DoseCurve, SteeringVector, dose_curve, steering_vector
-from tracekit.analysis.sweep import patch_sweep
 
 __all__ = [
     "Axis",

@@ -91,11 +91,12 @@ def _gave(branch: Branch, ran: dict[str, Activity]) -> list[str]:
     found = [ran[path] for path in branch.paths if path in ran]
     if not found:
         return ["", "", ""] if ran else []
-    shape = "x".join(map(str, found[0].shape)) + (
-        f" {found[0].dtype}" if found[0].rms is None else ""
-    )
-    again = f" in {found[0].calls} calls" if found[0].calls > 1 else ""
-    return [shape + again, _span([each.rms for each in found]), _span([e.largest for e in found])]
+    told = "x".join(map(str, found[0].shape))
+    told += f" {found[0].dtype}" if found[0].rms is None else ""
+    told += f" in {found[0].calls} calls" if found[0].calls > 1 else ""
+    nans = sum(each.nans for each in found)
+    told += f", {nans} nan" if nans else ""
+    return [told, _span([each.rms for each in found]), _span([e.largest for e in found])]
 
 
 def _span(sizes: Sequence[float | None]) -> str:

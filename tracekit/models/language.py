@@ -40,11 +40,10 @@ from tracekit.models.returned import Returning, wanted_of
 from tracekit.models.scanning import fake_twin
 from tracekit.models.signatures import accepts
 from tracekit.models.texts import Texts, is_list_of_texts
-from tracekit.models.verification import refuse_generation
+from tracekit.models.verification import refuse_generation, verified_as
 from tracekit.models.weights import WithWeights
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.tracer import Tracer
-from tracekit.tracing.verifying import Wanted
 
 
 class LanguageModel(Answering, WithWeights):
@@ -169,7 +168,7 @@ class LanguageModel(Answering, WithWeights):
         """
         if start_at_layer is not None:
             return super().trace(*args, start_at_layer=start_at_layer, verify=verify, **kwargs)
-        wanted = Wanted.of(verify)
+        wanted = verified_as(verify, kwargs)
         if is_without_input(args, kwargs):
             return self._tracer(self._batch(kwargs, run_behind, "trace"), verify=wanted)
         return self._tracer(self._pass(args, kwargs), verify=wanted)

@@ -28,13 +28,13 @@ from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits, run_edited
 from tracekit.tracing.execution import Intervention
-from tracekit.tracing.expecting import Meant
 from tracekit.tracing.hooked import Hooked
-from tracekit.tracing.report import EditReport
 from tracekit.tracing.select import Selector
 from tracekit.tracing.session import Session
 from tracekit.tracing.tracer import Tracer
-from tracekit.tracing.verifying import BUDGET, Verifier, Wanted
+from tracekit.tracing.verified.expecting import Meant
+from tracekit.tracing.verified.report import EditReport
+from tracekit.tracing.verified.run import BUDGET, Verifier, Wanted
 
 M = TypeVar("M", bound="Model")
 

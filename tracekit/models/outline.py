@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, final
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from tracekit.core.quirks import own_children
 from tracekit.core.tree import StandardNames, Tree
 from tracekit.core.words import ACTIVATIONS
-from tracekit.models.model import Model
+from tracekit.tracing.envoy import Envoy
 
 # The weights of a module itself: each one's name, and its shape.
 Weights: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
@@ -23,7 +23,8 @@ Weights: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 class Branch:
     """A module, or several that follow each other and are alike; `paths` has the path of each.
 
-    `parameters` are those of one, with all in it, each once. `names` are the standard names of
+    `parameters` are those of one, with all in it, each once; `own` of them no branch before it has.
+    `settings` is what PyTorch tells of it beside its name. `names` are the standard names of
     modules that it has. `same_as` is the path that it, or its first weight, has as well: such a
     module is shown there, and here only named.
     """
@@ -31,8 +32,10 @@ class Branch:
     name: str  # "attn"; of several layers "0-11"
     paths: tuple[str, ...]
     kind: str
+    settings: str
     weights: Weights
     parameters: int
+    own: int
     names: tuple[str, ...]
     branches: tuple[Branch, ...] = ()
     same_as: str = ""
@@ -49,7 +52,9 @@ class Branch:
             "name": self.name,
             "paths": list(self.paths),
             "kind": self.kind,
+            "settings": self.settings,
             "parameters": self.parameters,
+            "own": self.own,
             "weights": {name: list(shape) for name, shape in self.weights},
             "names": list(self.names),
             "same_as": self.same_as or None,
@@ -57,10 +62,10 @@ class Branch:
         }
 
 
-def outline(model: Model, *, fold: bool = True) -> Branch:
-    """The tree of a model's modules, with alike layers folded into one branch if `fold`."""
-    tree: Tree = model._tree  # pyright: ignore[reportPrivateUsage] - a friend
-    return _Drawing(tree, fold).branch(tree.name, tree.root)
+def outline(top: Envoy, *, fold: bool = True) -> Branch:
+    """The tree of modules of a model, or of one in it; alike layers are one branch if `fold`."""
+    tree: Tree = top._tree  # pyright: ignore[reportPrivateUsage] - a friend
+    return _Drawing(tree, fold).branch(top.path, top.module)
 
 
 @final
@@ -73,11 +78,20 @@ class _Drawing:
         self._seen: dict[int, str] = {}  # modules and weights by identity: where they came first
 
     def branch(self, path: str, module: nn.Module) -> Branch:
-        names, kind = self._names.get(path, ()), type(module).__name__
-        name = path.rpartition(".")[2]
-        count = sum(weight.numel() for weight in module.parameters())
-        if id(module) in self._seen:
-            return Branch(name, (path,), kind, (), count, names, (), self._seen[id(module)])
+        every = list(module.parameters())
+        head = Branch(
+            path.rpartition(".")[2],
+            (path,),
+            type(module).__name__,
+            module.extra_repr(),
+            weights=(),
+            parameters=sum(each.numel() for each in every),
+            own=sum(each.numel() for each in every if id(each) not in self._seen),
+            names=self._names.get(path, ()),
+            same_as=self._seen.get(id(module), ""),
+        )
+        if head.same_as:
+            return head
         self._seen[id(module)] = path
         own = dict(module.named_parameters(recurse=False))
         weights = tuple((key, tuple(each.shape)) for key, each in own.items())
@@ -90,16 +104,19 @@ class _Drawing:
             if child is not None
         ]
         branches = tuple(folded(found) if self._fold else found)
-        return Branch(name, (path,), kind, weights, count, names, branches, tied)
+        return replace(head, weights=weights, branches=branches, same_as=tied)
 
 
-def folded(branches: Sequence[Branch]) -> list[Branch]:
+def folded(branches: Iterable[Branch]) -> Iterator[Branch]:
     """Neighbours with numbers for names that are alike as one branch each."""
-    found: list[Branch] = []
+    return (_joined(group) if len(group) > 1 else group[0] for group in groups(branches))
+
+
+def groups(branches: Iterable[Branch]) -> Iterator[list[Branch]]:
+    """Neighbours with numbers for names that are alike together, each other branch by itself."""
     for _, group in itertools.groupby(branches, _likeness):
         alike = list(group)
-        found += [_joined(alike)] if alike[0].name.isdecimal() and len(alike) > 1 else alike
-    return found
+        yield from [alike] if alike[0].name.isdecimal() else ([each] for each in alike)
 
 
 def _joined(alike: Sequence[Branch]) -> Branch:
@@ -107,15 +124,12 @@ def _joined(alike: Sequence[Branch]) -> Branch:
     first, last = alike[0], alike[-1]
     name = first.name if first.name == last.name else f"{first.name}-{last.name}"
     inside = zip(*(each.branches for each in alike), strict=True)
-    return Branch(
-        name,
-        tuple(path for each in alike for path in each.paths),
-        first.kind,
-        first.weights,
-        first.parameters,
-        _joined_names([each.names for each in alike]),
-        tuple(_joined(fellows) for fellows in inside),
-        first.same_as,
+    return replace(
+        first,
+        name=name,
+        paths=tuple(path for each in alike for path in each.paths),
+        names=_joined_names([each.names for each in alike]),
+        branches=tuple(_joined(fellows) for fellows in inside),
     )
 
 
@@ -132,7 +146,8 @@ def _likeness(branch: Branch) -> tuple[Any, ...]:
     number = "" if branch.name.isdecimal() else branch.name
     names = tuple(name.partition("[")[0] for name in branch.names)
     inside = tuple((each.name, _likeness(each)) for each in branch.branches)
-    return (number, branch.kind, branch.weights, names, bool(branch.same_as), inside)
+    kind = (branch.kind, branch.settings, branch.weights, branch.own)
+    return (number, kind, names, bool(branch.same_as), inside)
 
 
 def _names_by_path(tree: Tree) -> Mapping[str, tuple[str, ...]]:

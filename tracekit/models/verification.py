@@ -16,15 +16,16 @@ from tracekit.core.tree import Tree
 from tracekit.core.twin import twin
 from tracekit.errors import InputError, TracekitError, UnsupportedError
 from tracekit.models.face import calling
+from tracekit.models.kv_cache import KeyValueCache
 from tracekit.tracing.declared import DeclaredEdit
 from tracekit.tracing.edit import Edit
 from tracekit.tracing.execution import Intervention
 from tracekit.tracing.hooked import Hooked
-from tracekit.tracing.precision import with_precision
 from tracekit.tracing.rehearsal import is_of_a_library
-from tracekit.tracing.report import EditReport
 from tracekit.tracing.tracer import Tracer
-from tracekit.tracing.verifying import Verifier, Wanted
+from tracekit.tracing.verified.precision import with_precision
+from tracekit.tracing.verified.report import EditReport
+from tracekit.tracing.verified.run import Verifier, Wanted
 
 _HALVES: Final = (torch.float16, torch.bfloat16)
 
@@ -110,6 +111,7 @@ def verify(
 def _verified(
     model: Any, edit: object, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Wanted
 ) -> EditReport:
+    verified_as(True, kwargs)
     given = Given(model, edit)
     call = model._pass(args, kwargs)
     tree: Tree = model._tree
@@ -188,6 +190,17 @@ def refuse_generation(kwargs: Mapping[str, Any]) -> None:
             "against. Verify the edit on the prompt, or on what was generated, as in "
             "model.verify(edit, model.generate(prompt))."
         )
+
+
+def verified_as(verify: object, kwargs: Mapping[str, Any]) -> Wanted | None:
+    """How a trace is to be verified; UnsupportedError where it can't run more than once."""
+    wanted, prefix = Wanted.of(verify), kwargs.get("prefix")
+    if wanted is not None and isinstance(prefix, KeyValueCache) and not prefix.frozen:
+        raise UnsupportedError(
+            "verify= runs the model more than once, and this KeyValueCache would grow each time: "
+            "freeze() it, or give prefix=model.prefill(prompt)."
+        )
+    return wanted
 
 
 def _no_edit(given: object) -> InputError:

@@ -45,7 +45,7 @@ from tracekit.tracing.rows import AllRows, Copies
 from tracekit.tracing.select import Selector, select
 from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
-from tracekit.tracing.verifying import Verifier
+from tracekit.tracing.verified.run import Verifier
 
 
 @final

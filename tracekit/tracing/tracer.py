@@ -33,12 +33,12 @@ from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
 from tracekit.tracing.named_cache import NamedCache, keep_of, record_named
 from tracekit.tracing.quiet import asks_for_nothing
-from tracekit.tracing.report import EditReport
 from tracekit.tracing.select import Selector
 from tracekit.tracing.sites import PosSlice
 from tracekit.tracing.steps import Steps
 from tracekit.tracing.unentered import warn_if_dropped
-from tracekit.tracing.verifying import Verifier, report_of
+from tracekit.tracing.verified.report import EditReport
+from tracekit.tracing.verified.run import Verifier, report_of
 from tracekit.tracing.wanted import Names, wanted
 from tracekit.tracing.ways import Lifted, Quiet, Way
 

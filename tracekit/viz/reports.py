@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tracekit.tracing.report import (
+from tracekit.tracing.verified.report import (
     EditCheck,
     EditReport,
     Landing,

@@ -26,7 +26,7 @@ from tracekit.tracing.cache import Cache
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.graph import Graph
 from tracekit.tracing.named_cache import NamedCache
-from tracekit.tracing.report import EditReport
+from tracekit.tracing.verified.report import EditReport
 from tracekit.tracing.verify import Verification
 from tracekit.viz import modules, requests
 from tracekit.viz.answers import (

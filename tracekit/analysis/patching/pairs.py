@@ -9,7 +9,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from tracekit.analysis.patches import Target, Where
+from tracekit.analysis.patching.patches import Target, Where
 from tracekit.errors import InputError
 from tracekit.models.language import LanguageModel
 

@@ -11,9 +11,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from tracekit.analysis.patch_batches import Change, Costs, batches, bytes_of_row
-from tracekit.analysis.patch_pairs import Pair
-from tracekit.analysis.patches import Target, Where
+from tracekit.analysis.patching.batches import Change, Costs, batches, bytes_of_row
+from tracekit.analysis.patching.pairs import Pair
+from tracekit.analysis.patching.patches import Target, Where
 from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
 from tracekit.models.resuming import Kept, keep, repeated, resume

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from tracekit.tracing.report import EditCheck, EditReport, PrecisionCheck, Problem
+from tracekit.tracing.verified.report import EditCheck, EditReport, PrecisionCheck, Problem
 
 # The effect in half precision is that of the edit, and of other roundings on the way; where less
 # than so much of it is there in float32, or it is so many times as large there, it is not the same.
@@ -48,10 +48,11 @@ def _lost_to_rounding(report: EditReport, again: EditReport, dtype: str) -> Iter
     """Edits of which float32 keeps much more."""
     for own, other in zip(report.edits, again.edits, strict=False):
         change, in_float32 = _change(own), _change(other)
+        site = own.landings[0].site if own.landings else own.what
         if change < _KEPT * in_float32:
             yield Problem(
                 "precision-only",
-                f"of the change of {own.what}, of norm {in_float32:.3g} in float32, {dtype} keeps "
+                f"of the change of {site}, of norm {in_float32:.3g} in float32, {dtype} keeps "
                 f"{change:.3g}: the rest is smaller than its rounding.",
                 own.index,
             )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from tracekit.tracing.report import EditCheck, EditReport, Landing, ModuleChange, Touched
+    from tracekit.tracing.verified.report import (
+        EditCheck,
+        EditReport,
+        Landing,
+        ModuleChange,
+        Touched,
+    )
 
 _MOST: Final = 6  # of a list; the rest is counted
 
@@ -134,7 +141,7 @@ def _other_rows(report: EditReport) -> Iterator[str]:
 
 def _logits(report: EditReport) -> Iterator[str]:
     if report.logits is None:
-        if report.edits:
+        if report.edits and not math.isnan(report.result):
             yield f"  result: changed by {_number(report.result)} of its norm"
         return
     found = report.logits

@@ -15,9 +15,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from tracekit.analysis.patch_pairs import Pair
-from tracekit.analysis.patch_runs import write
-from tracekit.analysis.patches import Target, Where
+from tracekit.analysis.patching.pairs import Pair
+from tracekit.analysis.patching.patches import Target, Where
+from tracekit.analysis.patching.runs import write
 from tracekit.architectures import Sharing
 from tracekit.core.nest import replace_tensor
 from tracekit.core.site import Slot

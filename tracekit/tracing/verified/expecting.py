@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import final
 
 from tracekit.errors import InputError
-from tracekit.tracing.report import EditCheck, EditReport, Landing, Problem
+from tracekit.tracing.verified.report import EditCheck, EditReport, Landing, Problem
 
 
 @final

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, final
 
-from tracekit.analysis.patches import Target
+from tracekit.analysis.patching.patches import Target
 
 CALL: Final = 5e-3  # seconds that a call takes beside what it computes
 SPEED: Final = 6e10  # operations a second, of one processor

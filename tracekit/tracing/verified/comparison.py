@@ -13,11 +13,11 @@ from torch import Tensor
 from tracekit.core.nest import named_tensors, tensors
 from tracekit.core.site import Site, Slot
 from tracekit.interleave.duties import Span
-from tracekit.tracing.grid import Grid
-from tracekit.tracing.report import ModuleChange
 from tracekit.tracing.sightings import Clean, Kept, Seen, is_same
-from tracekit.tracing.succession import told_by, writes_over
 from tracekit.tracing.touches import Touch, Touches
+from tracekit.tracing.verified.grid import Grid
+from tracekit.tracing.verified.report import ModuleChange
+from tracekit.tracing.verified.succession import told_by, writes_over
 
 
 @final

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tracekit.tracing.comparison import Comparison, narrowed
-from tracekit.tracing.grid import Grid, Tell
-from tracekit.tracing.report import Landing, Touched
 from tracekit.tracing.touches import Touch
+from tracekit.tracing.verified.comparison import Comparison, narrowed
+from tracekit.tracing.verified.grid import Grid, Tell
+from tracekit.tracing.verified.report import Landing, Touched
 
 
 def landing_of(touch: Touch, comparison: Comparison, tell: Tell | None) -> Landing:

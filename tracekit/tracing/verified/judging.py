@@ -13,13 +13,14 @@ from torch import Tensor
 from tracekit.core.site import Line
 from tracekit.core.tree import Tree
 from tracekit.errors import NeverRanError, TracekitError
-from tracekit.tracing.comparison import Comparison
-from tracekit.tracing.grid import Tell
-from tracekit.tracing.landing import landing_of
-from tracekit.tracing.losses import is_lost
-from tracekit.tracing.predictions import change_of_logits
 from tracekit.tracing.replay import TOLERANCES
-from tracekit.tracing.report import (
+from tracekit.tracing.touches import Origin, Touch, Touches
+from tracekit.tracing.verified.comparison import Comparison
+from tracekit.tracing.verified.grid import Tell
+from tracekit.tracing.verified.landing import landing_of
+from tracekit.tracing.verified.losses import is_lost
+from tracekit.tracing.verified.predictions import change_of_logits
+from tracekit.tracing.verified.report import (
     EditCheck,
     EditReport,
     Landing,
@@ -27,7 +28,6 @@ from tracekit.tracing.report import (
     Problem,
     RowCheck,
 )
-from tracekit.tracing.touches import Origin, Touch, Touches
 
 ROUNDING: Final = 1.0  # a change of so many times a number's precision is no more than rounding
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
-from tracekit.tracing.comparison import Comparison, Met
 from tracekit.tracing.sightings import is_same
 from tracekit.tracing.touches import Touch, Touches
+from tracekit.tracing.verified.comparison import Comparison, Met
 
 
 def is_lost(

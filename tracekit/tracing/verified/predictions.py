@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from tracekit.core.nest import tensors
-from tracekit.tracing.grid import Grid, Tell
-from tracekit.tracing.report import Flip, LogitsChange
 from tracekit.tracing.sightings import copied
 from tracekit.tracing.timeline import PADDING
+from tracekit.tracing.verified.grid import Grid, Tell
+from tracekit.tracing.verified.report import Flip, LogitsChange
 
 
 def logits_of(result: Any) -> Tensor | None:

@@ -26,17 +26,17 @@ from tracekit.errors import CacheError, InputError, UnsupportedError, did_you_me
 from tracekit.interleave.duties import Span
 from tracekit.interleave.worker import ModelThread
 from tracekit.tracing.cache import Cache
-from tracekit.tracing.cached import see_cache
 from tracekit.tracing.call import TracedCall
-from tracekit.tracing.comparison import Comparison
-from tracekit.tracing.expecting import Meant, with_expectation
-from tracekit.tracing.grid import Grid, Tell
-from tracekit.tracing.judging import Found, judged
-from tracekit.tracing.predictions import logits_of, numbers_of
-from tracekit.tracing.report import EditReport
 from tracekit.tracing.select import Selector, select
 from tracekit.tracing.sightings import Clean, watched
 from tracekit.tracing.touches import Touches
+from tracekit.tracing.verified.cached import see_cache
+from tracekit.tracing.verified.comparison import Comparison
+from tracekit.tracing.verified.expecting import Meant, with_expectation
+from tracekit.tracing.verified.grid import Grid, Tell
+from tracekit.tracing.verified.judging import Found, judged
+from tracekit.tracing.verified.predictions import logits_of, numbers_of
+from tracekit.tracing.verified.report import EditReport
 
 BUDGET: Final = 4 * 2**30  # bytes for the values of the clean run; behind that, digests
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tracekit.analysis.labelled import Axis, Labelled
 from tracekit.analysis.metrics import Measure, measured, name_of
-from tracekit.analysis.patch_batches import Change
-from tracekit.analysis.patch_check import Recompute, drawn, is_off
-from tracekit.analysis.patch_pairs import Pair, Prompt, prompts_of
-from tracekit.analysis.patch_runs import Counts, Runs, Way, layers_of
-from tracekit.analysis.patched import PatchSweep, Request, empty
-from tracekit.analysis.patches import Asked, Patch, Places
+from tracekit.analysis.patching.batches import Change
+from tracekit.analysis.patching.check import Recompute, drawn, is_off
+from tracekit.analysis.patching.pairs import Pair, Prompt, prompts_of
+from tracekit.analysis.patching.patched import PatchSweep, Request, empty
+from tracekit.analysis.patching.patches import Asked, Patch, Places
+from tracekit.analysis.patching.runs import Counts, Runs, Way, layers_of
 from tracekit.analysis.prompts import joined, words_of
 from tracekit.capture import showing_own_lines
 from tracekit.errors import InputError, UnsupportedError

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast, final
 
-from tracekit.tracing.telling import told
+from tracekit.tracing.verified.telling import told
 
 
 @final
@@ -231,7 +231,7 @@ class EditReport:
         Each is all that may be touched, and must be. Positions count a row's own tokens from 0, or
         back from its end; modules are paths, with or without the model's name and `*` for a part.
         """
-        from tracekit.tracing.expecting import Meant, with_expectation
+        from tracekit.tracing.verified.expecting import Meant, with_expectation
 
         return with_expectation(self, Meant.of(rows, positions, modules))
 
