@@ -54,6 +54,23 @@ def test_an_edit_one_position_off_is_named_with_the_tokens(model: LanguageModel)
     assert "position 4 'is' of row 0, and position 3 'Tower' was meant" in repr(tracer.report)
 
 
+def test_a_name_that_is_bound_anew_between_two_writes_does_not_go_on(model: LanguageModel) -> None:
+    with model.trace(TOWER):
+        clean = model.layers[0].z.clone()
+    with model.trace(TOWER, verify=True) as tracer:
+        for head in (0, 3):
+            without = clean.clone()
+            without[:, :, head] = 0
+            model.layers[0].z = without
+    assert slugs(tracer.report) == ["overwritten"]
+    with model.trace(TOWER, verify=True) as tracer:
+        without = clean.clone()
+        for head in (0, 3):
+            without[:, :, head] = 0
+            model.layers[0].z = without
+    assert tracer.report, tracer.report
+
+
 def test_without_an_intent_the_report_lists_positions_with_their_tokens(
     model: LanguageModel,
 ) -> None:
