@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.tiny_models import make
 from tracekit import LanguageModel
 from tracekit.analysis import gradient_x_input, integrated_gradients, logit_difference
-from tracekit.analysis.batches import nodes
+from tracekit.analysis.integrated import nodes
 from tracekit.errors import GradientError, InputError
 
 TEXT = "The Eiffel Tower is in the city of"
@@ -77,6 +77,8 @@ def test_the_points_are_those_of_gauss_and_legendre(count: int) -> None:
     expected, expected_weights = np.polynomial.legendre.leggauss(count)
     np.testing.assert_allclose(points.numpy() * 2 - 1, expected, atol=1e-12)
     np.testing.assert_allclose(weights.numpy() * 2, expected_weights, atol=1e-12)
+    for degree in (0, 1, 2 * count - 1):
+        assert float((weights * points**degree).sum()) == pytest.approx(1 / (degree + 1), rel=1e-9)
 
 
 def test_the_scores_are_complete_and_the_error_is_told(tiny: LanguageModel) -> None:

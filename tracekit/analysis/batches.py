@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from tracekit.analysis.prompts import Prompts
-from tracekit.errors import InputError, UnsupportedError
+from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
 
 MEMORY: Final = 2**30  # bytes of what one batch keeps for its backward pass
@@ -67,19 +66,6 @@ def _changed(name: str, value: Any, count: int, change: Callable[[Tensor], Tenso
             f"it can't be divided or repeated by rows."
         )
     return change(value)
-
-
-def nodes(count: int) -> tuple[Tensor, Tensor]:
-    """Points in 0 to 1 and their weights: Gauss-Legendre, exact for degree 2 * count - 1.
-
-    The eigenvalues of a tridiagonal matrix (Golub and Welsch 1969).
-    """
-    if count < 1:
-        raise InputError(f"steps= is at least 1, not {count}.")
-    index = torch.arange(1, count, dtype=torch.float64)
-    beside = index / (4 * index**2 - 1).sqrt()
-    values, vectors = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
-    return (values + 1) / 2, vectors[0] ** 2
 
 
 def in_parts(model: LanguageModel, prompts: Prompts, memory: int) -> Iterator[Prompts]:

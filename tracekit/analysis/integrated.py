@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tracekit.analysis.batches import MEMORY, chunks, nodes, repeated, rows_that_fit
+from tracekit.analysis.batches import MEMORY, chunks, repeated, rows_that_fit
 from tracekit.analysis.gradients import gradients_of, name_at
 from tracekit.analysis.labelled import Labelled
 from tracekit.analysis.metrics import Measure, measured, name_of
@@ -178,3 +179,11 @@ class _Way:
 
 def _kept(activation: str) -> tuple[str, ...]:
     return tuple(name for name in KEPT if name in axes_of(activation))
+
+
+def nodes(count: int) -> tuple[Tensor, Tensor]:
+    """Points in 0 to 1 and their weights: Gauss-Legendre, exact for degree 2 * count - 1."""
+    if count < 1:
+        raise InputError(f"steps= is at least 1, not {count}.")
+    points, weights = np.polynomial.legendre.leggauss(count)
+    return torch.from_numpy((points + 1) / 2), torch.from_numpy(weights / 2)

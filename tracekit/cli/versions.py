@@ -14,7 +14,6 @@ from typing import Final, final
 _PYPROJECT: Final = Path(__file__).parents[2] / "pyproject.toml"
 # Nothing depends on them; what they would bring is not there without them.
 OPTIONAL: Final = {
-    "rich": "coloured pictures in a terminal",
     "matplotlib": "pictures as PNG",
     "ipython": "pictures in notebooks",
 }
@@ -41,8 +40,6 @@ def versions() -> Iterator[Version]:
     for each in declared:
         yield _of(each)
     for name, use in OPTIONAL.items():
-        if any(re.match(rf"{name}\b", each) for each in declared):
-            continue
         found = _installed(name)
         yield Version(name, found, "", None, "" if found else f'for {use}: pip install "{name}"')
 
