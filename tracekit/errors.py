@@ -183,6 +183,12 @@ class LoadingError(TracekitError):
     slug = "loading"
 
 
+class OffloadedError(LoadingError):
+    """The numbers of a weight were asked for, or computed with, that are not in memory."""
+
+    slug = "offloaded"
+
+
 class SettingError(TracekitError, AttributeError):
     """A setting that there is not, or a value that it cannot have."""
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tracekit.core.offload import brought
 from tracekit.errors import LoadingError, UnsupportedError
 from tracekit.models.inputs import device_of
 from tracekit.models.kv_layers import FIXED, SHAREABLE, KvLayer, kind_of
@@ -71,8 +72,14 @@ def load_prefix(model: Any, path: str | Path) -> Prefix:
 def fingerprint(module: nn.Module) -> str:
     """Tells one set of weights from another: names, shapes, dtypes, and some numbers of each."""
     found = hashlib.sha256()
-    for name, weight in module.named_parameters():
-        numbers = [] if weight.is_meta else weight.detach().reshape(-1)[:SAMPLE].float().tolist()
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        held = brought(module, name) if weight.is_meta else weight.detach()
+        if held is None:
+            raise LoadingError(
+                f"{name} is not in memory, and nothing is there to bring it: which weights these "
+                f"are can't be told. Load the model first."
+            )
+        numbers = held.reshape(-1)[:SAMPLE].float().tolist()
         found.update(repr((name, tuple(weight.shape), str(weight.dtype), numbers)).encode())
     return found.hexdigest()
 
