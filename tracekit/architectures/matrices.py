@@ -90,7 +90,7 @@ def _check(weight: Tensor, path: str) -> None:
         )
     if weight.is_meta:
         raise OffloadedError(
-            f"the weight of {path} is not in memory, and nothing is there to bring it."
+            f"the weight of {path} is not in memory, and no hook on that module brings it."
         )
 
 

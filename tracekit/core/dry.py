@@ -47,13 +47,15 @@ class DryMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self._knows_integers = knows_integers
         self._entered = 0
+        self.places: dict[int, torch.device] = {}  # where those on meta are used, by identity
 
     def fake(self, nest: Nest) -> Nest:
         """`nest` with fake tensors in the place of its tensors, which are left alone."""
         return map_leaves(self._fake_leaf, nest)
 
     def fake_tensor(self, tensor: Tensor) -> Tensor:
-        """A fake tensor of the same kind; one on meta, which has no numbers anyway, is on CPU."""
+        """A fake tensor of the same kind; one on meta, which has no numbers anyway, is on
+        the CPU, or where accelerate would bring it."""
         if isinstance(tensor, FakeTensor):
             return tensor
         if tensor.is_meta:
@@ -128,7 +130,10 @@ class DryMode(FakeTensorMode):
     def _instead_of_meta(self, tensor: Tensor) -> Tensor:
         with self:
             fake: Tensor = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                tensor.shape,
+                tensor.stride(),
+                dtype=tensor.dtype,
+                device=self.places.get(id(tensor), torch.device("cpu")),
             )
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, tensor.requires_grad)

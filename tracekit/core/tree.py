@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from torch import nn
 
@@ -32,6 +32,9 @@ class StandardNames(Protocol):
     def weight(self, owner: str, name: str) -> Any: ...
     def weights(self, name: str, stack: str) -> Any: ...
     def words(self, owner: str) -> list[str]: ...
+
+
+_NOTHING: Final = nullcontext()
 
 
 @final
@@ -208,13 +211,19 @@ class Tree:
         return False
 
     def around_runs(self) -> AbstractContextManager[object]:
-        """What is to be entered while `root` runs; as fast as every trace needs it."""
-        if not isinstance(self.mode, nullcontext):
-            return self.mode
-        for state in self._states:
-            if "_hf_hook" in state:  # accelerate may have put weights elsewhere
-                return NoAbsentWeights(self.root, self.name) if self.is_empty() else self.mode
-        return self.mode
+        """What is to be entered while `root`, and a block beside it, run."""
+        return self.guard() if isinstance(self.mode, nullcontext) else self.mode
+
+    def guard(self) -> AbstractContextManager[object]:
+        """Keeps weights that are elsewhere from being computed with; as fast as every trace needs.
+
+        In a dry run, where no weight has numbers, there is nothing to keep.
+        """
+        if isinstance(self.mode, nullcontext):
+            for state in self._states:
+                if "_hf_hook" in state:  # accelerate may have put weights elsewhere
+                    return NoAbsentWeights(self.root, self.name) if self.is_empty() else _NOTHING
+        return _NOTHING
 
     def is_empty(self) -> bool:
         """Whether there are weights that hold no numbers; as fast as every trace needs it."""

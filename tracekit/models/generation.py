@@ -52,7 +52,8 @@ def _generate(
 ) -> Any:
     module: Any = tree.root
     if follower is None:
-        return module.generate(*args, **_with_list_of_criteria(module, kwargs))
+        with tree.guard():
+            return module.generate(*args, **_with_list_of_criteria(module, kwargs))
     if not is_transformers(module):
         with eager(tree):
             return module.generate(*args, **kwargs)
@@ -96,7 +97,7 @@ def forward(
 
 def run(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward pass, run as Python."""
-    with eager(tree):
+    with eager(tree), tree.guard():
         return tree.root(*args, **kwargs)
 
 

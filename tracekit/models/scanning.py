@@ -8,6 +8,7 @@ from typing import Any
 
 from tracekit.capture import user_traceback
 from tracekit.core.dry import DryMode
+from tracekit.core.offload import places_of
 from tracekit.core.tree import Tree
 from tracekit.core.twin import copied, twin
 from tracekit.errors import DryRunError
@@ -19,6 +20,7 @@ _NUMBERS = "making a tensor of others' numbers needs them, and a dry run has non
 def fake_twin(tree: Tree) -> Tree:
     """A twin of the model on fake tensors."""
     mode = DryMode()
+    mode.places = places_of(tree.root)
     try:
         found = twin(tree, mode.fake_tensor, lambda _: True, has_weights=False)
     except Exception as error:
