@@ -260,9 +260,10 @@ class Model(Functional):
     @property
     def weights(self) -> Any:
         """`model.weights.of(module)` has copies of a module's weights, wherever these are."""
-        if hasattr(self.module, "weights"):  # its own wins
-            return self.__getattr__("weights")
-        return Weights(self)
+        own = getattr(self.module, "weights", None)  # which wins
+        if isinstance(own, nn.Module):
+            return self._child("weights")
+        return Weights(self) if own is None else own
 
     # -- lasting edits --------------------------------------------------------------------------
 
