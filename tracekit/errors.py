@@ -183,6 +183,12 @@ class LoadingError(TracekitError):
     slug = "loading"
 
 
+class StorageError(TracekitError):
+    """A file of activations is damaged, or is not of what was asked for."""
+
+    slug = "storage"
+
+
 class SettingError(TracekitError, AttributeError):
     """A setting that there is not, or a value that it cannot have."""
 
