@@ -93,7 +93,7 @@ def _blocks(tensor: Tensor, rows: int) -> Iterator[Tensor]:
 
 def _sum(part: Tensor) -> int:
     flat = part.contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy()) if len(flat) else 0
+    return zlib.crc32(cast("Any", flat.view(torch.uint8).numpy())) if len(flat) else 0
 
 
 # -- read -----------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def _sum(part: Tensor) -> int:
 
 @final
 class TensorFile:
-    """What `write_tensors` wrote: `described`, and the tensors by name, each read when asked for."""
+    """What `write_tensors` wrote: `described`, and tensors by name, each read when asked for."""
 
     def __init__(self, path: Path, format: str) -> None:
         """StorageError if it is no such file, of this format, or it is damaged."""
