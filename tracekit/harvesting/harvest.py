@@ -12,6 +12,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
+from tracekit.core.files import remove_parts
 from tracekit.errors import InputError, StorageError
 from tracekit.harvesting.capture import Capture, Positions, kept_of
 from tracekit.harvesting.contexts import Context, Reading
@@ -22,7 +23,6 @@ from tracekit.harvesting.spec import fingerprint_of, model_told, tokenizer_told
 from tracekit.models.language import LanguageModel
 from tracekit.models.padding import context_length
 from tracekit.storage.activations import differences
-from tracekit.storage.files import remove_parts
 from tracekit.storage.shards import Shard, Told, name_of, write_shard
 from tracekit.tracing.wanted import Names
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from tracekit.core.fingerprint import fingerprint
 from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
-from tracekit.models.prefix_files import fingerprint
 
 _VOLATILE: Final = ("_name_or_path", "transformers_version", "_commit_hash")
 
