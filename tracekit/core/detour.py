@@ -15,6 +15,7 @@ from typing import Any, Final, TypeAlias
 from torch import Tensor, nn
 
 from tracekit.core.nest import replace_tensor
+from tracekit.core.offload import go_through_accelerate, is_accelerates
 from tracekit.core.quirks import own_children
 from tracekit.core.tree import Tree
 
@@ -125,7 +126,10 @@ def _copied(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     copied = object.__new__(kind)
     state = vars(copied)
     state.update(vars(module))
-    state.pop("forward", None)  # that of a run under way, and of the module itself
+    for name in ("forward", "_old_forward"):  # that of a run under way, and of the module itself
+        state.pop(name, None)
+    if is_accelerates(module):
+        go_through_accelerate(copied, module)
     for name in _HOOKS:  # PyTorch's keys count up from 0; those below are of tracekit's own runs
         hooks: dict[int, Any] = state[name]
         state[name] = type(hooks)((key, hook) for key, hook in hooks.items() if key >= 0)

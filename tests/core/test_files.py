@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tracekit.errors import StorageError
-from tracekit.storage import files
-from tracekit.storage.files import TensorFile, remove_parts, write_tensors
+from tracekit.core import files
+from tracekit.core.files import TensorFile, remove_parts, write_tensors
 
 FORMAT = {"format": "a test 1"}
 TENSORS = {
