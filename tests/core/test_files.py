@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tracekit.errors import StorageError
 from tracekit.core import files
 from tracekit.core.files import TensorFile, remove_parts, write_tensors
+from tracekit.errors import StorageError
 
 FORMAT = {"format": "a test 1"}
 TENSORS = {
