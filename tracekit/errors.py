@@ -183,6 +183,12 @@ class LoadingError(TracekitError):
     slug = "loading"
 
 
+class StorageError(TracekitError):
+    """A file of activations is damaged, or is not of what was asked for."""
+
+    slug = "storage"
+
+
 class OffloadedError(LoadingError):
     """The numbers of a weight were asked for, or computed with, that are not in memory."""
 

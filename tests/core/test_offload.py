@@ -17,7 +17,7 @@ from tracekit.core.offload import (
     device_of,
     devices_of,
     execution_device,
-    fingerprint,
+    identity_of,
     is_offloaded,
     places_of,
 )
@@ -84,15 +84,15 @@ def test_weights_are_the_same_after_a_call_and_others_after_a_change(tmp_path: P
     state = {name: each.clone() for name, each in on_cpu.state_dict().items()}
     accelerate.cpu_offload(on_cpu, execution_device=CPU, state_dict=state)
     for net in (on_disk, on_cpu, memory):
-        before = fingerprint(net)
+        before = identity_of(net)
         net(torch.ones(1, 2))
-        assert fingerprint(net) == before
-    before = fingerprint(on_cpu)
+        assert identity_of(net) == before
+    before = identity_of(on_cpu)
     state["1.weight"].mul_(2)
-    assert fingerprint(on_cpu) != before
-    before = fingerprint(memory)
+    assert identity_of(on_cpu) != before
+    before = identity_of(memory)
     memory[0].weight.data = memory[0].weight.data.double()
-    assert fingerprint(memory) != before
+    assert identity_of(memory) != before
 
 
 def test_a_value_on_another_device_is_told_how_to_fit() -> None:

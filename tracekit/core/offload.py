@@ -115,7 +115,7 @@ def _around(module: nn.Module) -> Any:
     return getattr(around, "forward", around)
 
 
-def fingerprint(module: nn.Module) -> tuple[object, ...]:
+def identity_of(module: nn.Module) -> tuple[object, ...]:
     """What changes when a weight of `module` is exchanged, moved, cast, or changed in place.
 
     Of an offloaded weight, which is another object after each call: what brings it.

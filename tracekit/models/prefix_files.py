@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -13,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tracekit.core.offload import brought, devices_of
+from tracekit.core.fingerprint import fingerprint
+from tracekit.core.offload import devices_of
 from tracekit.errors import LoadingError, UnsupportedError
 from tracekit.models.inputs import device_of
 from tracekit.models.kv_layers import FIXED, SHAREABLE, KvLayer, kind_of
 from tracekit.models.prefix import Prefix, Source
 
 FORMAT: Final = "tracekit prefix 1"
-SAMPLE: Final = 8  # numbers of each weight that tell it from another's
 _FOLLOW: Final = frozenset({"dtype", "device"})  # from the tensors that are loaded
 
 
@@ -86,21 +85,6 @@ def _places(model: Any) -> dict[str, torch.device]:
 
 def _layer_of(name: str) -> str:
     return ".".join(name.split(".")[:2])
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Tells one set of weights from another: names, shapes, dtypes, and some numbers of each."""
-    found = hashlib.sha256()
-    for name, weight in module.named_parameters(remove_duplicate=False):
-        held = brought(module, name) if weight.is_meta else weight.detach()
-        if held is None:
-            raise LoadingError(
-                f"{name} is not in memory, and nothing is there to bring it: which weights these "
-                f"are can't be told. Load the model first."
-            )
-        numbers = held.reshape(-1)[:SAMPLE].float().tolist()
-        found.update(repr((name, tuple(weight.shape), str(weight.dtype), numbers)).encode())
-    return found.hexdigest()
 
 
 # -- write ----------------------------------------------------------------------------------------
