@@ -33,6 +33,18 @@ class StandardNames(Protocol):
     def words(self, owner: str) -> list[str]: ...
 
 
+class Planner(Protocol):
+    """Who plans the run of a twin (models/planning.py)."""
+
+    def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What the model is given instead."""
+        ...
+
+    def record(self, cache: Any) -> None:
+        """A cache is made in the run."""
+        ...
+
+
 @final
 class Tree:
     """The modules of `root` by full path (`model.transformer.h.0`), root's own name first.
@@ -47,6 +59,7 @@ class Tree:
         self.renames = renames
         self._depth = name.count(".") + 1
         self.load_first: Callable[[], None] | None = None  # brings weights that were left out
+        self.planner: Planner | None = None  # of a planned run, of a twin
         self.original: Tree | None = None  # whose twin this is, if it is one
         self.gone: tuple[str, ...] = ()  # what a run goes round (core/detour.py)
         self.naming: Callable[[nn.Module], StandardNames | None] | None = None

@@ -140,6 +140,8 @@ class Fixtures:
         made = Recorder(Cache(), self._tree, modules, named, keep, self._kind, self.changes, rows)
         self.changes.is_wanted = True
         self._recorders.append(made)
+        if self._tree.planner is not None:
+            self._tree.planner.record(made.cache)
         return made
 
     def edit(self, mediator: Mediator, edit: PositionEdit, line: str) -> None:

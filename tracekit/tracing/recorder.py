@@ -128,6 +128,7 @@ class Recorder:
         """Modules whose values may be kept as they are, and those whose values are copied."""
         habits = self._habits[slot]
         is_dry = self._tree.original is not None and not self._tree.gone
+        is_dry = is_dry and self._tree.planner is None  # that does all that a real run does
         if not self._keep.detach or is_dry:
             # a copy would have no gradient; the values of a dry run can't be overwritten
             return list(modules.values()), []
