@@ -61,6 +61,11 @@ class Ledger:
         found = None if storage is None else self._live.get(storage._cdata)
         return None if found is None else found[1]
 
+    def address(self, number: int) -> int | None:
+        """Where a storage is that somebody holds."""
+        found = (address for address, (_, own) in self._live.items() if own == number)
+        return next(found, None)
+
     def live(self) -> dict[int, Account]:
         """What somebody holds now, by number."""
         return {number: self.accounts[number] for _, number in self._live.values()}

@@ -26,14 +26,13 @@ _INTEGERS: Final = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uin
 class SupposingMode(DryMode):
     """Makes every tensor fake, and writes down in `ledger` what an operation makes.
 
-    `bounded` says whether a size was supposed. `device` is where tensors on meta are taken to be,
-    if `homes` has no other device for one (by its id).
+    `is_bounded` says whether a size was supposed. Tensors on meta are taken to be on the CPU, if
+    `homes` has no other device for one (by its id).
     """
 
-    def __init__(self, ledger: Ledger, device: torch.device) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self.ledger = ledger
-        self.device = device
         self.homes: dict[int, torch.device] = {}
         self.is_bounded = False
         self._depth = 0
@@ -41,7 +40,7 @@ class SupposingMode(DryMode):
     def fake_tensor(self, tensor: Tensor) -> Tensor:
         """A fake tensor of the same kind."""
         if not isinstance(tensor, FakeTensor) and tensor.is_meta:
-            return self._instead_of_meta(tensor, self.homes.get(id(tensor), self.device))
+            return self._instead_of_meta(tensor, self.homes.get(id(tensor), "cpu"))
         return super().fake_tensor(tensor)
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -40,8 +40,12 @@ class Planner(Protocol):
         """What the model is given instead."""
         ...
 
-    def record(self, cache: Any) -> None:
-        """A cache is made in the run."""
+    def copies(self, original: Any) -> None:
+        """A value is recorded as a copy, and its original is kept until the run ends."""
+        ...
+
+    def record(self, cache: Any, keep: Any) -> Any:
+        """A cache is made in the run, and is to keep values so; how it does."""
         ...
 
 

@@ -159,9 +159,9 @@ class Model(Functional):
         (or `max_length=`) it is a generation in which no row ends early.
 
         `memory` says what there is, as `{"cpu": "16GB", "cuda:0": "24GB"}`; by default what is free
-        on this machine. `device`: where weights that are not loaded will be. A generation is run
-        for five steps, and sizes go on as they grow; all are run where a block asks about single
-        steps, where a window is filled, and with `all_steps=True`.
+        on this machine. `device`: where the model is taken to be. A generation is run for five
+        steps, and sizes go on as they grow; all are run where a block asks about single steps,
+        where a window is filled, and with `all_steps=True`.
 
         Not counted: what a kernel allocates for itself, what an allocator keeps beside (fragments,
         the CUDA context), and tensors of the user's that the block brings along.

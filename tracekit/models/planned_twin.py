@@ -21,13 +21,13 @@ OFFLOADED: Final = "offloaded weights"
 
 @final
 class Weights:
-    """Where the weights of a model lie, in bytes, each storage once.
+    """Where the weights of a model lie, in bytes, each storage once; all on `stead`, if given.
 
     `loaded`: those that are there now; `brought_in`: of offloaded ones, the most that a module
     brings to its device while it runs; `lying`: all of them where they wait.
     """
 
-    def __init__(self, tree: Tree, device: torch.device) -> None:
+    def __init__(self, tree: Tree, stead: str | None) -> None:
         self.lying, self.loaded, self.brought_in = ByDevice(), ByDevice(), ByDevice()
         self.waiting = ByDevice()  # offloaded ones, where they lie
         self.largest = 0  # of the module that has most of its own
@@ -39,17 +39,17 @@ class Weights:
             self.largest = max(self.largest, own)
         for tensor in (*tree.root.parameters(), *tree.root.buffers()):
             if id(tensor) not in self.homes:
-                self._add(tensor, device)
+                self._add(tensor, stead)
 
-    def _add(self, tensor: Tensor, device: torch.device) -> None:
+    def _add(self, tensor: Tensor, stead: str | None) -> None:
         storage = tensor.untyped_storage()
         key: object = id(tensor) if tensor.is_meta else StorageWeakRef(storage).cdata
         if key in self._seen:
             return
         self._seen.add(key)
-        where = str(device if tensor.is_meta else tensor.device)
+        where = stead or ("cpu" if tensor.is_meta else str(tensor.device))
         self.lying[where] += storage.nbytes()
-        if not tensor.is_meta:
+        if not tensor.is_meta and stead is None:
             self.loaded[where] += storage.nbytes()
 
     def _add_offloaded(self, module: nn.Module) -> None:
@@ -74,10 +74,10 @@ class Weights:
         self.brought_in[device] = max(self.brought_in[device], brought)
 
 
-def planned_twin(tree: Tree, ledger: Ledger, device: torch.device) -> tuple[Tree, Weights]:
+def planned_twin(tree: Tree, ledger: Ledger, stead: str | None) -> tuple[Tree, Weights]:
     """A twin of the model of `tree` whose memory is followed, and where the weights lie."""
-    weights = Weights(tree, device)
-    mode = SupposingMode(ledger, device)
+    weights = Weights(tree, stead)
+    mode = SupposingMode(ledger)
     mode.homes.update(weights.homes)
 
     def exchange(tensor: Tensor) -> Tensor:

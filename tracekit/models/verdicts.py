@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias, final
 
-import torch
-
 from tracekit.core.ledger import Held, Ledger
 from tracekit.errors import InputError
 from tracekit.models.capacity import found_capacity, given_capacity
 from tracekit.models.planned_passes import KV_CACHE
-from tracekit.models.planned_sites import KEPT, RECORDED
+from tracekit.models.planned_sites import KEPT, ORIGINALS, RECORDED
 from tracekit.models.planned_steps import Told
 from tracekit.models.planned_twin import OFFLOADED, WEIGHTS, Weights
 from tracekit.tracing.planned import DOES_NOT_FIT, FITS, OFFLOAD, ByDevice, said
@@ -51,12 +49,10 @@ class Need:
         return cls(peak, at_peak, kv_cache, weights.largest)
 
 
-def capacity_of(
-    memory: Mapping[str, str | int] | None, home: torch.device, weights: Weights
-) -> ByDevice:
+def capacity_of(memory: Mapping[str, str | int] | None, weights: Weights) -> ByDevice:
     """What there is on the devices of a run; InputError if nobody knows."""
     own = given_capacity(memory or {})
-    devices = {_HOST, str(home), *weights.lying, *weights.brought_in} - {"disk"}
+    devices = {_HOST, *weights.lying, *weights.brought_in} - {"disk"}
     if memory is None:
         own = found_capacity(sorted(devices), weights.loaded)
     else:
@@ -144,7 +140,7 @@ _CURES: Final = {
 
 
 def _recorded(held: Held) -> int:
-    return held.get(RECORDED, 0) + held.get(KEPT, 0)
+    return sum(held.get(label, 0) for label in (RECORDED, KEPT, ORIGINALS))
 
 
 def _gigabytes(size: int) -> str:

@@ -169,11 +169,17 @@ def _table(plan: Plan) -> list[tuple[str, Mapping[str, int]]]:
         ("brought in", plan.brought_in),
         ("kv_cache", plan.kv_cache),
         ("recorded", plan.recorded),
+        ("originals", _part(plan, "originals")),
+        ("gradients", _part(plan, "gradients")),
         ("forward", plan.forwards),
         ("peak", plan.peak),
         ("there is", plan.capacity),
     ]
     return [part for part in parts if part[1] or part[0] == "peak"]
+
+
+def _part(plan: Plan, label: str) -> dict[str, int]:
+    return {device: held[label] for device, held in plan.at_peak.items() if label in held}
 
 
 def _cell(sizes: Mapping[str, int], device: str) -> str:

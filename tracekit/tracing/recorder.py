@@ -240,6 +240,8 @@ class Recorder:
                 return leaf
             if habit is None:
                 self._originals.append((module, slot, 0, leaf.detach(), version(leaf)))
+                if self._tree.planner is not None:
+                    self._tree.planner.copies(leaf)
             return leaf.clone()
 
         return map_leaves(copied, value)
