@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import FrameType, TracebackType
@@ -73,8 +74,8 @@ class Tracer:
         self._is_used = False
         self.planner: Planner | None = None
 
-    def __del__(self) -> None:
-        if not self._is_used:
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not self._is_used and not is_ending():  # the names of this module may be gone then
             is_dry = self._tree.original is not None and not self._tree.gone
             warn_if_dropped("model.scan" if is_dry else "model.trace")
 
