@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Final, final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ _WORDS = {
 _log: Final = logging.getLogger("torch._subclasses.fake_tensor")
 
 
-@final
 class DryMode(FakeTensorMode):
     """Makes every tensor of the thread fake while it is entered.
 
@@ -127,13 +126,13 @@ class DryMode(FakeTensorMode):
             copied = tensor.detach().clone()  # operations in place write into it
         return self.fake_tensor_converter.from_real_tensor(self, copied, make_constant=True)
 
-    def _instead_of_meta(self, tensor: Tensor) -> Tensor:
+    def _instead_of_meta(self, tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
         with self:
             fake: Tensor = torch.empty_strided(
                 tensor.shape,
                 tensor.stride(),
                 dtype=tensor.dtype,
-                device=self.places.get(id(tensor), torch.device("cpu")),
+                device=self.places.get(id(tensor), device),
             )
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, tensor.requires_grad)

@@ -37,6 +37,22 @@ class StandardNames(Protocol):
 _NOTHING: Final = nullcontext()
 
 
+class Planner(Protocol):
+    """Who plans the run of a twin (models/planning.py)."""
+
+    def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What the model is given instead."""
+        ...
+
+    def copies(self, original: Any) -> None:
+        """A value is recorded as a copy, and its original is kept until the run ends."""
+        ...
+
+    def record(self, cache: Any, keep: Any) -> Any:
+        """A cache is made in the run, and is to keep values so; how it does."""
+        ...
+
+
 @final
 class Tree:
     """The modules of `root` by full path (`model.transformer.h.0`), root's own name first.
@@ -51,6 +67,7 @@ class Tree:
         self.renames = renames
         self._depth = name.count(".") + 1
         self.load_first: Callable[[], None] | None = None  # brings weights that were left out
+        self.planner: Planner | None = None  # of a planned run, of a twin
         self.original: Tree | None = None  # whose twin this is, if it is one
         self.gone: tuple[str, ...] = ()  # what a run goes round (core/detour.py)
         self.naming: Callable[[nn.Module], StandardNames | None] | None = None

@@ -35,6 +35,8 @@ def generate(
     doubles them, assisted decoding runs fewer. A stopping criterion is asked exactly once in
     each iteration. `progress=True` shows a bar.
     """
+    if tree.planner is not None:
+        args, kwargs = tree.planner.given(args, kwargs)
     kwargs = dict(kwargs)
     if is_transformers(tree.root) and kwargs.pop("progress", False):
         from tqdm.auto import tqdm
@@ -89,6 +91,8 @@ def forward(
     tree: Tree, follower: Follower | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """One forward pass, run as Python; `follower` is told which tokens it goes over."""
+    if tree.planner is not None:
+        args, kwargs = tree.planner.given(args, kwargs)
     if follower is not None and follower.timeline.is_wanted:
         given = by_name_of_forward(tree.root, args, kwargs)
         tell_forward(tree.root, follower.timeline, given)

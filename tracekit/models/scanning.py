@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from tracekit.capture import user_traceback
 from tracekit.core.dry import DryMode
@@ -49,6 +52,17 @@ def run_dry(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
         f"{type(tree.root).__name__} can't be run dry: {why}. Write trace() for scan(), on a small "
         f"input."
     )
+
+
+def place_of(error: BaseException, module: nn.Module) -> str | None:
+    """The line of the model's code at which `error` came; None if it came elsewhere."""
+    files = {
+        getattr(sys.modules.get(type(each).__module__), "__file__", None)
+        for each in module.modules()
+    }
+    frame = traceback.extract_tb(user_traceback(error))[-1]
+    is_own = frame.filename in files or "/transformers/" in frame.filename
+    return _place(error) if is_own else None
 
 
 def _place(error: BaseException) -> str:
