@@ -123,11 +123,11 @@ class Accelerator:
     def gather(self, stream: int, sources: Sequence[Tensor], into: Tensor) -> None:
         if any(copy.staging == into.data_ptr() for copy in self._unseen_now()):
             self.faults.append("a buffer was written again before its copy had ended")
-        assert sum(source.numel() for source in sources) == into.numel()
+        assert sum(source.nbytes for source in sources) == into.numel()
         whole = torch.empty(into.numel(), dtype=torch.uint8)
         streams.write_in_a_row(sources, whole)  # in the order of the stream: what is there now …
         address, held = into.data_ptr(), [ref(source) for source in sources]
-        sizes = [source.numel() for source in sources]
+        sizes = [source.nbytes for source in sources]
 
         def run() -> None:  # … whenever it comes to it, if nobody gave the memory away meanwhile
             for part, source in zip(whole.split(sizes), held, strict=True):

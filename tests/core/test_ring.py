@@ -101,7 +101,7 @@ def test_any_sequence_gives_exactly_what_was_sent_within_the_bound(
 def interrupted(ring: Ring, accelerator: Accelerator, after: int) -> None:
     """A fence that Ctrl-C comes into, at one of the host's questions or copies."""
     count = 0
-    put = Parcel.put
+    put, put_whole = Parcel.put, Parcel.put_whole
 
     def put_or_not(parcel: Parcel, start: int, arrived: Tensor) -> None:
         nonlocal count
@@ -113,8 +113,16 @@ def interrupted(ring: Ring, accelerator: Accelerator, after: int) -> None:
         if count == after:
             raise KeyboardInterrupt
 
+    def put_whole_or_not(parcel: Parcel, arrived: Tensor) -> None:
+        nonlocal count
+        count += 1
+        if count == after:
+            raise KeyboardInterrupt
+        put_whole(parcel, arrived)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Parcel, "put", put_or_not)
+        patch.setattr(Parcel, "put_whole", put_whole_or_not)
         with suppress(KeyboardInterrupt):
             ring.fence()
 
@@ -258,7 +266,7 @@ def without_holding_the_values(patch: pytest.MonkeyPatch) -> None:
     def forgetful(ring: Ring, slab: Slab, pieces: list[Any]) -> None:
         depart(ring, slab, pieces)
         for piece in pieces:
-            piece.bytes = torch.empty(piece.bytes.numel(), dtype=torch.uint8)
+            piece.flat = torch.empty_like(piece.flat)
 
     patch.setattr(Ring, "_depart", forgetful)
 
@@ -271,10 +279,10 @@ def without_emptying_slabs_before_they_are_written_again(patch: pytest.MonkeyPat
 
 
 def without_ordinary_memory(patch: pytest.MonkeyPatch) -> None:
-    def put(parcel: Parcel, start: int, arrived: Tensor) -> None:
-        parcel.value = arrived.view(parcel._dtype).view(parcel._shape)
+    def put_whole(parcel: Parcel, arrived: Tensor) -> None:
+        parcel.value = arrived.view(parcel._shape)
 
-    patch.setattr(Parcel, "put", put)
+    patch.setattr(Parcel, "put_whole", put_whole)
 
 
 def without_a_bound(patch: pytest.MonkeyPatch) -> None:

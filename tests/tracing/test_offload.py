@@ -494,6 +494,22 @@ def test_without_an_accelerator_there_is_no_outbox() -> None:
     assert streams.lane_of(torch.device("meta")) is None
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a real device is needed")
+def test_a_model_on_a_real_device_is_recorded_as_hooks_see_it() -> None:
+    paths = [f"transformer.h.{layer}" for layer in range(4)]
+    other = LanguageModel("tracekit/tiny")
+    other.module.to("cuda")
+    ids = other.tokenizer([PROMPT] * 3, return_tensors="pt")["input_ids"].cuda()
+    length = {"max_new_tokens": 6, "do_sample": False}
+    expected = by_hooks(other.module, lambda: other.module.generate(ids, **length), *paths)
+    expected = {path: [each.cpu() for each in values] for path, values in expected.items()}
+    for capacity in (2**28, 2**16, 4096, 0):
+        with settings.changed(offload_bytes=capacity):
+            with other.generate(ids, **length) as tracer:
+                cache = tracer.cache(modules=list(other.transformer.h))
+            agree(cache, expected)
+
+
 # -- any program ----------------------------------------------------------------------------------
 
 KINDS = st.sampled_from(["linear", "overwritten", "view", "pair", "empty", "bfloat16"])

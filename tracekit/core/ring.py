@@ -21,10 +21,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from tracekit.core.streams import Event, Lane
+from tracekit.core.streams import Event, Lane, bytes_of
 
 SLABS = 16  # one is filled, others are under way or wait to be emptied
 ALIGNED = 16  # bytes; what a slab is a multiple of
+
+_COMMON = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
 @final
@@ -39,6 +41,10 @@ class Parcel:
         self._bytes: Tensor | None = None  # of the same memory
         self.value: Tensor | None = None
 
+    def put_whole(self, arrived: Tensor) -> None:
+        """Take all its numbers."""
+        self.value = arrived.view(self._shape).clone()
+
     def put(self, start: int, arrived: Tensor) -> None:
         """Take bytes of it, from `start`; they come in order."""
         if self._bytes is None or self._made is None:
@@ -51,13 +57,14 @@ class Parcel:
 
 
 @final
-@dataclass
+@dataclass(slots=True)
 class Piece:
-    """Bytes on the device, and which of a parcel they are."""
+    """A flat part of a parcel on the device: bytes from `start`, or all its numbers (None)."""
 
     parcel: Parcel
-    start: int
-    bytes: Tensor
+    start: int | None
+    flat: Tensor
+    size: int  # bytes
 
 
 @final
@@ -103,29 +110,36 @@ class Ring:
                 self._take_out(slab)
 
     def _batches(self, load: Sequence[tuple[Tensor, Parcel]]) -> Iterator[list[Piece]]:
-        """What goes into one slab each."""
+        """What goes into one slab each; of one dtype as a rule, which is quicker to move."""
         pieces: list[Piece] = []
         room = self.size
         for tensor, parcel in load:
-            start, flat = 0, _bytes_of(tensor)
-            if not flat.numel():
-                parcel.put(0, torch.empty(0, dtype=torch.uint8, device="cpu"))
-            while start < flat.numel():
-                piece = Piece(parcel, start, flat[start : start + room])
-                pieces.append(piece)
-                start += piece.bytes.numel()
-                room -= piece.bytes.numel()
-                if not room:
+            for piece in self._pieces(tensor, parcel):
+                if piece.size > room:
                     yield pieces
                     pieces, room = [], self.size
+                pieces.append(piece)
+                room -= piece.size
         if pieces:
             yield pieces
 
+    def _pieces(self, tensor: Tensor, parcel: Parcel) -> Iterator[Piece]:
+        """Parts of a value that fit a slab each."""
+        if tensor.dtype in _COMMON and 0 < tensor.nbytes <= self.size and not tensor.is_neg():
+            yield Piece(parcel, None, tensor.reshape(-1), tensor.nbytes)
+            return
+        flat = bytes_of(tensor)
+        if not flat.numel():
+            parcel.put(0, torch.empty(0, dtype=torch.uint8, device="cpu"))
+        for start in range(0, flat.numel(), self.size):
+            part = flat[start : start + self.size]
+            yield Piece(parcel, start, part, part.numel())
+
     def _depart(self, slab: Slab, pieces: list[Piece]) -> None:
-        size = sum(piece.bytes.numel() for piece in pieces)
+        size = sum(piece.size for piece in pieces)
         staging, pinned = slab.staging[:size], slab.pinned[:size]
         slab.pieces = pieces
-        self.lane.gather([piece.bytes for piece in pieces], staging)
+        self.lane.gather([piece.flat for piece in pieces], staging)
         self._count += 1
         slab.number = self._count
         slab.end = self.lane.copy(staging, pinned, self.lane.mark())
@@ -133,7 +147,7 @@ class Ring:
     def _send_at_once(self, pieces: list[Piece]) -> None:
         """Where there is no memory for a ring: the model waits for each."""
         for piece in pieces:
-            piece.parcel.put(piece.start, piece.bytes.to("cpu"))
+            piece.parcel.put(piece.start or 0, bytes_of(piece.flat).to("cpu"))
 
     # -- slabs ----------------------------------------------------------------------------------
 
@@ -177,20 +191,20 @@ class Ring:
         """Wait for a slab, and empty it into ordinary memory; then it may be written again."""
         assert slab.end is not None
         slab.end.wait()
-        sizes = [piece.bytes.numel() for piece in slab.pieces]
-        for piece, arrived in zip(slab.pieces, slab.pinned[: sum(sizes)].split(sizes), strict=True):
-            piece.parcel.put(piece.start, arrived)
+        sizes = [piece.size for piece in slab.pieces]
+        arrived = slab.pinned[: sum(sizes)]
+        dtypes = {piece.flat.dtype if piece.start is None else None for piece in slab.pieces}
+        dtype = next(iter(dtypes)) if len(dtypes) == 1 else None
+        if dtype is not None:
+            parts = arrived.view(dtype).split([size // dtype.itemsize for size in sizes])
+            for piece, part in zip(slab.pieces, parts, strict=True):
+                piece.parcel.put_whole(part)
+        else:
+            for piece, part in zip(slab.pieces, arrived.split(sizes), strict=True):
+                piece.parcel.put(piece.start or 0, part)
         slab.end = None
         slab.pieces = []
 
     def __repr__(self) -> str:
         under_way = len(self._under_way())
         return f"Ring({self.lane}, {len(self._slabs)} slabs of {self.size} bytes, {under_way} sent)"
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """All bytes of a tensor in order; its own memory where that is contiguous."""
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg()
-    whole = tensor.contiguous()
-    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)

@@ -44,7 +44,7 @@ class Lane(Protocol):
         ...
 
     def gather(self, sources: Sequence[Tensor], into: Tensor) -> None:
-        """Write flat bytes one behind another into `into`, on the stream of the model.
+        """Write flat tensors one behind another into bytes, on the stream of the model.
 
         In its order: behind what made them, and before whatever it is given to overwrite them.
         """
@@ -130,11 +130,22 @@ class _TorchEvent:
 
 
 def write_in_a_row(sources: Sequence[Tensor], into: Tensor) -> None:
-    """Write flat bytes one behind another into `into`, which they fill: one call for all."""
-    # Eight bytes at a time where all allow it: a kernel moves elements, however small they are.
-    wide = all(_is_wide(source) for source in sources)
-    unit = torch.int64 if wide else torch.uint8
-    torch.cat([source.view(unit) for source in sources], out=into.view(unit))
+    """Write flat tensors one behind another into the bytes `into`, which they fill, in one call."""
+    unit = sources[0].dtype
+    if unit is torch.uint8 or any(source.dtype is not unit for source in sources):
+        sources = [bytes_of(source) for source in sources]
+        # Eight at a time where all allow it: a kernel moves elements, however small they are.
+        unit = torch.int64 if all(map(_is_wide, sources)) else torch.uint8
+        sources = [source.view(unit) for source in sources]
+    torch.cat(list(sources), out=into.view(unit))
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """All bytes of a tensor in order; its own memory where that is contiguous."""
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    whole = tensor.contiguous()
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)
 
 
 def _is_wide(flat: Tensor) -> bool:

@@ -145,16 +145,17 @@ class Offload:
             loads.setdefault(ring, []).append((leaf, parcel))
             return parcel
 
-        sent = map_leaves(packed, value)
+        sent = packed(value) if type(value) is Tensor else map_leaves(packed, value)
         return module, slot, step, sent, _renewed(value, then, sent)
 
     def _deliver(self) -> None:
         """Put what has arrived into the records, as far as that goes without a gap."""
         while self._arrived < self._shipped:
             module, slot, step, value, then = self._records[self._arrived]
-            if any(isinstance(leaf, Parcel) and leaf.value is None for leaf in _leaves(value)):
+            parcels = [value] if type(value) is Parcel else _leaves(value)
+            if any(isinstance(leaf, Parcel) and leaf.value is None for leaf in parcels):
                 return
-            came = map_leaves(_opened, value)
+            came = _opened(value) if type(value) is Parcel else map_leaves(_opened, value)
             self._records[self._arrived] = module, slot, step, came, _renewed(value, then, came)
             self._arrived += 1
 
