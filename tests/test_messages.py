@@ -235,6 +235,15 @@ def a_weight_that_is_elsewhere() -> None:
         model[0].input @ net[0].weight
 
 
+def a_device_that_fails_with_values_under_way() -> None:
+    from tests.fake_lane import HERE, Accelerator
+
+    accelerator = Accelerator()
+    accelerator.fails_after = 0
+    with accelerator.at_work(), MODEL.trace(X) as tracer:
+        tracer.cache(device=HERE)
+
+
 CASES = [
     Case(
         a_text_of_two_tokens,
@@ -345,6 +354,14 @@ CASES = [
         "first in the block, or name modules that come later. [cache]",
     ),
     Case(
+        a_device_that_fails_with_values_under_way,
+        errors.OffloadError,
+        "what was recorded last did not come to the host, and is not in the cache: CUDA error: an "
+        "illegal memory access was encountered. An operation of the model may be the cause, as "
+        "devices tell late: with tracekit.settings.offload_bytes = 0 each value is copied at "
+        "once. [offload]",
+    ),
+    Case(
         a_gradient_without_a_graph,
         errors.GradientError,
         "there is no way back from Tensor[] float32 cpu (a leaf): it does not require grad: it "
@@ -430,7 +447,7 @@ CASES = [
         a_misspelled_setting,
         errors.SettingError,
         "'lift_block' is not a setting; did you mean 'lift_blocks'? "
-        "(there: defer_reads, lift_blocks). [setting]",
+        "(there: defer_reads, lift_blocks, offload_bytes). [setting]",
     ),
 ]
 

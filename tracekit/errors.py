@@ -123,6 +123,12 @@ class OverwrittenError(TracekitError):
     slug = "overwritten"
 
 
+class OffloadError(TracekitError):
+    """Recorded values did not come from an accelerator to the host."""
+
+    slug = "offload"
+
+
 class GradientError(TracekitError):
     """A gradient was asked for that no backward pass can bring."""
 

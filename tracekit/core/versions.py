@@ -104,8 +104,7 @@ class _Counted:
     def __init__(self, label: object, tensor: Tensor) -> None:
         self.label = label
         self.storage = StorageWeakRef(tensor.untyped_storage())
-        self._probe = tensor.detach()  # shares the counter …
-        self._probe.data = tensor.new_empty(0)  # … and not the memory
+        self._probe = counter(tensor)
         self._version = tensor._version
 
     def renew(self) -> None:
@@ -221,6 +220,13 @@ def version(tensor: Tensor) -> int:
     """The version counter, or UNKNOWN for a tensor that keeps none, or no numbers."""
     is_numberless = type(tensor) is not Tensor and is_fake(tensor)
     return UNKNOWN if is_numberless else changes(tensor)
+
+
+def counter(tensor: Tensor) -> Tensor:
+    """A tensor that has the version counter of `tensor`, and holds none of its memory."""
+    probe = tensor.detach()
+    probe.data = tensor.new_empty(0)
+    return probe
 
 
 def changes(tensor: Tensor) -> int:
