@@ -15,7 +15,7 @@ from torch import Tensor
 from tracekit.errors import InputError, StorageError
 from tracekit.harvesting.capture import Capture, Positions, kept_of
 from tracekit.harvesting.contexts import Context, Reading
-from tracekit.harvesting.documents import Documents, digest_of
+from tracekit.harvesting.documents import Document, Documents, digest_of
 from tracekit.harvesting.progress import Progress
 from tracekit.harvesting.sites import sites_of
 from tracekit.harvesting.spec import fingerprint_of, model_told, tokenizer_told
@@ -179,14 +179,20 @@ class Harvest:
 
     def _told(self, number: int, counts: Counter[str] | None = None) -> Told:
         first = number * self.documents_of_shard
-        digest = digest_of(self._documents(number))
+        digest = digest_of(self.documents_in(number))
         mark = fingerprint_of(self.spec, first, digest)
         told = {name: count for name, count in sorted((counts or {}).items()) if count}
         return Told(mark, self.spec, number, self.shards, first, told)
 
-    def _documents(self, number: int) -> list[Any]:
+    def documents_in(self, number: int) -> list[Document]:
+        """The documents of this shard."""
         size = self.documents_of_shard
         return self.documents.between(number * size, (number + 1) * size)
+
+    def size_of(self, number: int) -> int:
+        """How many documents this shard has."""
+        first = number * self.documents_of_shard
+        return min(self.documents_of_shard, len(self.documents) - first)
 
     # -- making them ----------------------------------------------------------------------------
 
@@ -196,10 +202,11 @@ class Harvest:
         Whatever ends it, each shard is there whole or not at all; run it again for the rest.
         """
         numbers = range(self.shards) if shards is None else sorted(shards)
-        with Progress(len(self.documents), progress) as shown:
+        count = sum(map(self.size_of, numbers))
+        with Progress(count, progress) as shown:
             for number in numbers:
                 if self.is_done(number):
-                    shown.skip(len(self._documents(number)))
+                    shown.skip(self.size_of(number))
                 else:
                     self.run_shard(number, shown)
 
@@ -207,7 +214,7 @@ class Harvest:
         """Make one shard, whether it is there or not; its path."""
         if not 0 <= number < self.shards:
             raise InputError(f"there is no shard {number}: there are {self.shards}, from 0.")
-        documents = self._documents(number)
+        documents = self.documents_in(number)
         first = number * self.documents_of_shard
         contexts, counts = self._reading.contexts(self.model, documents, first)
         kept = [self._kept.of(context) for context in contexts]
