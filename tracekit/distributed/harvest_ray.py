@@ -2,7 +2,7 @@
 
 # Guarantees:
 #   - a worker makes shards of the very harvest that the driver planned, or refuses to begin;
-#   - what a worker had in hand when it died is made again, by it or by the one started in its place;
+#   - what a worker had in hand when it died is made again, by the one started in its place;
 #   - Ray is left as it was found: not running if it was not.
 
 from __future__ import annotations

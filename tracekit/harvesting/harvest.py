@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
+from tracekit.core.files import remove_parts
 from tracekit.errors import InputError, StorageError
 from tracekit.harvesting.capture import Capture, Positions, kept_of
 from tracekit.harvesting.contexts import Context, Reading
@@ -19,10 +20,10 @@ from tracekit.harvesting.documents import Document, Documents, digest_of
 from tracekit.harvesting.progress import Progress
 from tracekit.harvesting.sites import sites_of
 from tracekit.harvesting.spec import fingerprint_of, model_told, tokenizer_told
+from tracekit.harvesting.writing import Writer
 from tracekit.models.language import LanguageModel
 from tracekit.models.padding import context_length
 from tracekit.storage.activations import differences
-from tracekit.storage.files import remove_parts
 from tracekit.storage.shards import Shard, Told, name_of, write_shard
 from tracekit.tracing.wanted import Names
 
@@ -130,14 +131,15 @@ class Harvest:
             return self._asked_size
         sample = self.documents.between(0, min(_SAMPLE, len(self.documents)))
         contexts, _ = self._reading.contexts(self.model, sample, 0)
-        if not contexts:
-            return max(1, len(self.documents))
-        kept = sum(len(self._kept.of(context)) for context in contexts)
-        first = max(contexts, key=len)
-        rows, _ = self._capture.rows([first], [range(len(first))])
-        bytes_of_row = sum(tensor.nbytes for tensor in rows.values()) / len(first)
-        bytes_of_document = bytes_of_row * max(kept, 1) / max(1, len(sample))
-        return max(1, int(_SHARD // bytes_of_document))
+        rows = sum(len(self._kept.of(context)) for context in contexts)
+        bytes_of_row = sum(tensor.nbytes for tensor in self._one_row.values())
+        return max(1, int(_SHARD * len(sample) // max(rows * bytes_of_row, 1)))
+
+    @cached_property
+    def _one_row(self) -> dict[str, Tensor]:
+        """By site the row of some token, `[1, …]`, for its shape and dtype."""
+        rows, _ = self._capture.rows([Context([0], [0])], [[0]])
+        return rows
 
     @property
     def shards(self) -> int:
@@ -200,18 +202,27 @@ class Harvest:
         """Make these shards (None: all), but for those that are done.
 
         Whatever ends it, each shard is there whole or not at all; run it again for the rest.
+        While a shard is written the next one is made, so two are in memory.
         """
         numbers = range(self.shards) if shards is None else sorted(shards)
         count = sum(map(self.size_of, numbers))
-        with Progress(count, progress) as shown:
+        with Progress(count, progress) as shown, Writer() as writer:
             for number in numbers:
+                size = self.size_of(number)
                 if self.is_done(number):
-                    shown.skip(self.size_of(number))
+                    shown.skip(size)
                 else:
-                    self.run_shard(number, shown)
+                    writer.put(self._made(number, shown), partial(shown.finish, size))
 
     def run_shard(self, number: int, progress: Progress | None = None) -> Path:
         """Make one shard, whether it is there or not; its path."""
+        self._made(number, progress)()
+        if progress is not None:
+            progress.finish(self.size_of(number))
+        return self.path_of(number)
+
+    def _made(self, number: int, progress: Progress | None) -> Callable[[], None]:
+        """Run the model for a shard; what writes it."""
         if not 0 <= number < self.shards:
             raise InputError(f"there is no shard {number}: there are {self.shards}, from 0.")
         documents = self.documents_in(number)
@@ -221,13 +232,15 @@ class Harvest:
         acts = self._acts(contexts, kept, counts, progress)
         counts["rows"] = sum(map(len, kept))
         counts["dropped tokens"] = sum(map(len, contexts)) - counts["rows"]
+        told = self._told(number, counts)
+        return partial(self._write, number, acts, _columns(contexts, kept), told)
+
+    def _write(
+        self, number: int, acts: dict[str, Tensor], columns: dict[str, Tensor], told: Told
+    ) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        path = self.path_of(number)
-        write_shard(path, acts, _columns(contexts, kept), self._told(number, counts))
-        remove_parts(path)
-        if progress is not None:
-            progress.finish(len(documents))
-        return path
+        write_shard(self.path_of(number), acts, columns, told)
+        remove_parts(self.path_of(number))
 
     def _acts(
         self,
@@ -238,7 +251,9 @@ class Harvest:
     ) -> dict[str, Tensor]:
         """By site the rows of all contexts, in their order."""
         begins = [0, *torch.tensor([len(each) for each in kept]).cumsum(0).tolist()]
-        found: dict[str, Tensor] = {}
+        found = {
+            key: row.new_empty(begins[-1], *row.shape[1:]) for key, row in self._one_row.items()
+        }
         order = sorted(range(len(contexts)), key=lambda n: -len(contexts[n]))  # little padding
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
@@ -246,8 +261,6 @@ class Harvest:
             counts.update(more)
             sizes = [len(kept[n]) for n in batch]
             for key, values in rows.items():
-                if key not in found:
-                    found[key] = values.new_empty(begins[-1], *values.shape[1:])
                 for n, part in zip(batch, values.split(sizes), strict=True):
                     found[key][begins[n] : begins[n + 1]] = part
             if progress is not None:

@@ -15,15 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from tracekit.core.fingerprint import fingerprint
 from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
-from tracekit.models.prefix_files import fingerprint
 
 _VOLATILE: Final = ("_name_or_path", "transformers_version", "_commit_hash")
-_OF_A_CALL: Final = {
-    "padding": None,
-    "truncation": None,
-}  # a tokenizer keeps those of its last call
+_OF_A_CALL: Final = {"padding": None, "truncation": None}  # kept from a tokenizer's last call
 
 
 def model_told(model: LanguageModel, note: str) -> dict[str, Any]:

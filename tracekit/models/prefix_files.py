@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from pathlib import Path
@@ -12,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tracekit.core.fingerprint import fingerprint
 from tracekit.errors import LoadingError, UnsupportedError
 from tracekit.models.inputs import device_of
 from tracekit.models.kv_layers import FIXED, SHAREABLE, KvLayer, kind_of
 from tracekit.models.prefix import Prefix, Source
 
 FORMAT: Final = "tracekit prefix 1"
-SAMPLE: Final = 8  # numbers of each weight that tell it from another's
 _FOLLOW: Final = frozenset({"dtype", "device"})  # from the tensors that are loaded
 
 
@@ -66,15 +65,6 @@ def load_prefix(model: Any, path: str | Path) -> Prefix:
         source=source,
         has_media=described["has_media"],
     )
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Tells one set of weights from another: names, shapes, dtypes, and some numbers of each."""
-    found = hashlib.sha256()
-    for name, weight in module.named_parameters():
-        numbers = [] if weight.is_meta else weight.detach().reshape(-1)[:SAMPLE].float().tolist()
-        found.update(repr((name, tuple(weight.shape), str(weight.dtype), numbers)).encode())
-    return found.hexdigest()
 
 
 # -- write ----------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
+from tracekit.core.files import TensorFile, write_tensors
 from tracekit.errors import StorageError
-from tracekit.storage.files import TensorFile, write_tensors
 
 FORMAT: Final = "tracekit activations 1"
 COLUMNS: Final = ("tokens", "doc", "pos", "step")  # [rows], int32
