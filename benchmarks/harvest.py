@@ -6,10 +6,11 @@
 GPT-2 of 12 layers (random weights), one torch thread, contexts of 128 tokens in batches of 16. In
 each round every loop goes over the same contexts, in an order drawn anew; the ratio is of the two
 times in one round. The harvest writes shards, a batch each, with checksums, each while the next is
-made, and ends when all is on the disk. The bare forward is of the layers that are needed, cut off behind them, with a plain hook on
-each site that appends what it is given to a list; nothing is copied or written. SAELens' own
-ActivationsStore fetches tokens and activations of the same sites, on a HookedTransformer of the
-same weights; nothing is written either. All three are held against each other.
+made, and ends when all is on the disk. The bare forward is of the layers that are needed, cut off
+behind them, with a plain hook on each site that appends what it is given to a list; nothing is
+copied or written. SAELens' own ActivationsStore fetches tokens and activations of the same sites,
+on a HookedTransformer of the same weights; nothing is written either. All three are held against
+each other.
 
 `--disk` writes activations of that size, drops what the system keeps of them in memory, and reads
 them back, in order and shuffled: megabytes a second, and seconds of the processor.
