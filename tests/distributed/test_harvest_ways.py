@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import signal
@@ -54,6 +55,13 @@ def alone(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> dic
     acts = harvest(model, TEXTS, SITES, out, **OPTIONS)
     assert acts.counts["documents"] == len(TEXTS)
     return sums(out)
+
+
+def test_it_takes_what_a_harvest_takes() -> None:
+    own, whole = (inspect.signature(each).parameters for each in (Harvest, harvest))
+    assert {name: each.default for name, each in own.items()}.items() <= {
+        name: each.default for name, each in whole.items()
+    }.items()
 
 
 # -- parts and ranks -------------------------------------------------------------------------------

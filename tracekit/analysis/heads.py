@@ -111,7 +111,7 @@ def repeated_tokens(model: LanguageModel, length: int = 20, rows: int = 8, seed:
     parts = [blocks, blocks]
     if model.tokenizer is not None and model.tokenizer_prepends_bos:
         parts.insert(0, torch.full((rows, 1), int(model.tokenizer.bos_token_id)))
-    return torch.cat(parts, 1).to(next(model.module.parameters()).device)
+    return torch.cat(parts, 1).to(model.device)
 
 
 @showing_own_lines

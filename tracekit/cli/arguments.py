@@ -171,6 +171,14 @@ def _harvest(add: _Add) -> None:
         help="see tracekit tree --names",
     )
     command.add_argument("--out", required=True, metavar="DIR", help="where to write the shards")
+    _contents(command)
+    _shards(command)
+    command.add_argument("--plan", action="store_true", help="say what there is to do, and end")
+    _json(command)
+
+
+def _contents(command: argparse.ArgumentParser) -> None:
+    """What the model reads, and what is kept of it."""
     command.add_argument(
         "--context-size",
         type=_positive,
@@ -206,6 +214,17 @@ def _harvest(add: _Add) -> None:
         metavar="N",
         help="contexts at once (default: 16)",
     )
+    command.add_argument("--limit", type=_positive, metavar="N", help="the first N documents alone")
+    command.add_argument("--column", metavar="NAME", help="of the data set (default: text)")
+    command.add_argument("--config", metavar="NAME", help="of a data set of the Hub")
+    command.add_argument(
+        "--split", default="train", metavar="NAME", help="of the data set (default: train)"
+    )
+    command.add_argument("--note", default="", metavar="TEXT", help="kept with the activations")
+
+
+def _shards(command: argparse.ArgumentParser) -> None:
+    """Who makes which."""
     command.add_argument(
         "--shard-documents", type=_positive, metavar="N", help="default: for files of about 64 MB"
     )
@@ -214,18 +233,9 @@ def _harvest(add: _Add) -> None:
     )
     command.add_argument("--on", choices=("ray",), help="make them on the workers of a Ray cluster")
     command.add_argument("--workers", type=_positive, metavar="N", help="of Ray")
-    command.add_argument("--limit", type=_positive, metavar="N", help="the first N documents alone")
-    command.add_argument("--column", metavar="NAME", help="of the data set (default: text)")
-    command.add_argument("--config", metavar="NAME", help="of a data set of the Hub")
-    command.add_argument(
-        "--split", default="train", metavar="NAME", help="of the data set (default: train)"
-    )
-    command.add_argument("--note", default="", metavar="TEXT", help="kept with the activations")
     command.add_argument(
         "--repair", action="store_true", help="make damaged shards, and those of others, again"
     )
-    command.add_argument("--plan", action="store_true", help="say what there is to do, and end")
-    _json(command)
 
 
 def _activations(add: _Add) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, final
 
 from torch import nn
 
+from tracekit.core.absent import NoAbsentWeights
 from tracekit.core.annex import ANNEX, owner_of
 from tracekit.core.norms import NormKind
 from tracekit.core.pieces import Annex, Piece
@@ -205,6 +206,15 @@ class Tree:
             if "_compiled_call_impl" in state or "_compiled_call" in state or "dynamo_ctx" in state:
                 return True
         return False
+
+    def around_runs(self) -> AbstractContextManager[object]:
+        """What is to be entered while `root` runs; as fast as every trace needs it."""
+        if not isinstance(self.mode, nullcontext):
+            return self.mode
+        for state in self._states:
+            if "_hf_hook" in state:  # accelerate may have put weights elsewhere
+                return NoAbsentWeights(self.root, self.name) if self.is_empty() else self.mode
+        return self.mode
 
     def is_empty(self) -> bool:
         """Whether there are weights that hold no numbers; as fast as every trace needs it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -18,6 +19,12 @@ from tracekit.models.language import LanguageModel
 from tracekit.storage.activations import Activations, load_activations
 from tracekit.storage.shards import Shard
 from tracekit.tracing.wanted import Names
+
+OPTIONS: Final = tuple(
+    name
+    for name, each in inspect.signature(Harvest).parameters.items()
+    if each.kind is each.KEYWORD_ONLY
+)
 
 
 @showing_own_lines
@@ -44,62 +51,26 @@ def harvest(
     workers: int | None = None,
     progress: bool = True,
 ) -> Activations:
-    """The activations of a data set at some sites, written into the directory `out`.
+    """The activations of a data set at some sites, written into the directory `out`, in shards.
 
-    What a site gives for each token becomes a row: `[rows, width]` of a residual stream,
-    `[rows, heads, width of a head]` of `z`. Beside it stand the token, the number of its document
-    and its position. The model runs without gradients, up to the last layer that is needed.
+    The first block of arguments is explained by `tracekit.Harvest`: what the model reads, what is
+    kept of it and with which loss, and what a shard is. A harvest may be killed at any moment; run
+    again, it makes what is missing. The others say who makes which shards; the files are the same,
+    byte for byte (with as many threads of torch):
 
-    `dataset`: texts, rows of token numbers, tokens `[documents, tokens]`, a file or several with a
-    document in each line (.txt, .jsonl), a Hugging Face data set (its `column`: "text",
-    "input_ids" or "tokens" where none is named), or anything else that can be gone through, with a
-    `limit` of documents.
-    `sites`: names ("resid_post", "layers.3.mlp_out"), patterns, a list of them, as `names_filter`
-    of `run_with_cache` takes. They must have a value for each token.
-
-    From documents to what the model reads: `context_size` tokens at most (None: what the model has
-    room for, 1024 at most). A longer document goes on in a further context, which does not see the
-    one before. `pack=True` fills contexts with documents one behind the other, parted by the
-    end-of-sequence token; else each has contexts of its own, padded (padding is never kept).
-    `prepend_bos`: None, as the tokenizer does. `batch_size` contexts are run at once.
-
-    Kept are all `positions` of a context; "last", a number, a slice or numbers choose, and only
-    those leave the device. `skip_special=True` drops the tokenizer's special tokens. What was
-    dropped is counted: `activations.counts`. `dtype` (None: as the model computes, which is
-    lossless) rounds, and values that don't fit are counted.
-
-    A shard is a file of `shard_documents` documents (None: so many that it has about 64 MB),
-    written whole or not at all. So a harvest may be killed at any moment: run again, it makes the
-    shards that are missing. StorageError for a shard that is damaged or of another harvest (other
-    weights, sites, documents, options), which `repair=True` makes again. `note` says what a
-    fingerprint of the model can't see; a harvest with another note is another.
-
-    Who makes which: `shards="2/8"` is this process' part as in an array job, every 8th shard from
-    the 2nd (counted from 1, "1/8" to "8/8"); numbers are those shards (from 0). Processes under
-    `torchrun` (RANK and WORLD_SIZE in the environment, or torch.distributed initialised) divide the
-    shards, or the part, among themselves. `on="ray"` has `workers` do it, actors that hold the
-    model: one for each GPU of the cluster if the model is on one, else one for as many processors
-    as torch has threads here. What dies is started again, and its shard made again; Ray is started
-    if it was not, and stopped then. The files are the same, byte for byte, whoever made them.
+    `shards="2/8"` is a part, as of an array job: every 8th from the 2nd (counted from 1, "1/8" to
+    "8/8"). Numbers are those shards, from 0. Ranks under `torchrun` (RANK and WORLD_SIZE in the
+    environment, or torch.distributed initialised) divide all shards, or the part, among themselves.
+    `on="ray"`: `workers` do it, actors that hold the model (None: one for each GPU if the model is
+    on one, else one for as many processors as torch has threads). One that dies is started again,
+    and makes its shard again. Ray is started if it was not, and stopped then.
 
     Returns the activations of all shards, or of those that this process was to make; it waits for
     no other: `load_activations(out)` has all when all have ended. `progress=False`: no bar.
     """
+    given = dict(locals())  # first, when there is nothing but the arguments
+    options = {name: given[name] for name in OPTIONS}
     ranks = _ranks(model, on, workers)
-    options: dict[str, Any] = {
-        "context_size": context_size,
-        "pack": pack,
-        "prepend_bos": prepend_bos,
-        "positions": positions,
-        "skip_special": skip_special,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "shard_documents": shard_documents,
-        "column": column,
-        "limit": limit,
-        "note": note,
-        "repair": repair,
-    }
     made = Harvest(model, dataset, sites, out, **options)
     numbers = numbers_of(shards, made.shards, ranks)
     if on is None:

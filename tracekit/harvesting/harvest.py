@@ -63,7 +63,31 @@ class Harvest:
     `run_shard(i)` makes one, and one is done when its file is there with the same fingerprint (of
     the model and its weights, edits, sites, dtype, tokens, and documents). So several processes may
     share the shards of one directory, and a harvest that was killed goes on where it was.
-    The arguments are those of `tracekit.harvest`.
+
+    What a site gives for each token becomes a row: `[rows, width]` of a residual stream,
+    `[rows, heads, width of a head]` of `z`. Beside it stand the token, the number of its document
+    and its position. The model runs without gradients, up to the last layer that is needed.
+
+    `dataset`: texts, rows of token numbers, tokens `[documents, tokens]`, a file or several with a
+    document in each line (.txt, .jsonl), a Hugging Face data set (its `column`: "text",
+    "input_ids" or "tokens" where none is named), or whatever can be gone through, with a `limit` of
+    documents. `sites`: names ("resid_post", "layers.3.mlp_out"), patterns, or a list of them, as
+    `names_filter` of `run_with_cache` takes; they must have a value for each token.
+
+    The model reads `context_size` tokens at once (None: what it has room for, 1024 at most), in
+    batches of `batch_size`. A longer document goes on in a further context, which does not see the
+    one before. `pack=True` fills contexts with documents one behind the other, parted by the
+    end-of-sequence token; else each has contexts of its own, padded, and padding is never kept.
+    `prepend_bos`: None, as the tokenizer does.
+
+    Kept are all `positions` of a context; "last", a number, a slice or numbers choose, and only
+    those leave the device. `skip_special=True` drops the tokenizer's special tokens. What is
+    dropped is counted (`activations.counts`). `dtype` None loses nothing; another rounds, and
+    values that don't fit are counted.
+
+    A shard has `shard_documents` documents (None: so many that its file has about 64 MB).
+    StorageError for one that is damaged or of another harvest; with `repair=True` it is made again.
+    `note` is kept with the activations: a harvest with another note is another.
     """
 
     def __init__(

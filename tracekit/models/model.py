@@ -19,6 +19,7 @@ from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.face import calling
 from tracekit.models.functional import Functional
 from tracekit.models.generation import forward, generate, generation
+from tracekit.models.holdings import Weights
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
@@ -255,6 +256,13 @@ class Model(Functional):
         is without a session; `session.stop()` leaves it from anywhere, also from within a trace.
         """
         return Session()
+
+    @property
+    def weights(self) -> Any:
+        """`model.weights.of(module)` has copies of a module's weights, wherever these are."""
+        if hasattr(self.module, "weights"):  # its own wins
+            return self.__getattr__("weights")
+        return Weights(self)
 
     # -- lasting edits --------------------------------------------------------------------------
 

@@ -12,12 +12,13 @@ from torch import nn
 
 from tracekit.capture import showing_own_lines
 from tracekit.core.annex import ANNEX
+from tracekit.core.offload import device_of
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import (
-    LoadingError,
     NeverRanError,
+    OffloadedError,
     OutsideTraceError,
     UnknownModuleError,
     UnsupportedError,
@@ -142,10 +143,13 @@ class Envoy(Standard):
 
     @property
     def device(self) -> torch.device | None:
-        """Where the module's first weight is; None if it has none."""
+        """Where the module computes: where its first weight is, or accelerate brings it.
+
+        None if it has no weights.
+        """
         module: nn.Module = self.module
         weights = itertools.chain(module.parameters(), module.buffers())
-        return next((weight.device for weight in weights), None)
+        return device_of(module) or next((weight.device for weight in weights), None)
 
     def get(self, path: str) -> Envoy:
         """The module at a path below this one: `model.get("transformer.h.0.mlp")`.
@@ -212,9 +216,10 @@ class Envoy(Standard):
             load_first()  # a method may use the weights, or hand them out
             return getattr(self.module, name)
         if is_on_meta:
-            raise LoadingError(
+            raise OffloadedError(
                 f"{self._path}.{name} is offloaded, not in memory: computing with it would give "
-                f"garbage. Call the module instead, as in {self._path}(x)."
+                f"garbage. Call the module instead, as in {self._path}(x), or take a copy: "
+                f"{self._tree.name}.weights.of({self._path})[{name!r}]."
             )
         return value
 

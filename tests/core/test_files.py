@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tracekit.storage.files import TensorFile, remove_parts, write_tensors
 
+from tracekit.core import files
+from tracekit.core.files import TensorFile, remove_parts, write_tensors
 from tracekit.errors import StorageError
-from tracekit.storage import files
 
 FORMAT = {"format": "a test 1"}
 TENSORS = {

@@ -1,0 +1,76 @@
+"""Refuse to compute with weights that are not in memory: torch would give numbers all the same."""
+
+# torch 2.13 on the CPU: matmul, linear, conv, gather and others of a tensor with one on meta return
+# memory that was never written, with no error; add_ does nothing.
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final, final
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tracekit.errors import OffloadedError
+
+# What asks the other tensor for its shape, dtype or device alone, or writes onto meta.
+_HARMLESS: Final = frozenset(
+    {
+        Tensor.to,
+        Tensor.type_as,
+        Tensor.view_as,
+        Tensor.expand_as,
+        Tensor.reshape_as,
+        Tensor.copy_,
+        Tensor.__setstate__,
+    }
+)
+
+
+@final
+class NoAbsentWeights(TorchFunctionMode):
+    """Raises OffloadedError where a tensor on meta meets one that has numbers.
+
+    For runs of a model that has weights elsewhere: of its blocks, and of the model itself, whose
+    forward may read a weight of a module that it does not call.
+    """
+
+    def __init__(self, root: nn.Module, name: str) -> None:
+        super().__init__()
+        self._root, self._name = root, name
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = list(_tensors((*args, *kwargs.values())))
+        absent = [tensor for tensor in given if tensor.is_meta]
+        if absent and len(absent) < len(given) and func not in _HARMLESS:
+            raise OffloadedError(self._told(func, absent[0]))
+        return func(*args, **kwargs)
+
+    def _told(self, func: Any, absent: Tensor) -> str:
+        path = self._path(absent)
+        what = path or f"a tensor {list(absent.shape)} on meta"
+        whole = (path or "").rpartition(".")[0] or f"{self._name}.MODULE"
+        return (
+            f"{what} is offloaded, not in memory: {getattr(func, '__name__', func)} with it would "
+            f"give garbage. Call the module instead, as in {whole}(x), or take a copy: "
+            f"{self._name}.weights.of({whole}). If it is the model's own forward that reads a "
+            f"weight of a module that it does not call, dispatch it with preload_module_classes=."
+        )
+
+    def _path(self, absent: Tensor) -> str:
+        """Which weight it is, or is a view of; "" if that can't be told."""
+        base = absent._base  # pyright: ignore[reportPrivateUsage] - the only way to tell
+        for path, weight in self._root.named_parameters(self._name):
+            if weight is absent or weight is base:
+                return path
+        return ""
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    """The tensors among arguments, and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (each for each in value if isinstance(each, Tensor))  # pyright: ignore[reportUnknownVariableType]
