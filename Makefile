@@ -93,12 +93,13 @@ notebooks: $(VENV)/.stamp
 	@$(BIN)/python tools/run_notebooks.py $(NOTEBOOKS)
 
 ## make bench         tracekit beside its rivals (BENCH_ARGS="--model 64", GENERATION_ARGS=--cpu)
-bench: .venv-bench/.stamp
+bench: .venv-bench/.stamp .venv-sae/.stamp
 	.venv-bench/bin/python benchmarks/overhead.py $(BENCH_ARGS)
 	.venv-bench/bin/python benchmarks/generation.py $(GENERATION_ARGS)
 	.venv-bench/bin/python benchmarks/prefix.py $(PREFIX_ARGS)
 	.venv-bench/bin/python benchmarks/names.py $(NAMES_ARGS)
 	.venv-bench/bin/python benchmarks/sweep.py $(SWEEP_ARGS)
+	.venv-sae/bin/python benchmarks/harvest.py $(HARVEST_ARGS)
 
 ## make compare       numbers beside TransformerLens' (COMPARE_ARGS="gpt2 llama")
 compare: .venv-bench/.stamp
@@ -138,3 +139,7 @@ $(QUANTISED)/.stamp: pyproject.toml constraints.txt | $(VENV)/.stamp
 
 .venv-bench/.stamp: pyproject.toml constraints.txt
 	$(call install,.venv-bench,constraints.txt,--group benchmarks)
+
+.venv-sae/.stamp: pyproject.toml constraints.txt
+	@mkdir -p build && grep -v '^transformer-lens=' constraints.txt > build/constraints-sae.txt
+	$(call install,.venv-sae,build/constraints-sae.txt,--group sae)

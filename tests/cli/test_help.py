@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Tell
+from tracekit import LanguageModel, harvest
 from tracekit.cli import guards
 from tracekit.cli.arguments import parser
 
@@ -27,12 +29,21 @@ def test_each_command_has_examples_and_says_what_it_does(name: str) -> None:
     assert name in HELPS[""]
 
 
+def prepare(example: str) -> None:
+    """Put what an example works on into the current directory."""
+    if "texts.txt" in example or example.startswith("activations"):
+        Path("texts.txt").write_text("The Eiffel Tower is in\nParis\nthe city of\n", "utf-8")
+    if example.startswith("activations"):
+        harvest(LanguageModel("tracekit/tiny"), "texts.txt", "resid_post", "acts", progress=False)
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_each_example_runs(
     example: str, tell: Tell, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
     monkeypatch.setattr(guards, "EXPERIMENTS", guards.EXPERIMENTS[:2])  # all are in test_doctor.py
     monkeypatch.chdir(str(tmp_path))
+    prepare(example)
     told = tell(*shlex.split(example))
     assert told.status == 0, told.err
     assert told.out and not told.err

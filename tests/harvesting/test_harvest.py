@@ -193,13 +193,13 @@ def test_run_again_it_makes_only_what_is_missing(
     again = Harvest(model, TEXTS, "resid_post", tmp_path, shard_documents=4)
     assert again.plan().left == (1,) and again.plan().done == (0, 2, 3)
     made: list[int] = []
-    original = Harvest.run_shard
+    original = Harvest._made
 
-    def noted(self: Harvest, number: int, *more: Any) -> Path:
+    def noted(self: Harvest, number: int, *more: Any) -> Any:
         made.append(number)
         return original(self, number, *more)
 
-    monkeypatch.setattr(Harvest, "run_shard", noted)
+    monkeypatch.setattr(Harvest, "_made", noted)
     again.run(progress=False)
     assert made == [1] and marks(tmp_path) == before
     assert repr(again.plan()) == (

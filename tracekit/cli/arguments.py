@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(module=f"tracekit.cli.{name}")
         return command
 
-    for each in (_demo, _lens, _patch, _tree, _doctor):
+    for each in (_demo, _lens, _patch, _tree, _harvest, _activations, _doctor):
         each(add)
     return found
 
@@ -143,6 +143,115 @@ def _tree(add: _Add) -> None:
         "--names", action="store_true", help="list the standard names, and where each is"
     )
     command.add_argument("--full", action="store_true", help="show equal layers each on its own")
+    _json(command)
+
+
+def _harvest(add: _Add) -> None:
+    command = add(
+        "harvest",
+        "write the activations of a data set to disk; run again, it makes what is missing",
+        "tracekit/tiny texts.txt --sites resid_post --out acts",
+        "tracekit/tiny texts.txt --sites layers.2.resid_post layers.3.z --out acts --pack",
+        "tracekit/tiny texts.txt --sites resid_post --out acts --positions last --save-as float16",
+        "tracekit/tiny texts.txt --sites resid_post --out acts --shard-documents 1 --shards 2/3",
+        "tracekit/tiny texts.txt --sites resid_post --out acts --plan --json",
+    )
+    _model(command)
+    command.add_argument(
+        "dataset",
+        metavar="DATASET",
+        nargs="+",
+        help="files (.txt, .jsonl: a document in each line), a data set of the Hub, or a directory",
+    )
+    command.add_argument(
+        "--sites",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help="see tracekit tree --names",
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="where to write the shards")
+    _contents(command)
+    _shards(command)
+    command.add_argument("--plan", action="store_true", help="say what there is to do, and end")
+    _json(command)
+
+
+def _contents(command: argparse.ArgumentParser) -> None:
+    """What the model reads, and what is kept of it."""
+    command.add_argument(
+        "--context-size",
+        type=_positive,
+        metavar="N",
+        help="tokens read at once, at most",
+    )
+    command.add_argument(
+        "--pack", action="store_true", help="fill contexts, with documents one behind the other"
+    )
+    command.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="default: as the tokenizer does",
+    )
+    command.add_argument(
+        "--positions",
+        default="all",
+        metavar="WHICH",
+        help="of each context: all (default), last, a number, 2:10, or 0,5",
+    )
+    command.add_argument(
+        "--skip-special", action="store_true", help="leave out the tokenizer's special tokens"
+    )
+    command.add_argument(
+        "--save-as",
+        choices=DTYPES[1:],
+        help="dtype on the disk (default: as the model computes, which loses nothing)",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="contexts at once (default: 16)",
+    )
+    command.add_argument("--limit", type=_positive, metavar="N", help="the first N documents alone")
+    command.add_argument("--column", metavar="NAME", help="of the data set (default: text)")
+    command.add_argument("--config", metavar="NAME", help="of a data set of the Hub")
+    command.add_argument(
+        "--split", default="train", metavar="NAME", help="of the data set (default: train)"
+    )
+    command.add_argument("--note", default="", metavar="TEXT", help="kept with the activations")
+
+
+def _shards(command: argparse.ArgumentParser) -> None:
+    """Who makes which."""
+    command.add_argument(
+        "--shard-documents", type=_positive, metavar="N", help="default: for files of about 64 MB"
+    )
+    command.add_argument(
+        "--shards", metavar="I/N", help="make the I-th of N parts, as of an array job: 1/8 to 8/8"
+    )
+    command.add_argument("--on", choices=("ray",), help="make them on the workers of a Ray cluster")
+    command.add_argument("--workers", type=_positive, metavar="N", help="of Ray")
+    command.add_argument(
+        "--repair", action="store_true", help="make damaged shards, and those of others, again"
+    )
+
+
+def _activations(add: _Add) -> None:
+    command = add(
+        "activations",
+        "what a harvest has written, and whether it is sound",
+        "acts",
+        "acts --check --json",
+    )
+    command.add_argument("directory", metavar="DIR", help="where the harvest has written")
+    command.add_argument(
+        "--check", action="store_true", help="read and prove every value; exit status 1 for damage"
+    )
+    command.add_argument(
+        "--partial", action="store_true", help="of a harvest that is not finished, what there is"
+    )
     _json(command)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -16,10 +16,11 @@ from tracekit.core.files import remove_parts
 from tracekit.errors import InputError, StorageError
 from tracekit.harvesting.capture import Capture, Positions, kept_of
 from tracekit.harvesting.contexts import Context, Reading
-from tracekit.harvesting.documents import Documents, digest_of
+from tracekit.harvesting.documents import Document, Documents, digest_of
 from tracekit.harvesting.progress import Progress
 from tracekit.harvesting.sites import sites_of
 from tracekit.harvesting.spec import fingerprint_of, model_told, tokenizer_told
+from tracekit.harvesting.writing import Writer
 from tracekit.models.language import LanguageModel
 from tracekit.models.padding import context_length
 from tracekit.storage.activations import differences
@@ -62,7 +63,31 @@ class Harvest:
     `run_shard(i)` makes one, and one is done when its file is there with the same fingerprint (of
     the model and its weights, edits, sites, dtype, tokens, and documents). So several processes may
     share the shards of one directory, and a harvest that was killed goes on where it was.
-    The arguments are those of `tracekit.harvest`.
+
+    What a site gives for each token becomes a row: `[rows, width]` of a residual stream,
+    `[rows, heads, width of a head]` of `z`. Beside it stand the token, the number of its document
+    and its position. The model runs without gradients, up to the last layer that is needed.
+
+    `dataset`: texts, rows of token numbers, tokens `[documents, tokens]`, a file or several with a
+    document in each line (.txt, .jsonl), a Hugging Face data set (its `column`: "text",
+    "input_ids" or "tokens" where none is named), or whatever can be gone through, with a `limit` of
+    documents. `sites`: names ("resid_post", "layers.3.mlp_out"), patterns, or a list of them, as
+    `names_filter` of `run_with_cache` takes; they must have a value for each token.
+
+    The model reads `context_size` tokens at once (None: what it has room for, 1024 at most), in
+    batches of `batch_size`. A longer document goes on in a further context, which does not see the
+    one before. `pack=True` fills contexts with documents one behind the other, parted by the
+    end-of-sequence token; else each has contexts of its own, padded, and padding is never kept.
+    `prepend_bos`: None, as the tokenizer does.
+
+    Kept are all `positions` of a context; "last", a number, a slice or numbers choose, and only
+    those leave the device. `skip_special=True` drops the tokenizer's special tokens. What is
+    dropped is counted (`activations.counts`). `dtype` None loses nothing; another rounds, and
+    values that don't fit are counted.
+
+    A shard has `shard_documents` documents (None: so many that its file has about 64 MB).
+    StorageError for one that is damaged or of another harvest; with `repair=True` it is made again.
+    `note` is kept with the activations: a harvest with another note is another.
     """
 
     def __init__(
@@ -180,14 +205,20 @@ class Harvest:
 
     def _told(self, number: int, counts: Counter[str] | None = None) -> Told:
         first = number * self.documents_of_shard
-        digest = digest_of(self._documents(number))
+        digest = digest_of(self.documents_in(number))
         mark = fingerprint_of(self.spec, first, digest)
         told = {name: count for name, count in sorted((counts or {}).items()) if count}
         return Told(mark, self.spec, number, self.shards, first, told)
 
-    def _documents(self, number: int) -> list[Any]:
+    def documents_in(self, number: int) -> list[Document]:
+        """The documents of this shard."""
         size = self.documents_of_shard
         return self.documents.between(number * size, (number + 1) * size)
+
+    def size_of(self, number: int) -> int:
+        """How many documents this shard has."""
+        first = number * self.documents_of_shard
+        return min(self.documents_of_shard, len(self.documents) - first)
 
     # -- making them ----------------------------------------------------------------------------
 
@@ -195,33 +226,45 @@ class Harvest:
         """Make these shards (None: all), but for those that are done.
 
         Whatever ends it, each shard is there whole or not at all; run it again for the rest.
+        While a shard is written the next one is made, so two are in memory.
         """
         numbers = range(self.shards) if shards is None else sorted(shards)
-        with Progress(len(self.documents), progress) as shown:
+        count = sum(map(self.size_of, numbers))
+        with Progress(count, progress) as shown, Writer() as writer:
             for number in numbers:
+                size = self.size_of(number)
                 if self.is_done(number):
-                    shown.skip(len(self._documents(number)))
+                    shown.skip(size)
                 else:
-                    self.run_shard(number, shown)
+                    writer.put(self._made(number, shown), partial(shown.finish, size))
 
     def run_shard(self, number: int, progress: Progress | None = None) -> Path:
         """Make one shard, whether it is there or not; its path."""
+        self._made(number, progress)()
+        if progress is not None:
+            progress.finish(self.size_of(number))
+        return self.path_of(number)
+
+    def _made(self, number: int, progress: Progress | None) -> Callable[[], None]:
+        """Run the model for a shard; what writes it."""
         if not 0 <= number < self.shards:
             raise InputError(f"there is no shard {number}: there are {self.shards}, from 0.")
-        documents = self._documents(number)
+        documents = self.documents_in(number)
         first = number * self.documents_of_shard
         contexts, counts = self._reading.contexts(self.model, documents, first)
         kept = [self._kept.of(context) for context in contexts]
         acts = self._acts(contexts, kept, counts, progress)
         counts["rows"] = sum(map(len, kept))
         counts["dropped tokens"] = sum(map(len, contexts)) - counts["rows"]
+        told = self._told(number, counts)
+        return partial(self._write, number, acts, _columns(contexts, kept), told)
+
+    def _write(
+        self, number: int, acts: dict[str, Tensor], columns: dict[str, Tensor], told: Told
+    ) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        path = self.path_of(number)
-        write_shard(path, acts, _columns(contexts, kept), self._told(number, counts))
-        remove_parts(path)
-        if progress is not None:
-            progress.finish(len(documents))
-        return path
+        write_shard(self.path_of(number), acts, columns, told)
+        remove_parts(self.path_of(number))
 
     def _acts(
         self,

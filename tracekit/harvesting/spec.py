@@ -11,11 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
 from tracekit.core.fingerprint import fingerprint
 from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
 
 _VOLATILE: Final = ("_name_or_path", "transformers_version", "_commit_hash")
+_OF_A_CALL: Final = {"padding": None, "truncation": None}  # kept from a tokenizer's last call
 
 
 def model_told(model: LanguageModel, note: str) -> dict[str, Any]:
@@ -38,7 +43,9 @@ def tokenizer_told(model: LanguageModel) -> str | None:
     if tokenizer is None:
         return None
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    if backend is None:
+        return digest([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    rules = {**json.loads(backend.to_str()), **_OF_A_CALL}
     return digest([type(tokenizer).__name__, rules])
 
 
@@ -65,4 +72,20 @@ def _edits_told(model: LanguageModel, note: str) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "edits.safetensors"
         model.edits.save(path)
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        return _digest_of_edits(path)
+
+
+def _digest_of_edits(path: Path) -> str:
+    """What edits do; not the lines at which they stand, which move, or are those of a file."""
+    with safe_open(path, framework="pt") as file:
+        told: Any = json.loads(next(iter((file.metadata() or {}).values())))
+        names: list[str] = sorted(file.keys())
+        tensors = [_bytes_of(file.get_tensor(name)) for name in names]
+    for edit in told["edits"]:
+        del edit["file"], edit["line"]
+    return digest([told, [hashlib.sha256(each).hexdigest() for each in tensors]])
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    described = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    return described + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
