@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tracekit.core.nest import replace_tensor
 from tracekit.core.quirks import own_children
+from tracekit.core.shares import check_copyable
 from tracekit.core.tree import Tree
 
 # What a module does when it is called, given its own call: `call(own, args, kwargs)`.
@@ -38,6 +39,7 @@ def detour(tree: Tree, calls: Mapping[str, Call], gone: Iterable[str]) -> Tree:
 
     Of them, those `gone` are no part of what runs.
     """
+    check_copyable(tree.root)
     copies = {tree.modules[path]: _called_so(tree.modules[path], calls[path]) for path in calls}
     found = Tree(_around(tree.root, copies), tree.name, tree.renames)
     found.original, found.naming, found.mode = tree.original or tree, tree.naming, tree.mode

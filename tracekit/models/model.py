@@ -23,6 +23,7 @@ from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
 from tracekit.models.verification import refuse_generation, verify
+from tracekit.models.wrapped import check_unwrapped
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
@@ -58,6 +59,7 @@ class Model(Functional):
                 f"Model takes a torch.nn.Module, not {type(module).__name__}; "
                 f"LanguageModel loads one by its Hub id or directory."
             )
+        check_unwrapped(module)
         renames = Renames(rename, frozenset(dir(type(self)))) if rename else None
         super().__init__(Tree(module, name, renames), name)
         self._tree.naming = names_of
