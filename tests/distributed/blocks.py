@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tracekit import LanguageModel
+from tracekit.analysis import patch_sweep
 
 IDS = torch.arange(10, 18).view(2, 4)
 Found = dict[str, Tensor]
@@ -18,21 +19,28 @@ def reads(model: LanguageModel) -> Found:
         attention = model.model.layers[0].self_attn
         q = attention.q_proj.output
         k = attention.k_proj.output
-        pattern = attention.attention.pattern.output
-        z = attention.attention.z.output
         o_input = attention.o_proj.input
         attended = attention.output[0]
         mlp = model.model.layers[1].mlp.output
         last = model.model.layers[1].output
         logits = tracer.result.logits
     return dict(
-        q=q, k=k, pattern=pattern, z=z, o_input=o_input, attended=attended, mlp=mlp, last=last,
+        q=q, k=k, o_input=o_input, attended=attended, mlp=mlp, last=last,
         logits=logits,
     )  # fmt: skip
 
 
-def _logits(tracer: Any) -> Tensor:
-    return tracer.result.logits
+def inside_attention(model: LanguageModel) -> Found:
+    with torch.no_grad(), model.trace(IDS) as tracer:
+        inside = model.model.layers[0].self_attn.attention
+        q = inside.q.output
+        scores = inside.scores.output
+        pattern = inside.pattern.output
+        z = inside.z.output
+        z[:, :, 1] = 0
+        model.model.layers[1].self_attn.attention.pattern.output[:, 1] = 0.25
+        logits = tracer.result.logits
+    return dict(q=q, scores=scores.nan_to_num(neginf=0), pattern=pattern, z=z, logits=logits)
 
 
 def edits_in_place(model: LanguageModel) -> Found:
@@ -48,7 +56,6 @@ def writes(model: LanguageModel) -> Found:
     with torch.no_grad(), model.trace(IDS) as tracer:
         v = model.model.layers[0].self_attn.v_proj.output
         model.model.layers[0].self_attn.v_proj.output = v.flip(-1)
-        model.model.layers[1].self_attn.attention.pattern.output[:, 1] = 0.25
         logits = tracer.result.logits
     return {"v": v, "logits": logits}
 
@@ -129,7 +136,7 @@ def generated(model: LanguageModel) -> Found:
 
 def at_positions(model: LanguageModel) -> Found:
     with torch.no_grad(), model.trace(IDS) as tracer:
-        model.model.layers[0].self_attn.q_proj.output.at[1] = 0.5
+        model.model.layers[0].self_attn.q_proj.output.at([1])[:] = 0.5
         logits = tracer.result.logits
     return {"logits": logits}
 
@@ -149,8 +156,34 @@ def weights(model: LanguageModel) -> Found:
     return {name: getattr(model, name).detach() for name in names}
 
 
+def swept(model: LanguageModel) -> Found:
+    """Every patch is a row of whole forwards here, and goes on from a kept run on one rank."""
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, -1].logsumexp(-1)
+
+    found = patch_sweep(model, IDS[:1], IDS[1:], metric, progress=False, seed=0)
+    return {"values": torch.as_tensor(found.values.values)}
+
+
+def stopped(model: LanguageModel) -> Found:
+    with torch.no_grad():
+        names = [("q", 0), ("resid_post", 0)]
+        _, cache = model.run_with_cache(IDS, names_filter=names, stop_at_layer=1)
+    return {str(key): cache[key] for key in cache}
+
+
+def behind_a_prefix(model: LanguageModel) -> Found:
+    prompt = model.prefill(IDS[:1])
+    with torch.no_grad(), model.trace(IDS[1:], prefix=prompt) as tracer:
+        k = model.model.layers[1].self_attn.k_proj.output
+        logits = tracer.result.logits
+    return {"k": k, "logits": logits}
+
+
+OF_EXPERTS = (reads, inside_attention, gradients, cached, named, generated)
 ALL = (
-    reads, edits_in_place, writes, skips, gradients, cached, cached_gradients, named, hooked,
-    lastingly, generated, called, weights,
-)  # fmt: skip
-OF_EXPERTS = (reads, gradients, cached, named, generated)
+    *OF_EXPERTS,
+    *(edits_in_place, writes, skips, at_positions, cached_gradients, hooked, lastingly),
+    *(called, weights, stopped, swept, behind_a_prefix),
+)

@@ -16,7 +16,7 @@ def on_two_ranks(script: str, folder: Path, seconds: int = 100) -> None:
     command += ["--nproc-per-node", "2", str(Path(__file__).with_name(script)), str(folder)]
     more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     env = {**os.environ, **more, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    ran = subprocess.run(  # noqa: S603 - what is run is of this folder
+    ran = subprocess.run(
         command, env=env, cwd=ROOT, timeout=seconds, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -32,7 +32,7 @@ def error_of(act: Callable[[], object]) -> dict[str, Any]:
     """The error, and the line in this file at which it was raised."""
     try:
         act()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+    except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.line for frame in frames if frame.filename == __file__]
         found = {"error": type(error).__name__, "text": str(error), "line": lines[-1]}
@@ -42,7 +42,7 @@ def error_of(act: Callable[[], object]) -> dict[str, Any]:
     return found
 
 
-def mistakes(model: LanguageModel) -> dict[str, dict[str, Any]]:
+def mistakes(model: LanguageModel) -> dict[str, dict[str, Any]]:  # noqa: PLR0915 - a list
     """What goes wrong if the ranks do not do the same."""
     layers = model.model.layers
 
@@ -62,8 +62,8 @@ def mistakes(model: LanguageModel) -> dict[str, dict[str, Any]]:
     def other_values() -> None:
         with torch.no_grad(), model.trace(IDS) as tracer:
             h = layers[0].output
-            layers[0].mlp.output = h + RANK
-            tracer.result.logits
+            h += RANK
+            tracer.result.logits  # the next request
 
     def written_otherwise() -> None:
         with torch.no_grad(), model.trace(IDS) as tracer:
@@ -130,10 +130,18 @@ def mistakes(model: LanguageModel) -> dict[str, dict[str, Any]]:
             with tracer.invoke(IDS):
                 layers[1].output
 
-    def sweep() -> None:
-        from tracekit.analysis import patch_sweep
+    def start_at_layer() -> None:
+        with model.trace(torch.zeros(1, 3, 32), start_at_layer=1):
+            layers[1].output
 
-        patch_sweep(model, IDS[:1], IDS[1:], lambda logits: logits[:, -1].sum(-1))
+    def shares_in_the_result() -> None:
+        module: Any = model.module
+        module.set_attn_implementation("eager")
+        try:
+            with torch.no_grad(), model.trace(IDS, output_attentions=True) as tracer:
+                tracer.result  # its patterns
+        finally:
+            module.set_attn_implementation("sdpa")
 
     def verified() -> None:
         with model.trace(IDS, verify=True):
@@ -142,7 +150,7 @@ def mistakes(model: LanguageModel) -> dict[str, dict[str, Any]]:
     acts = (
         edit_on_one, edit_in_place_on_one, other_values, written_otherwise, read_on_one,
         skip_on_one, stop_on_one, own_error_on_one, caches_of_others, block_on_one, token_on_one,
-        operation, scan, invokes, sweep, verified,
+        operation, scan, invokes, start_at_layer, shares_in_the_result, verified,
     )  # fmt: skip
     return {act.__name__: error_of(act) for act in acts}
 

@@ -139,14 +139,17 @@ def is_divided(weight: Any) -> bool:
 
 
 def divided_weights(module: nn.Module) -> list[Any]:
-    """The module's own weights of which each rank has a part, and computes with that part."""
-    if hasattr(module, "_get_fsdp_state"):
-        return []  # FSDP2: they are put together whenever it runs
+    """The module's own weights of which each rank has a part."""
     return [each for _, each in module.named_parameters(recurse=False) if is_divided(each)]
 
 
+def is_gathered_to_compute(module: nn.Module) -> bool:
+    """Whether weights are put together whenever it runs (FSDP2's fully_shard)."""
+    return hasattr(module, "_get_fsdp_state")
+
+
 def is_on_several_ranks(root: nn.Module) -> bool:
-    """Whether ranks compute the model together, each with its part of the weights."""
+    """Whether ranks have the weights of the model among them."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     return any(divided_weights(module) for module in root.modules())
@@ -157,6 +160,6 @@ def check_copyable(root: nn.Module) -> None:
     if is_on_several_ranks(root):
         raise UnsupportedError(
             f"this needs a copy of {type(root).__name__}, or a way round some of its layers, and "
-            f"it lies on several ranks (tensor parallel): trace it without scan(), invokes, a "
-            f"prefix, start_at_layer= or sweeps, or load it on one rank."
+            f"it lies on several ranks (tensor parallel, or FSDP): trace it without scan(), "
+            f"invokes or start_at_layer=, or load it on one rank."
         )

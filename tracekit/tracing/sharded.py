@@ -24,7 +24,7 @@ from tracekit.core.dry import DryMode
 from tracekit.core.nest import named_tensors
 from tracekit.core.quirks import is_before_5, own_children
 from tracekit.core.sharding import WHOLE, Key, Known, Sharding, Unlike
-from tracekit.core.shares import Ranks, Share, divided_weights
+from tracekit.core.shares import Ranks, Share, divided_weights, is_gathered_to_compute
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import RankError, UnsupportedError
@@ -69,17 +69,20 @@ def ranks_of(root: nn.Module) -> Ranks | None:
     divided = [weight for module in root.modules() for weight in divided_weights(module)]
     if not divided:
         return None
-    if type(root).__module__.startswith("transformers.") and is_before_5():
-        raise UnsupportedError(
-            "tensor parallel models can be traced from transformers 5 on: before, the values of "
-            "their modules lie otherwise. Update transformers, or load the model on one rank."
-        )
     meshes = {weight.device_mesh for weight in divided}
     mesh = meshes.pop()
+    is_gathered = any(map(is_gathered_to_compute, root.modules()))
+    if is_gathered and not meshes and mesh.ndim == 1:
+        return None  # data parallel: the values of each rank are those of its own batch
     if meshes or mesh.ndim > 1:
         raise UnsupportedError(
             f"{type(root).__name__} is divided along several axes of ranks ({mesh}); tracekit "
             f"knows tensor parallel models, with one: load it with tp_plan='auto' alone."
+        )
+    if type(root).__module__.startswith("transformers.") and is_before_5():
+        raise UnsupportedError(
+            "tensor parallel models can be traced from transformers 5 on: before, the values of "
+            "their modules lie otherwise. Update transformers, or load the model on one rank."
         )
     return Ranks(mesh.get_group(), mesh.get_local_rank(), mesh.size())
 
@@ -133,7 +136,8 @@ def check_tokens(tree: Tree, ids: Tensor) -> None:
     """RankError if the ranks of the model have come to other tokens in a step of a generation."""
     if tree.sharding is None:
         return
-    found = tree.sharding.meeting.differ("tokens", str(ids[:, -1].tolist()), [ids])
+    new = str(ids[:, -1].tolist())
+    found = tree.sharding.meeting.differ(f"tokens {new} {digest([ids])}", new)
     if found is not None:
         raise RankError(
             f"the ranks of this model chose different tokens, {' and '.join(found)}: a logits "
