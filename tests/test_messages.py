@@ -408,7 +408,7 @@ CASES = [
     Case(
         an_edit_of_what_is_not_read_again,
         errors.LostError,
-        "router_logits (line 202) was edited in place, and nothing in the model reads it again, so "
+        "router_logits (line 204) was edited in place, and nothing in the model reads it again, so "
         "the edit would change nothing: edit router_weights or router_indices, or a .clone() to "
         "compute with. [lost]",
     ),

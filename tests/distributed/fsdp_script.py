@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,25 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.distributed.data_parallel import IDS_OF_RANK, blocks
 from tracekit import LanguageModel
+from tracekit.core.shares import Ranks
+from tracekit.errors import RankError
+from tracekit.interleave.meeting import Meeting
 
 RANK = int(os.environ["RANK"])
+
+
+def waited_alone() -> str:
+    """What is said where a rank meets the others, and these do not come."""
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    meeting = Meeting(Ranks(group, RANK, 2))
+    said = ""
+    if RANK == 0:
+        try:
+            meeting.exchange(1, 2, 3)
+        except RankError as error:
+            said = str(error)
+    dist.barrier()
+    return said
 
 
 def main(folder: Path) -> None:
@@ -36,6 +54,7 @@ def main(folder: Path) -> None:
             told[block.__name__] = f"{type(error).__name__}: {error}"
     with torch.no_grad():
         told["kind of weight"] = type(module.model.layers[0].mlp.up_proj.weight).__name__
+    told["alone"] = waited_alone()
     (folder / f"fsdp-{RANK}.json").write_text(json.dumps(told), "utf-8")
     dist.destroy_process_group()
 

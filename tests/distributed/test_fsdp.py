@@ -39,12 +39,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_under_fsdp2_each_rank_has_what_one_has_for_its_batch(folder: Path, block: Block) -> None:
     for rank, ids in enumerate(IDS_OF_RANK):
         told = json.loads((folder / f"fsdp-{rank}.json").read_text("utf-8"))
-        assert told == {"kind of weight": "DTensor"}
+        assert told.keys() == {"kind of weight", "alone"}, "each block ran"
+        assert told["kind of weight"] == "DTensor"
         one = block(LanguageModel(folder / "llama"), ids)
         several = load_file(folder / f"fsdp-{block.__name__}-{rank}.safetensors")
         assert several.keys() == one.keys()
         for key, value in one.items():
             torch.testing.assert_close(several[key], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_a_rank_that_waits_alone_is_told_so_when_the_time_of_its_group_is_up(folder: Path) -> None:
+    first, second = (
+        json.loads((folder / f"fsdp-{rank}.json").read_text("utf-8"))["alone"] for rank in (0, 1)
+    )
+    assert first.startswith("rank 0 waited for the other ranks of the model, and they did not come")
+    assert second == ""
 
 
 def test_a_wrapper_is_refused_and_the_module_in_it_is_traced() -> None:

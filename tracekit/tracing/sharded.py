@@ -55,10 +55,19 @@ def sharding_of(tree: Tree) -> Sharding | None:
     """Where the values of the model lie; None if it is not divided. All ranks have to ask."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
-    if tree.sharding is None:
+    if tree.sharding is None and _may_be_divided(tree):
         ranks = ranks_of(tree.root)
         tree.sharding = None if ranks is None else _learned(tree, ranks)
     return tree.sharding
+
+
+def _may_be_divided(tree: Tree) -> bool:
+    """Whether there is a weight that is no plain one; quick, as every trace asks."""
+    for module in tree.called.values():
+        for weight in module._parameters.values():  # pyright: ignore[reportPrivateUsage] - parameters() is 10 times slower
+            if type(weight) is not nn.Parameter and weight is not None:
+                return True
+    return False
 
 
 def ranks_of(root: nn.Module) -> Ranks | None:
@@ -205,6 +214,8 @@ def _share(tree: Tree, site: Site, shapes: list[torch.Size], whole: torch.Size) 
     sizes = tuple(shape[axes[0]] for shape in shapes) if len(axes) == 1 else ()
     if len(axes) != 1 or sum(sizes) != whole[axes[0]] or not _is_chunked(sizes):
         return Unlike(f"of {list(whole)} the ranks have {_listed(shapes)}")
+    if _is_among_experts(tree, site.path):
+        return Unlike("each has experts of its own")
     module = tree.modules.get(site.path)
     own = _packing(module) if site.slot is Slot.OUTPUT and module is not None else {}
     beside = _packing(tree.modules.get(site.path.rpartition(".")[0]))
@@ -212,6 +223,15 @@ def _share(tree: Tree, site: Site, shapes: list[torch.Size], whole: torch.Size) 
     if size not in own and size in beside:
         return Unlike("several tensors lie in one there, each divided")
     return Share(axes[0] - len(whole), sizes, own.get(size, 1))
+
+
+def _is_among_experts(tree: Tree, path: str) -> bool:
+    """Whether it is inside a module of which each rank has other experts."""
+    while path:
+        path = path.rpartition(".")[0]
+        if hasattr(tree.modules.get(path), "_is_expert_parallel"):
+            return True
+    return False
 
 
 def _listed(shapes: list[torch.Size]) -> str:
