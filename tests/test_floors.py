@@ -17,9 +17,10 @@ FLOORS = {
     "tracing": 3,
     "models": 4,
     "analysis": 5, "storage": 5,
-    "viz": 6, "distributed": 6, "testing": 6,
-    "cli": 7,
-    "__init__": 8, "__main__": 8,
+    "viz": 6, "harvesting": 6, "testing": 6,
+    "distributed": 7,
+    "cli": 8,
+    "__init__": 9, "__main__": 9,
 }  # fmt: skip
 MODULES = sorted((ROOT / "tracekit").rglob("*.py"))
 

@@ -235,6 +235,15 @@ def tokens_that_are_others_on_each_rank() -> None:
     check_tokens(tree, torch.tensor([[3, 7]]))
 
 
+def a_weight_that_is_elsewhere() -> None:
+    import accelerate
+
+    net = accelerate.cpu_offload(nn.Sequential(nn.Linear(2, 2)), torch.device("cpu"))
+    model = Model(net)
+    with model.trace(X):
+        model[0].input @ net[0].weight
+
+
 CASES = [
     Case(
         a_text_of_two_tokens,
@@ -422,6 +431,15 @@ CASES = [
         a_misspelled_name_of_a_model,
         errors.LoadingError,
         "'tracekit/tny' is not packaged with tracekit; did you mean 'tracekit/tiny'? [loading]",
+    ),
+    Case(
+        a_weight_that_is_elsewhere,
+        errors.OffloadedError,
+        "model.0.weight is offloaded, not in memory: matmul with it would give garbage. Call the "
+        "module instead, as in model.0(x), or take a copy: model.weights.of(model.0)['weight']. If "
+        "it is the model's own forward that reads a weight of a module that it does not call, "
+        "accelerate has to bring it: preload_module_classes= of disk_offload, cpu_offload and "
+        "dispatch_model. [offloaded]",
     ),
     Case(
         a_misspelled_setting,

@@ -10,6 +10,7 @@ import pytest
 import tracekit
 
 PUBLIC = [
+    "Activations",
     "Cache",
     "EditReport",
     "Entries",
@@ -17,6 +18,7 @@ PUBLIC = [
     "Envoy",
     "FactoredMatrix",
     "Graph",
+    "Harvest",
     "KeyValueCache",
     "KeyValueEntry",
     "LanguageModel",
@@ -35,6 +37,8 @@ PUBLIC = [
     "Verification",
     "backward",
     "errors",
+    "harvest",
+    "load_activations",
     "save",
     "settings",
     "show",

@@ -11,18 +11,22 @@ if TYPE_CHECKING:
     from tracekit.core.factored import FactoredMatrix
     from tracekit.core.keep import Note
     from tracekit.core.settings import settings
+    from tracekit.distributed.harvests import harvest
     from tracekit.errors import TracekitError, TracekitWarning
+    from tracekit.harvesting.harvest import Harvest
     from tracekit.models.kv_cache import KeyValueCache, KeyValueEntry
     from tracekit.models.language import LanguageModel
     from tracekit.models.model import Model
     from tracekit.models.prefix import Prefix
     from tracekit.models.streaming import Stream
+    from tracekit.storage.activations import Activations, load_activations
     from tracekit.tracing.cache import Cache
     from tracekit.tracing.declared import Outcome
     from tracekit.tracing.entries import Entries, Entry
     from tracekit.tracing.envoy import Envoy
     from tracekit.tracing.gradients import backward
     from tracekit.tracing.graph import Graph
+    from tracekit.tracing.planned import Plan, PlannedSite
     from tracekit.tracing.save import save
     from tracekit.tracing.sequence import TokenSequence
     from tracekit.tracing.source import Operation, Source
@@ -37,6 +41,7 @@ __version__ = "0.1.0"
 # Imported when first asked for, so that `import tracekit` is cheap and `tracekit.capture` needs
 # no torch.
 _HOMES = {
+    "Activations": "tracekit.storage.activations",
     "Cache": "tracekit.tracing.cache",
     "EditReport": "tracekit.tracing.verified.report",
     "Entries": "tracekit.tracing.entries",
@@ -44,6 +49,7 @@ _HOMES = {
     "Envoy": "tracekit.tracing.envoy",
     "FactoredMatrix": "tracekit.core.factored",
     "Graph": "tracekit.tracing.graph",
+    "Harvest": "tracekit.harvesting.harvest",
     "KeyValueCache": "tracekit.models.kv_cache",
     "KeyValueEntry": "tracekit.models.kv_cache",
     "LanguageModel": "tracekit.models.language",
@@ -52,6 +58,8 @@ _HOMES = {
     "Operation": "tracekit.tracing.source",
     "Outcome": "tracekit.tracing.declared",
     "Picture": "tracekit.viz.picture",
+    "Plan": "tracekit.tracing.planned",
+    "PlannedSite": "tracekit.tracing.planned",
     "Prefix": "tracekit.models.prefix",
     "Source": "tracekit.tracing.source",
     "Stream": "tracekit.models.streaming",
@@ -61,12 +69,15 @@ _HOMES = {
     "TracekitWarning": "tracekit.errors",
     "Verification": "tracekit.tracing.verify",
     "backward": "tracekit.tracing.gradients",
+    "harvest": "tracekit.distributed.harvests",
+    "load_activations": "tracekit.storage.activations",
     "save": "tracekit.tracing.save",
     "settings": "tracekit.core.settings",
     "show": "tracekit.viz.show",
 }
 
 __all__ = [
+    "Activations",
     "Cache",
     "EditReport",
     "Entries",
@@ -74,6 +85,7 @@ __all__ = [
     "Envoy",
     "FactoredMatrix",
     "Graph",
+    "Harvest",
     "KeyValueCache",
     "KeyValueEntry",
     "LanguageModel",
@@ -82,6 +94,8 @@ __all__ = [
     "Operation",
     "Outcome",
     "Picture",
+    "Plan",
+    "PlannedSite",
     "Prefix",
     "Source",
     "Stream",
@@ -92,6 +106,8 @@ __all__ = [
     "Verification",
     "backward",
     "errors",
+    "harvest",
+    "load_activations",
     "save",
     "settings",
     "show",

@@ -1,4 +1,4 @@
-"""Wrappers of a module that run it for several processes or devices: which can be traced."""
+"""What can be traced: a module, and no wrapper that runs it for several processes or devices."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from tracekit.errors import InputError
 _WRAPPERS: Final = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def check_unwrapped(module: nn.Module) -> None:
-    """InputError for a wrapper: its runs are not those of the one module that is in it."""
+def check_module(module: object) -> None:
+    """InputError for what is no module, and for a wrapper: its runs are not those of the one."""
     kind = type(module).__name__
+    if not isinstance(module, nn.Module):
+        raise InputError(
+            f"Model takes a torch.nn.Module, not {kind}; "
+            f"LanguageModel loads one by its Hub id or directory."
+        )
     if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
         raise InputError(
             f"Model takes the module that {kind} wraps, as its replicas, and what it does to "

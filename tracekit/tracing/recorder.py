@@ -128,6 +128,7 @@ class Recorder:
         """Modules whose values may be kept as they are, and those whose values are copied."""
         habits = self._habits[slot]
         is_dry = self._tree.original is not None and not self._tree.gone
+        is_dry = is_dry and self._tree.planner is None  # that does all that a real run does
         if not self._keep.detach or is_dry:
             # a copy would have no gradient; the values of a dry run can't be overwritten
             return list(modules.values()), []
@@ -239,6 +240,8 @@ class Recorder:
                 return leaf
             if habit is None:
                 self._originals.append((module, slot, 0, leaf.detach(), version(leaf)))
+                if self._tree.planner is not None:
+                    self._tree.planner.copies(leaf)
             return leaf.clone()
 
         return map_leaves(copied, value)

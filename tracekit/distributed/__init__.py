@@ -1,0 +1,1 @@
+"""Past one process: harvests on many, blocks run elsewhere, sharded models."""

@@ -1,0 +1,1 @@
+"""Activations of a whole data set, to the disk: planned in shards, each made by itself."""
