@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import TracekitError, TracekitWarning, did_you_mean
 from tracekit.tracing.layouts import layouts_of
+from tracekit.tracing.sharded import check_tokens
 
 IN_ERRORS = [value for value in vars(errors).values() if isinstance(value, type)]
 ERRORS = [cls for cls in IN_ERRORS if issubclass(cls, TracekitError)]
@@ -226,6 +228,13 @@ def line(function: Callable[[], object], number: int) -> str:
     return f"line {function.__code__.co_firstlineno + number}"
 
 
+def tokens_that_are_others_on_each_rank() -> None:
+    tree = Tree(NET, "model")
+    differ = SimpleNamespace(differ=lambda key, text: [text, "[8]"])  # pyright: ignore[reportUnknownLambdaType]
+    tree.sharding = SimpleNamespace(meeting=differ)
+    check_tokens(tree, torch.tensor([[3, 7]]))
+
+
 def a_weight_that_is_elsewhere() -> None:
     import accelerate
 
@@ -425,9 +434,15 @@ CASES = [
     Case(
         an_edit_of_what_is_not_read_again,
         errors.LostError,
-        "router_logits (line 202) was edited in place, and nothing in the model reads it again, so "
+        "router_logits (line 204) was edited in place, and nothing in the model reads it again, so "
         "the edit would change nothing: edit router_weights or router_indices, or a .clone() to "
         "compute with. [lost]",
+    ),
+    Case(
+        tokens_that_are_others_on_each_rank,
+        errors.RankError,
+        "the ranks of this model chose different tokens, [7] and [8]: a logits processor, or "
+        "whatever else chooses, must do the same on all ranks. [ranks]",
     ),
     Case(
         a_misspelled_name_of_a_model,

@@ -165,6 +165,12 @@ class RowsError(TracekitError):
     slug = "rows"
 
 
+class RankError(TracekitError):
+    """The ranks of a sharded model do not run the same block, or do not write the same values."""
+
+    slug = "ranks"
+
+
 class DryRunError(TracekitError):
     """The numbers of a tensor were asked for in a dry run, which computes none."""
 

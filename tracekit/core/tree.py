@@ -98,6 +98,7 @@ class Tree:
         self.continues: bool | None = None  # rightly, from a filled kv_cache; None: nobody asked
         # Round the layers before one, and if not behind keys and values, why (models/starting.py).
         self.routes: dict[object, object] = {}
+        self.sharding: Any = None  # where its values lie, on several ranks (tracing/sharded.py)
         self.sites: dict[tuple[str, Slot], Site] = {}  # by the path that was asked for
         self.refresh(is_first=True)
 
@@ -114,7 +115,7 @@ class Tree:
         self.layouts.clear()
         self.continues = None
         self.routes.clear()
-        self._names = None
+        self.sharding = self._names = None
         self.sites.clear()
         self._beside.clear()
         first: dict[int, str] = {}

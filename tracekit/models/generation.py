@@ -18,6 +18,7 @@ from tracekit.models.rerun import Rerun
 from tracekit.models.signatures import accepts, by_name, by_name_of_forward, is_transformers
 from tracekit.models.stops import as_list, watching
 from tracekit.tracing.call import Follower, TracedCall
+from tracekit.tracing.sharded import check_tokens, draw_alike
 
 
 def generation(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
@@ -54,6 +55,7 @@ def _generate(
 ) -> Any:
     module: Any = tree.root
     if follower is None:
+        draw_alike(tree)
         with tree.guard():
             return module.generate(*args, **_with_list_of_criteria(module, kwargs))
     if not is_transformers(module):
@@ -67,6 +69,7 @@ def _generate(
     follower.timeline.rerun = Rerun(tree, given)
 
     def end_step(ids: Tensor) -> None:
+        check_tokens(tree, ids)
         if not passes.is_about_a_draft():
             passes.end_step(ids)
             follower.end_step()

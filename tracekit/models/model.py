@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast, final, overload
+from typing import Any, TypeVar, final, overload
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
 from tracekit.models.verification import refuse_generation, verify
+from tracekit.models.wrapped import check_module
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
@@ -55,11 +56,7 @@ class Model(Functional):
     def __init__(
         self, module: nn.Module, name: str = "model", *, rename: Rename | None = None
     ) -> None:
-        if not isinstance(cast("object", module), nn.Module):
-            raise InputError(
-                f"Model takes a torch.nn.Module, not {type(module).__name__}; "
-                f"LanguageModel loads one by its Hub id or directory."
-            )
+        check_module(module)
         renames = Renames(rename, frozenset(dir(type(self)))) if rename else None
         super().__init__(Tree(module, name, renames), name)
         self._tree.naming = names_of

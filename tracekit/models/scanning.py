@@ -14,7 +14,7 @@ from tracekit.core.dry import DryMode
 from tracekit.core.offload import places_of
 from tracekit.core.tree import Tree
 from tracekit.core.twin import copied, twin
-from tracekit.errors import DryRunError
+from tracekit.errors import DryRunError, UnsupportedError
 from tracekit.models.generation import run
 
 _NUMBERS = "making a tensor of others' numbers needs them, and a dry run has none"
@@ -26,6 +26,8 @@ def fake_twin(tree: Tree) -> Tree:
     mode.places = places_of(tree.root)
     try:
         found = twin(tree, mode.fake_tensor, lambda _: True, has_weights=False)
+    except UnsupportedError:
+        raise
     except Exception as error:
         raise DryRunError(
             f"{type(tree.root).__name__} can't be run dry, as it can't be copied "

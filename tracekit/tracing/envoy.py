@@ -28,6 +28,7 @@ from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.taps import check_tappable, is_attention
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.at import Spot
+from tracekit.tracing.sharded import called
 from tracekit.tracing.slots import Calls, mediator_of, path_in
 from tracekit.tracing.source import Source, source_of
 from tracekit.tracing.standard import Standard
@@ -179,7 +180,7 @@ class Envoy(Standard):
         if tree.load_first is not None:
             tree.load_first()
         with tree.guard():
-            return tree.module(self._path)(*args, **kwargs)
+            return called(tree, self._path, args, kwargs)
 
     @showing_own_lines
     def __getattr__(self, name: str) -> Any:
