@@ -28,6 +28,9 @@ from tracekit.analysis import (
 )
 from tracekit.errors import MissingNameError
 
+# transformers 4 takes the device of the first weight, meta, for that of the model.
+pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate")
+
 # Tied weights: gpt2, t5, gemma2; a mixture of experts; encoder and decoder; a state space model.
 FAMILIES = ["gpt2", "llama", "mixtral", "t5", "mamba", "gemma2"]
 DECODERS = ["gpt2", "llama", "mixtral", "gemma2"]
