@@ -27,6 +27,8 @@ PUBLIC = [
     "Operation",
     "Outcome",
     "Picture",
+    "Plan",
+    "PlannedSite",
     "Prefix",
     "Source",
     "Stream",
