@@ -35,6 +35,7 @@ PUBLIC = [
     "Verification",
     "backward",
     "errors",
+    "load_cache",
     "save",
     "settings",
     "show",

@@ -36,6 +36,7 @@ from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import ABSENT
 from tracekit.tracing.listing import Listing, Record
 from tracekit.tracing.sites import Sites
+from tracekit.tracing.spool import Spool
 
 
 class Clock(Protocol):
@@ -61,7 +62,8 @@ class Recorder:
     ) -> None:
         cache._filling = ref(self)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
         self._changes = changes
-        self._timeline = changes.timeline
+        self.timeline = changes.timeline
+        self.timeline.model = ref(tree.root)
         self._marks: list[int] = []  # how many records there were when each forward began
         self._rows = rows  # of the block that records; None: all
         self.cache = cache
@@ -83,6 +85,7 @@ class Recorder:
         self._listing = Listing(self._paths)
         self._read = 0  # records that were read meanwhile: in memory of their own
         self._refused: set[int] = set()  # records of which there will be none
+        self.spool: Spool | None = None  # writes them as they come
 
     @property
     def span(self) -> Span | None:
@@ -91,8 +94,8 @@ class Recorder:
 
     def _begin(self, hooks: Hooks, run: Clock) -> None:
         self._thread, self._run = hooks.thread, run
-        self._marks = [0] * len(self._timeline.passes)  # those that began before
-        self._timeline.subscribe(self._mark)
+        self._marks = [0] * len(self.timeline.passes)  # those that began before
+        self.timeline.subscribe(self._mark)
 
     def place_at(self, hooks: Hooks, run: Clock, sites: Sites, grads: bool) -> None:
         """Put hooks on that keep each of these values by itself."""
@@ -137,6 +140,8 @@ class Recorder:
         return plain, [m for path, m in modules.items() if habits.get(path) is not False]
 
     def _mark(self) -> None:
+        if self.spool is not None:
+            self.spool.spill(self)
         self._marks.append(len(self._records))
 
     # -- the hooks ------------------------------------------------------------------------------
@@ -297,11 +302,16 @@ class Recorder:
         `was_whole` says that the run was neither stopped nor made to skip a module: what such a
         run did not overwrite may yet be overwritten by another.
         """
-        self._learn(was_whole)
+        self._learn(was_whole and self.spool is None)
+        if self.spool is not None:
+            self.spool.spill(self, is_over=True)
         self._list()
         self._awaited.clear()
         self._nodes.clear()
-        self.cache._freeze(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        told = self._told()
+        self.cache._freeze(told)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        if self.spool is not None:
+            self.spool.end(told)
 
     def list_so_far(self) -> None:
         """Put what was recorded until now into the cache, in memory of its own.
@@ -317,12 +327,13 @@ class Recorder:
         self._read = self._listing.count
         self.cache._show(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
-    def _asked(self) -> list[str]:
+    def asked(self) -> list[str]:
+        """Everything that is to be recorded."""
         return list(self._modules) if self._sites is None else self._sites.asked
 
     def _told(self) -> Recorded:
         changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
-        return Recorded(self._listing.found, self._tree.aliases, self._asked(), changes)
+        return Recorded(self._listing.found, self._tree.aliases, self.asked(), changes)
 
     def _refuse_overwritten(self) -> None:
         errors: list[OverwrittenError] = []
@@ -349,18 +360,20 @@ class Recorder:
 
     def _list(self) -> None:
         """Make entries of the records."""
-        passes = self._timeline.passes
+        passes = self.timeline.passes
         self._listing.add(self._records, self._refused, self._awaited, self._marks, passes)
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""
+        if self.spool is not None:
+            self.spool.check()
         for index in range(self._read, len(self._records)):
             _, _, _, value, then = self._records[index]
             if isinstance(then, int) and then >= 0 and value._version == then:
                 continue
             if index not in self._refused:
                 self._check(self._records[index])
-        asked = self._asked()
+        asked = self.asked()
         if not was_whole or len(self.cache) == len(asked):
             return
         missing = [path for path in asked if path not in self.cache]
