@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.capture.fake_tracer import FakeTracer
 from tests.tiny_models import make
-from tracekit import LanguageModel, Model, errors, settings
+from tracekit import LanguageModel, Model, errors, load_cache, settings
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import TracekitError, TracekitWarning, did_you_mean
@@ -189,6 +189,10 @@ def an_edit_that_backward_would_not_make() -> None:
 
 def a_misspelled_name_of_a_model() -> None:
     LanguageModel("tracekit/tny")
+
+
+def a_cache_that_is_not_there() -> None:
+    load_cache("no-such-run")
 
 
 def a_misspelled_setting() -> None:
@@ -407,6 +411,11 @@ CASES = [
         a_misspelled_name_of_a_model,
         errors.LoadingError,
         "'tracekit/tny' is not packaged with tracekit; did you mean 'tracekit/tiny'? [loading]",
+    ),
+    Case(
+        a_cache_that_is_not_there,
+        errors.StorageError,
+        "there is no folder 'no-such-run': give one that a cache is in. [storage]",
     ),
     Case(
         a_misspelled_setting,

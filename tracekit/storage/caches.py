@@ -50,8 +50,9 @@ def _check_belongs(found: Read, model: Model, path: str | Path) -> None:
 
 
 def _give_model(found: Read, model: Model) -> None:
-    timeline = found.store._changes.timeline  # pyright: ignore[reportPrivateUsage] - it is being made
-    rerun = timeline.rerun
+    changes = found.store._changes  # pyright: ignore[reportPrivateUsage] - it is being made
+    rerun = changes.timeline.rerun
     if isinstance(rerun, FromFile) and rerun.why is None:
         tree: Tree = model._tree  # pyright: ignore[reportPrivateUsage] - as the models' own files do
-        timeline.rerun = Rerun.again(tree, rerun.told(), found.root)
+        again = Rerun.again(tree, rerun.told(), found.root)
+        changes.timeline.rerun = changes.whole.timeline.rerun = again

@@ -11,6 +11,7 @@ from weakref import ReferenceType
 from tracekit.capture import showing_own_lines
 from tracekit.core.site import Site, Slot
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
+from tracekit.interleave.duties import Span
 from tracekit.tracing.again import with_last
 from tracekit.tracing.cache_parts import Parts, What, write_whole
 from tracekit.tracing.changes import Changes
@@ -27,6 +28,11 @@ class Filling(Protocol):
 
     spool: Spool | None  # writes it as it comes
     timeline: Timeline
+
+    @property
+    def span(self) -> Span | None:
+        """Of the rows that are recorded; None: all."""
+        ...
 
     def asked(self) -> list[str]:
         """Everything that is to be recorded."""
@@ -215,7 +221,7 @@ class Cache(Mapping[str, Entries]):
                 "a cache is saved when its run has ended; tracer.cache(path=...) writes one while "
                 "it runs."
             )
-        what = What(self._root, self._asked, self._aliases, names)
+        what = What(self._root, self._asked, self._aliases, self._changes.span, names)
         entries = (entry for found in self._entries.values() for entry in found)
         write_whole(path, entries, what, self._changes)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from tracekit.core.files import TensorFile, flush, write_tensors
 from tracekit.core.fingerprint import fingerprint
 from tracekit.errors import StorageError, UnsupportedError
+from tracekit.interleave.duties import Span
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import ABSENT, Entry, Later
 from tracekit.tracing.packing import Packer, Unpacker
@@ -49,6 +50,7 @@ class What(NamedTuple):
     root: str  # the first part of every path
     asked: list[str]
     aliases: Mapping[str, str]
+    span: Span | None  # of the rows of one block
     names: Any = None
 
 
@@ -163,6 +165,7 @@ class PartWriter:
         begin = {
             **what._asdict(),
             "aliases": list(what.aliases.items()),
+            "span": None if what.span is None else list(what.span),
             "model": None if model is None else type(model).__name__,
             "weights": None if model is None else fingerprint(model),
         }
@@ -276,7 +279,6 @@ def _packed_changes(changes: Changes, packer: Packer) -> dict[str, Any]:
     return {
         "changes": made,
         "missed": packer.of_visit(whole.missed, "", ""),
-        "span": packer.value(changes.span, ""),
         "rerun": _packed_rerun(whole, packer),
     }
 
@@ -300,7 +302,7 @@ def write_whole(path: str | Path, entries: Iterable[Entry], what: What, changes:
     beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
     try:
         beside.mkdir(parents=True)
-        writer = PartWriter(beside, what, changes.timeline, keeps=True)
+        writer = PartWriter(beside, what, changes.whole.timeline, keeps=True)
         writer.add(entries)
         writer.end(changes, what.aliases)
         if _is_cache(folder):

@@ -14,6 +14,7 @@ from tracekit.architectures import Spelling
 from tracekit.core.files import TensorFile
 from tracekit.core.tree import Tree
 from tracekit.errors import CacheError, StorageError, UnsupportedError
+from tracekit.interleave.duties import Span
 from tracekit.tracing.cache import Cache, Recorded
 from tracekit.tracing.cache_parts import BEGIN, END, FORMAT, Parts, held, name_of
 from tracekit.tracing.changes import Change, Changes, How
@@ -50,7 +51,9 @@ def read_cache(folder: Path, *, partial: bool) -> Read:
     elif not partial:
         raise _not_whole(folder, reading.steps, len(found))
     aliases = begin["aliases"] if end is None else end.described["aliases"]
-    changes = reading.changes if end is not None else Changes(reading.timeline)
+    changes = reading.changes
+    if begin["span"] is not None:
+        changes = changes.narrowed(Span(*begin["span"]))
     store._freeze(Recorded(reading.entries, dict(aliases), begin["asked"], changes))
     store._parts = parts
     cache = store if begin["names"] is None else _named(store, begin["names"])
@@ -89,8 +92,8 @@ class _Reading:
         self._parts.add(part, file)
         for where, step, call, place, *packed in told.pop("entries"):
             during = None if place is None else self.timeline.passes[place]
-            values = (held(self._parts, part, each) for each in packed)
-            entry = Entry(paths[where], step, call, *values, during)
+            inputs, output, grad = (held(self._parts, part, each) for each in packed)
+            entry = Entry(paths[where], step, call, inputs, output, grad, during)
             self.entries.setdefault(entry.path, []).append(entry)
             self.steps = max(self.steps, step)
 
@@ -102,12 +105,9 @@ class _Reading:
         unpack = Unpacker(told["part"], self._parts.find).value
         if told["rerun"] is not None:
             self.timeline.rerun = FromFile(told["rerun"], unpack, self._parts.folder)
-        whole = Changes(self.timeline)
         passes = self.timeline.passes
-        whole.later = lambda: [_change(each, passes, unpack) for each in told["changes"]]
-        whole.missed = unpack(told["missed"])
-        span = unpack(told["span"])
-        self.changes = whole if span is None else whole.narrowed(span)
+        self.changes.later = lambda: [_change(each, passes, unpack) for each in told["changes"]]
+        self.changes.missed = unpack(told["missed"])
 
     def _go_on(self, file: TensorFile) -> None:
         """The forwards and steps since, and all tokens until then."""

@@ -75,7 +75,7 @@ def _spool(
     recorder = None if cache._filling is None else cache._filling()
     assert recorder is not None
     folder.mkdir(parents=True, exist_ok=True)
-    what = What(tree.name, recorder.asked(), tree.aliases, names)
+    what = What(tree.name, recorder.asked(), tree.aliases, recorder.span, names)
     writer = PartWriter(folder, what, recorder.timeline, keeps=False)
     cache._parts = writer.parts
     recorder.spool = Spool(writer, has_both)

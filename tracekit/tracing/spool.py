@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from tracekit.core.nest import tensors
 from tracekit.core.site import Slot
@@ -76,7 +76,7 @@ class Spool:
 
     def _is_due(self, records: list[Record]) -> bool:
         for record in records[self._seen :]:
-            self._nbytes += sum(each.nbytes for each in tensors(record[3]))
+            self._nbytes += sum(map(_size, tensors(record[3])))
         self._seen = len(records)
         self._waiting += self._nbytes > 0
         return self._nbytes >= BUFFER or self._waiting > self._written
@@ -108,3 +108,7 @@ class Spool:
             elif begun.get(module):
                 begun[module].pop()
         return min((each[0] for each in begun.values() if each), default=len(records))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()  # of a sparse one, too, which will be refused
