@@ -191,10 +191,6 @@ def a_misspelled_name_of_a_model() -> None:
     LanguageModel("tracekit/tny")
 
 
-def a_cache_that_is_not_there() -> None:
-    load_cache("no-such-run")
-
-
 def a_misspelled_setting() -> None:
     settings.lift_block = False  # type: ignore[attr-defined]
 
@@ -228,6 +224,10 @@ class EveryPair(nn.Module):
 def line(function: Callable[[], object], number: int) -> str:
     """The how-manieth line of a function, as messages name it; the line of its `def` is 0."""
     return f"line {function.__code__.co_firstlineno + number}"
+
+
+def a_cache_that_is_not_there() -> None:
+    load_cache("no-such-run")
 
 
 CASES = [

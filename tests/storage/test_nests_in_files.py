@@ -1,4 +1,4 @@
-"""Whatever a module may take or return comes back from a file: nests drawn at random, and classes."""
+"""Whatever a module may take or return comes back from a file: nests drawn at random."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ plain = (
             Note("DynamicCache", 3),
             Note("Thing"),
             Slot.INPUT,
-            np.float32(0.1),
+            np.float64(0.1),
         ]
     )
 )

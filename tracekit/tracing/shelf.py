@@ -127,6 +127,7 @@ class Shelf:
         return place, shape
 
     def _add(self, name: str, memory: Tensor) -> Place:
+        memory = memory.as_strided(memory.shape, _strides(memory.shape))  # also of one number
         written = _as_written(memory)
         look = (name, written.shape, written.dtype)
         stack = self._by_look.get(look)
