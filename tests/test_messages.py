@@ -230,6 +230,15 @@ def a_cache_that_is_not_there() -> None:
     load_cache("no-such-run")
 
 
+def a_weight_that_is_elsewhere() -> None:
+    import accelerate
+
+    net = accelerate.cpu_offload(nn.Sequential(nn.Linear(2, 2)), torch.device("cpu"))
+    model = Model(net)
+    with model.trace(X):
+        model[0].input @ net[0].weight
+
+
 CASES = [
     Case(
         a_text_of_two_tokens,
@@ -416,6 +425,15 @@ CASES = [
         a_cache_that_is_not_there,
         errors.StorageError,
         "there is no folder 'no-such-run': give one that a cache is in. [storage]",
+    ),
+    Case(
+        a_weight_that_is_elsewhere,
+        errors.OffloadedError,
+        "model.0.weight is offloaded, not in memory: matmul with it would give garbage. Call the "
+        "module instead, as in model.0(x), or take a copy: model.weights.of(model.0)['weight']. If "
+        "it is the model's own forward that reads a weight of a module that it does not call, "
+        "accelerate has to bring it: preload_module_classes= of disk_offload, cpu_offload and "
+        "dispatch_model. [offloaded]",
     ),
     Case(
         a_misspelled_setting,

@@ -10,6 +10,7 @@ import pytest
 import tracekit
 
 PUBLIC = [
+    "Activations",
     "Cache",
     "EditReport",
     "Entries",
@@ -17,6 +18,7 @@ PUBLIC = [
     "Envoy",
     "FactoredMatrix",
     "Graph",
+    "Harvest",
     "KeyValueCache",
     "KeyValueEntry",
     "LanguageModel",
@@ -25,6 +27,8 @@ PUBLIC = [
     "Operation",
     "Outcome",
     "Picture",
+    "Plan",
+    "PlannedSite",
     "Prefix",
     "Source",
     "Stream",
@@ -35,6 +39,8 @@ PUBLIC = [
     "Verification",
     "backward",
     "errors",
+    "harvest",
+    "load_activations",
     "load_cache",
     "save",
     "settings",

@@ -189,6 +189,12 @@ class StorageError(TracekitError):
     slug = "storage"
 
 
+class OffloadedError(LoadingError):
+    """The numbers of a weight were asked for, or computed with, that are not in memory."""
+
+    slug = "offloaded"
+
+
 class SettingError(TracekitError, AttributeError):
     """A setting that there is not, or a value that it cannot have."""
 

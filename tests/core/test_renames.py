@@ -58,11 +58,11 @@ def test_an_alias_is_valid_in_traces_selectors_and_keys(gpt2: Any) -> None:
 def test_classes_name_the_modules_of_that_kind() -> None:
     model: Any = Model(
         nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.ReLU()),
-        rename={nn.ReLU: "activation", nn.Linear: ("weights", "matrix")},
+        rename={nn.ReLU: "activation", nn.Linear: ("matrices", "matrix")},
     )
     assert model[0].activation == model[0][1]
     assert model.activation == model[1]
-    assert model[0].matrix == model[0].weights == model[0][0]
+    assert model[0].matrix == model[0].matrices == model[0][0]
 
 
 def test_aliases_follow_modules_that_are_replaced() -> None:

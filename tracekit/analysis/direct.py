@@ -15,6 +15,7 @@ from tracekit.analysis.parts import stack_head_results
 from tracekit.analysis.prompts import Prompts, numbered, read_prompts
 from tracekit.analysis.residual import decompose_resid
 from tracekit.capture import showing_own_lines
+from tracekit.core.offload import at_hand
 from tracekit.errors import InputError
 from tracekit.models.language import LanguageModel
 from tracekit.tracing.named_cache import NamedCache
@@ -88,10 +89,10 @@ def _bias(model: LanguageModel, right: Tokens, wrong: Tokens | None, count: int)
         if tokens is None:
             continue
         ids = torch.tensor(token_ids(model, tokens)).expand(count)
-        norm, unembed = model.final_norm.module, model.unembed.module
+        norm, unembed = at_hand(model.final_norm.module), at_hand(model.unembed.module)
         if getattr(norm, "bias", None) is not None:
             directions = model.tokens_to_residual_directions(ids)
-            found = found + sign * (directions @ norm.bias).mean().cpu()
+            found = found + sign * (directions @ norm.bias.to(directions.device)).mean().cpu()
         if getattr(unembed, "bias", None) is not None:
             found = found + sign * unembed.bias[ids].mean().cpu()
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tracekit.analysis.components import Components, Positions, at_positions, recorded
 from tracekit.core.norms import known_kind
+from tracekit.core.offload import at_hand
 from tracekit.errors import UnsupportedError
 from tracekit.models.language import LanguageModel
 from tracekit.tracing.named_cache import NamedCache
@@ -43,16 +44,19 @@ def through(norm: Any, parts: Tensor, whole: Tensor) -> Tensor:
 
     Parts that add up to `whole` add up to what it gives for it, but for its bias.
     """
-    kind = known_kind(norm)
+    held = at_hand(norm)
+    kind = known_kind(held)
     if kind is None:
         raise UnsupportedError(f"{type(norm).__name__} is no norm that parts can be sent through.")
-    gain = kind.gain(norm).to(whole.dtype)
+    gain = kind.gain(held).to(whole.device, whole.dtype)
+    parts = parts.to(whole.device)
 
     def centred(value: Tensor) -> Tensor:
         return value - value.mean(-1, keepdim=True) if kind.centers else value
 
-    bias = getattr(norm, "bias", None)
-    given = norm(whole) - (bias if bias is not None else 0)
+    bias = getattr(held, "bias", None)
+    given = norm(whole).to(whole.device)
+    given = given if bias is None else given - bias.to(whole.device)
     size = torch.linalg.vector_norm(given, dim=-1, keepdim=True)
     full = torch.linalg.vector_norm(centred(whole) * gain, dim=-1, keepdim=True)
     return centred(parts) * gain * (size / full)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tracekit.architectures.binding import Bound, Names
 from tracekit.architectures.findings import Claim, compared
 from tracekit.architectures.witness import Testimony, Where, is_hookable
+from tracekit.core.offload import at_hand
 from tracekit.core.site import Slot
 
 _BEHIND: Final = ("norm1_post", "attn_scale", "cross_norm_post", "norm2_post", "mlp_scale")
@@ -40,6 +41,7 @@ def weights(names: Names, where: Where, seen: Testimony) -> Iterator[Claim]:
 
 def linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """The weight of a linear map as `[in, out]`, and its bias; None of any other module."""
+    module = at_hand(module)
     weight: Any = getattr(module, "weight", None)
     bias: Any = getattr(module, "bias", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():

@@ -6,16 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tracekit.architectures.schema import Lacks
+from tracekit.core.offload import at_hand
 from tracekit.core.quirks import own_children
-from tracekit.errors import LoadingError, UnsupportedError
+from tracekit.errors import OffloadedError, UnsupportedError
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -28,31 +27,30 @@ class Matrix(NamedTuple):
 
 
 def matrix_of(module: nn.Module, path: str) -> Matrix | Lacks:
-    """What a linear module multiplies with and adds; views of its own tensors."""
-    with _in_memory(module) as was_brought:
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if not isinstance(weight, Tensor):
-            return Lacks(f"{path} ({type(module).__name__}) has no weight")
-        _check(weight, path)
-        if weight.ndim != 2:
-            return Lacks(f"the weight of {path} is no matrix, but {list(weight.shape)}")
-        found = Matrix(weight if is_transposed(module) else weight.T, _tensor(bias))
-        if not _is_linear(module) and not _is_so(module, found):
-            kind = type(module).__name__
-            return Lacks(f"{path} ({kind}) computes something else than x @ weight + bias")
-        return _kept(found) if was_brought else found
+    """What a linear module multiplies with and adds; views of its tensors, copies if offloaded."""
+    module = at_hand(module)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor):
+        return Lacks(f"{path} ({type(module).__name__}) has no weight")
+    _check(weight, path)
+    if weight.ndim != 2:
+        return Lacks(f"the weight of {path} is no matrix, but {list(weight.shape)}")
+    found = Matrix(weight if is_transposed(module) else weight.T, _tensor(bias))
+    if not _is_linear(module) and not _is_so(module, found):
+        kind = type(module).__name__
+        return Lacks(f"{path} ({kind}) computes something else than x @ weight + bias")
+    return found
 
 
 def table_of(module: nn.Module, path: str) -> Tensor | Lacks:
     """What an embedding looks up, `[entries, model]`, as it gives it: scaled, if it scales."""
-    with _in_memory(module) as was_brought:
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor):
-            return Lacks(f"{path} ({type(module).__name__}) has no weight")
-        _check(weight, path)
-        scale = getattr(module, "embed_scale", None)
-        table = weight if scale is None else weight * _number(scale, weight)
-        return table.clone() if was_brought else table
+    module = at_hand(module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return Lacks(f"{path} ({type(module).__name__}) has no weight")
+    _check(weight, path)
+    scale = getattr(module, "embed_scale", None)
+    return weight if scale is None else weight * _number(scale, weight)
 
 
 def positions_of(module: nn.Module, path: str) -> Tensor | Lacks:
@@ -74,11 +72,6 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings its weights when it is called."""
-    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False))
-
-
 def unfit(weight: Tensor) -> str | None:
     """Why a weight's numbers can't be computed with as they are; None if they can."""
     if type(weight) not in _PLAIN and not _is_fake(weight):
@@ -96,26 +89,9 @@ def _check(weight: Tensor, path: str) -> None:
             f"load the model without."
         )
     if weight.is_meta:
-        raise LoadingError(
-            f"the weight of {path} is not in memory, and nothing is there to bring it."
+        raise OffloadedError(
+            f"the weight of {path} is not in memory, and no hook on that module brings it."
         )
-
-
-@contextmanager
-def _in_memory(module: nn.Module) -> Generator[bool]:
-    """The module with its weights; True if they were brought for the occasion."""
-    if not is_offloaded(module):
-        yield False
-        return
-    from accelerate.utils import align_module_device  # it offloaded them: it is there
-
-    with align_module_device(module):
-        yield True
-
-
-def _kept(matrix: Matrix) -> Matrix:
-    bias = None if matrix.bias is None else matrix.bias.clone()
-    return Matrix(matrix.weight.clone(), bias)
 
 
 def _tensor(value: object) -> Tensor | None:

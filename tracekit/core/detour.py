@@ -10,27 +10,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from tracekit.core.nest import replace_tensor
-from tracekit.core.quirks import own_children
+from tracekit.core.offload import go_through_accelerate, is_accelerates
+from tracekit.core.quirks import HOOK_DICTS, own_children
 from tracekit.core.tree import Tree
 
 # What a module does when it is called, given its own call: `call(own, args, kwargs)`.
 Call: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 Value: TypeAlias = Callable[[], Tensor]  # what a run is given, told when it comes to it
-
-_HOOKS: Final = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def detour(tree: Tree, calls: Mapping[str, Call], gone: Iterable[str]) -> Tree:
@@ -125,8 +116,13 @@ def _copied(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     copied = object.__new__(kind)
     state = vars(copied)
     state.update(vars(module))
-    state.pop("forward", None)  # that of a run under way, and of the module itself
-    for name in _HOOKS:  # PyTorch's keys count up from 0; those below are of tracekit's own runs
+    for name in ("forward", "_old_forward"):  # that of a run under way, and of the module itself
+        state.pop(name, None)
+    if is_accelerates(module):
+        go_through_accelerate(copied, module)
+    for (
+        name
+    ) in HOOK_DICTS:  # PyTorch's keys count up from 0; those below are of tracekit's own runs
         hooks: dict[int, Any] = state[name]
         state[name] = type(hooks)((key, hook) for key, hook in hooks.items() if key >= 0)
     return copied

@@ -33,7 +33,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], described: Mapping[
 
     `path` is what it was, or all of the new file, also if the machine goes down meanwhile.
     """
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    own = _apart({name: tensor.detach().cpu() for name, tensor in tensors.items()})
     checks = {name: _checks(tensor) for name, tensor in own.items()}
     told = json.dumps({**described, "tensors": checks}, sort_keys=True)
     part = _part_of(path)
@@ -53,6 +53,18 @@ def remove_parts(path: Path) -> None:
     """Remove what processes that were killed while they wrote `path` have left."""
     for part in path.parent.glob(f".{path.name}.*.part"):
         part.unlink(missing_ok=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """These tensors without gaps, each in memory of its own, as safetensors wants them."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if memory in seen else whole
+        seen.add(memory)
+    return found
 
 
 def _part_of(path: Path) -> Path:

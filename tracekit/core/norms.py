@@ -9,6 +9,8 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from tracekit.core.offload import at_hand
+
 _EPSILONS: Final = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 _WIDE: Final = (torch.float32, torch.float64)
 
@@ -94,6 +96,7 @@ def may_be_norm(module: Any) -> bool:
 
 def known_kind(module: Any) -> NormKind | None:
     """The kind that its numbers, of some input, are of; None if they are those of no norm."""
+    module = at_hand(module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not _has_epsilon(module):
         return None

@@ -13,6 +13,16 @@ from torch import Tensor, nn
 # checkpointing fire a second time in backward, when autograd computes it again (torch 2.4 to 2.13).
 current_backward = torch._C._current_graph_task_id  # pyright: ignore[reportPrivateUsage] - no public way to tell
 NO_BACKWARD = -1
+# Where a module keeps its hooks, each a dictionary by number (torch 2.6 to 2.13).
+HOOK_DICTS: Final = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 # The cap of its logits, in a configuration (Gemma 2 and 3, RecurrentGemma, xLSTM; 4.57 to 5).
 LOGIT_CAPS: Final = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -44,7 +54,7 @@ def at_rest(hook: Any) -> Any:
     if hasattr(found, "hooks"):
         found.hooks = tuple(at_rest(each) for each in found.hooks)
     elif getattr(found, "offload", False):
-        found.offload, found.weights_map, found.execution_device = False, None, "cpu"
+        found.offload, found.weights_map = False, None
     return found
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from torch import nn
 
+from tracekit.core.absent import NoAbsentWeights
 from tracekit.core.annex import ANNEX, owner_of
 from tracekit.core.norms import NormKind
 from tracekit.core.pieces import Annex, Piece
@@ -33,6 +34,25 @@ class StandardNames(Protocol):
     def words(self, owner: str) -> list[str]: ...
 
 
+_NOTHING: Final = nullcontext()
+
+
+class Planner(Protocol):
+    """Who plans the run of a twin (models/planning.py)."""
+
+    def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What the model is given instead."""
+        ...
+
+    def copies(self, original: Any) -> None:
+        """A value is recorded as a copy, and its original is kept until the run ends."""
+        ...
+
+    def record(self, cache: Any, keep: Any) -> Any:
+        """A cache is made in the run, and is to keep values so; how it does."""
+        ...
+
+
 @final
 class Tree:
     """The modules of `root` by full path (`model.transformer.h.0`), root's own name first.
@@ -47,6 +67,7 @@ class Tree:
         self.renames = renames
         self._depth = name.count(".") + 1
         self.load_first: Callable[[], None] | None = None  # brings weights that were left out
+        self.planner: Planner | None = None  # of a planned run, of a twin
         self.original: Tree | None = None  # whose twin this is, if it is one
         self.gone: tuple[str, ...] = ()  # what a run goes round (core/detour.py)
         self.naming: Callable[[nn.Module], StandardNames | None] | None = None
@@ -205,6 +226,21 @@ class Tree:
             if "_compiled_call_impl" in state or "_compiled_call" in state or "dynamo_ctx" in state:
                 return True
         return False
+
+    def around_runs(self) -> AbstractContextManager[object]:
+        """What is to be entered while `root`, and a block beside it, run."""
+        return self.guard() if isinstance(self.mode, nullcontext) else self.mode
+
+    def guard(self) -> AbstractContextManager[object]:
+        """Keeps weights that are elsewhere from being computed with; as fast as every trace needs.
+
+        In a dry run, where no weight has numbers, there is nothing to keep.
+        """
+        if isinstance(self.mode, nullcontext):
+            for state in self._states:
+                if "_hf_hook" in state:  # accelerate may have put weights elsewhere
+                    return NoAbsentWeights(self.root, self.name) if self.is_empty() else _NOTHING
+        return _NOTHING
 
     def is_empty(self) -> bool:
         """Whether there are weights that hold no numbers; as fast as every trace needs it."""

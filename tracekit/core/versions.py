@@ -74,7 +74,7 @@ class Versions:
     def overwritten(self) -> list[object]:
         """The labels of tensors that somebody still holds and that are not what was given out."""
         moved = [note for note in self._notes if note.has_moved()]
-        held = _storages_in_hands() if moved else set[int]()
+        held = storages_in_hands() if moved else set[int]()
         return [note.label for note in moved if note.storage.cdata in held]
 
     def changed(self, apart_from: Any = ()) -> list[object]:
@@ -170,7 +170,7 @@ class _Copied:
         return now.set_(storage, self._offset, self._copy.shape, self._stride)
 
 
-def _storages_in_hands() -> set[int]:
+def storages_in_hands() -> set[int]:
     """The memory of every tensor that Python holds; what a backward pass alone keeps is not in it.
 
     It looks at all objects there are, so it is for when something was overwritten.

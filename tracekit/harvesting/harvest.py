@@ -130,14 +130,15 @@ class Harvest:
             return self._asked_size
         sample = self.documents.between(0, min(_SAMPLE, len(self.documents)))
         contexts, _ = self._reading.contexts(self.model, sample, 0)
-        if not contexts:
-            return max(1, len(self.documents))
-        kept = sum(len(self._kept.of(context)) for context in contexts)
-        first = max(contexts, key=len)
-        rows, _ = self._capture.rows([first], [range(len(first))])
-        bytes_of_row = sum(tensor.nbytes for tensor in rows.values()) / len(first)
-        bytes_of_document = bytes_of_row * max(kept, 1) / max(1, len(sample))
-        return max(1, int(_SHARD // bytes_of_document))
+        rows = sum(len(self._kept.of(context)) for context in contexts)
+        bytes_of_row = sum(tensor.nbytes for tensor in self._one_row.values())
+        return max(1, int(_SHARD * len(sample) // max(rows * bytes_of_row, 1)))
+
+    @cached_property
+    def _one_row(self) -> dict[str, Tensor]:
+        """By site the row of some token, `[1, …]`, for its shape and dtype."""
+        rows, _ = self._capture.rows([Context([0], [0])], [[0]])
+        return rows
 
     @property
     def shards(self) -> int:
@@ -231,7 +232,9 @@ class Harvest:
     ) -> dict[str, Tensor]:
         """By site the rows of all contexts, in their order."""
         begins = [0, *torch.tensor([len(each) for each in kept]).cumsum(0).tolist()]
-        found: dict[str, Tensor] = {}
+        found = {
+            key: row.new_empty(begins[-1], *row.shape[1:]) for key, row in self._one_row.items()
+        }
         order = sorted(range(len(contexts)), key=lambda n: -len(contexts[n]))  # little padding
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
@@ -239,8 +242,6 @@ class Harvest:
             counts.update(more)
             sizes = [len(kept[n]) for n in batch]
             for key, values in rows.items():
-                if key not in found:
-                    found[key] = values.new_empty(begins[-1], *values.shape[1:])
                 for n, part in zip(batch, values.split(sizes), strict=True):
                     found[key][begins[n] : begins[n + 1]] = part
             if progress is not None:

@@ -19,7 +19,8 @@ class Progress:
 
     def skip(self, documents: int) -> None:
         """So many were done before."""
-        self._bar.initial += documents  # they don't count for the time left
+        if not self._bar.disable:
+            self._bar.initial += documents  # they don't count for the time left
         self._bar.update(documents)
 
     def see(self, tokens: int) -> None:

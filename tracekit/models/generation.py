@@ -35,6 +35,8 @@ def generate(
     doubles them, assisted decoding runs fewer. A stopping criterion is asked exactly once in
     each iteration. `progress=True` shows a bar.
     """
+    if tree.planner is not None:
+        args, kwargs = tree.planner.given(args, kwargs)
     kwargs = dict(kwargs)
     if is_transformers(tree.root) and kwargs.pop("progress", False):
         from tqdm.auto import tqdm
@@ -52,7 +54,8 @@ def _generate(
 ) -> Any:
     module: Any = tree.root
     if follower is None:
-        return module.generate(*args, **_with_list_of_criteria(module, kwargs))
+        with tree.guard():
+            return module.generate(*args, **_with_list_of_criteria(module, kwargs))
     if not is_transformers(module):
         with eager(tree):
             return module.generate(*args, **kwargs)
@@ -88,6 +91,8 @@ def forward(
     tree: Tree, follower: Follower | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """One forward pass, run as Python; `follower` is told which tokens it goes over."""
+    if tree.planner is not None:
+        args, kwargs = tree.planner.given(args, kwargs)
     if follower is not None and follower.timeline.is_wanted:
         given = by_name_of_forward(tree.root, args, kwargs)
         tell_forward(tree.root, follower.timeline, given)
@@ -96,7 +101,7 @@ def forward(
 
 def run(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward pass, run as Python."""
-    with eager(tree):
+    with eager(tree), tree.guard():
         return tree.root(*args, **kwargs)
 
 

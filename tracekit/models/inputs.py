@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tracekit.capture import warn_user
+from tracekit.core import offload
 from tracekit.core.quirks import first_weight
 from tracekit.errors import InputError
 from tracekit.models.bos import Ends, tokenized_rows, warn_of_two
@@ -105,9 +106,11 @@ def _is_twice(token: int, columns: Tensor) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Where the model wants its inputs; None if accelerate moves them itself."""
+    """Where the model wants its inputs: where its first weight is used. None if nothing says."""
     weight = first_weight(module)
-    return None if weight is None or weight.is_meta else weight.device
+    if weight is None or weight.is_meta or "_hf_hook" in vars(module):
+        return offload.device_of(module)
+    return weight.device
 
 
 def on_device(inputs: dict[str, Any], device: torch.device | None) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from tracekit.models.batching import Batch, Inputs, join_inputs
 from tracekit.models.face import calling
 from tracekit.models.functional import Functional
 from tracekit.models.generation import forward, generate, generation
+from tracekit.models.holdings import Weights
+from tracekit.models.planning import Planner, is_a_block
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
@@ -140,6 +142,39 @@ class Model(Functional):
         return self._tracer(TracedCall(lambda _: run_dry(twin, _, args, kwargs)), tree=twin)
 
     @showing_own_lines
+    def plan(
+        self,
+        *args: Any,
+        memory: Mapping[str, str | int] | None = None,
+        device: Any = None,
+        all_steps: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """`with model.plan(input) as tracer:` tells what a trace will hold in memory.
+
+        A dry run of the same block, on fake tensors: nothing is computed, and weights that were
+        left out stay so. Behind the block, `tracer.plan` is the Plan: bytes of each site and step,
+        weights, kv_cache, the peak of each device, and `verdict`: "fits", "offload" or "does not
+        fit". `plan = model.plan(function, input)` does so with a function as the block, and
+        `model.plan(input)` alone with none. All else is what `trace` takes; with `max_new_tokens=`
+        (or `max_length=`) it is a generation in which no row ends early.
+
+        `memory` says what there is, as `{"cpu": "16GB", "cuda:0": "24GB"}`; by default what is free
+        on this machine. `device`: where the model is taken to be. A generation is run for five
+        steps, and sizes go on as they grow; all are run where a block asks about single steps,
+        where a window is filled, and with `all_steps=True`.
+
+        Not counted: what a kernel allocates for itself, what an allocator keeps beside (fragments,
+        the CUDA context), and tensors of the user's that the block brings along.
+        """
+        function = args[0] if args and is_a_block(args[0]) else None
+        rest = args if function is None else args[1:]
+        planner = Planner(self, rest, kwargs, memory, device, all_steps)
+        if function is None and is_with_item(caller_frame()):
+            return planner
+        return planner.run(function)
+
+    @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; as the header of a `with`, trace all its steps, else return the tokens.
 
@@ -255,6 +290,14 @@ class Model(Functional):
         is without a session; `session.stop()` leaves it from anywhere, also from within a trace.
         """
         return Session()
+
+    @property
+    def weights(self) -> Any:
+        """`model.weights.of(module)` has copies of a module's weights, wherever these are."""
+        own = getattr(self.module, "weights", None)  # which wins
+        if isinstance(own, nn.Module):
+            return self._child("weights")
+        return Weights(self) if own is None else own
 
     # -- lasting edits --------------------------------------------------------------------------
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tracekit.capture import showing_own_lines
+from tracekit.core.offload import identity_of, version_of
 from tracekit.errors import InputError, OverwrittenError, UnsupportedError
 from tracekit.models.kv_cache import KeyValueCache, KeyValueEntry
 from tracekit.models.kv_layers import (
@@ -57,7 +58,7 @@ class _Held:
         """Which change when a tensor is changed in place."""
         held = [tensor for layer in layers_of(self.kv_cache) for tensor in tensors_of(layer)]
         held += [] if self._source is None else [self._source.hidden]
-        return [_version(tensor) for tensor in held]
+        return [version_of(tensor) for tensor in held]
 
 
 @final
@@ -91,7 +92,7 @@ class Prefix:
         self._tokens = tokens
         self._attention_mask = attention_mask
         self._edits = _lasting(model)
-        self._weights = weights_of(model.module) if weights is None else weights
+        self._weights = identity_of(model.module) if weights is None else weights
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -217,7 +218,7 @@ class Prefix:
                 f"{type(other).__name__}): keys and values are of the weights that made them. "
                 f"Write `prefix = model.prefill(prompt)` with this model."
             )
-        if weights_of(other) != self._weights:
+        if identity_of(other) != self._weights:
             raise InputError(
                 "the weights of this model have changed since it made this prefix (their values, "
                 "dtype or device): its keys and values are of the earlier ones. Prefill again."
@@ -318,20 +319,6 @@ class Prefix:
 
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
-
-
-def weights_of(module: nn.Module) -> tuple[object, ...]:
-    """What changes when a weight of `module` is exchanged, moved, cast, or changed in place."""
-    return tuple(
-        (id(weight), _version(weight), weight.dtype, weight.device)
-        for weight in module.parameters()
-    )
-
-
-def _version(tensor: Tensor) -> int:
-    if tensor.is_inference():
-        return 0  # it has none
-    return tensor._version  # pyright: ignore[reportPrivateUsage] - the only way to tell
 
 
 def _changed(kv_cache: KvCache, change: Any) -> KvCache:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tracekit.architectures import Lacks, Names
-from tracekit.architectures.matrices import is_offloaded, unfit
+from tracekit.architectures.matrices import unfit
 from tracekit.core.nest import first_tensor
+from tracekit.core.offload import is_offloaded
 from tracekit.errors import UnsupportedError
 from tracekit.models import centring, folding
 

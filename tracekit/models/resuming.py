@@ -219,4 +219,4 @@ def number_of_layer(model: LanguageModel, spot: Spot) -> int | None:
 
 def is_edited(model: LanguageModel) -> bool:
     """Whether lasting edits, or functions at activations, are made in every run of the model."""
-    return bool(model._edits) or any(each.is_on for each in model._functions)
+    return model._is_edited

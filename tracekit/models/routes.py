@@ -18,6 +18,7 @@ from tracekit.architectures import Bound
 from tracekit.architectures.layouts import Whole
 from tracekit.core.detour import Call, Value, detour, embedding, entering, giving, passing
 from tracekit.core.nest import first_tensor
+from tracekit.core.offload import device_of, is_accelerates
 from tracekit.core.site import Slot
 from tracekit.core.tree import Tree
 from tracekit.interleave.forwards import own_forward
@@ -109,8 +110,9 @@ def why_closed(tree: Tree, number: int) -> str:
     for path in (*tree.ancestors(paths[0]), *paths[number : number + 1]):
         module = tree.modules[path]
         plain = MethodType(type(module).forward, module)
-        if "_old_forward" in vars(module) or own_forward(module) != plain:
-            return f"something is put around the forward of {path} (device_map= does so)"
+        is_plain = "_old_forward" not in vars(module) or is_accelerates(module)
+        if not is_plain or own_forward(module) != plain:
+            return f"something is put around the forward of {path}"
     return ""
 
 
@@ -130,7 +132,7 @@ class _Proof:
         self._given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         if accepts(twin.root, "use_cache"):
             self._given["use_cache"] = False
-        self._device = next(twin.root.parameters()).device
+        self._device = device_of(twin.root)
         self._order: list[str] = []  # of the modules that were called
         self._returned: dict[str, Any] = {}
         self._residual: Tensor | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -16,10 +16,31 @@ from tracekit.errors import MissingNameError
 from tracekit.models import biases, circuits
 from tracekit.models.biases import Addition
 from tracekit.models.circuits import CompositionScores
+from tracekit.models.holdings import Weights
 from tracekit.models.processing import processed
 from tracekit.models.tokenized import Tokenized
 
 M = TypeVar("M", bound="WithWeights")
+
+
+@final
+class NamedWeights(Weights):
+    """What is asked of the weights of a model whose layers are known."""
+
+    @showing_own_lines
+    def __call__(self, name: str, stack: str = "layers") -> Stacked:
+        """`value, layers = model.weights("W_Q")`: of the layers that have it, and which these are.
+
+        For models whose layers differ; `model.W_Q` is refused there, as its places would be no
+        layers. `stack` is another list of layers: "encoder_layers", "vision_layers".
+        """
+        model = self._model
+        if model._tree.load_first is not None:
+            model._tree.load_first()
+        found = model._standard_names().weights(name, stack)
+        if isinstance(found, Lacks):
+            raise MissingNameError(f"none of its {stack} has {name!r}: {found.reason}.")
+        return found
 
 
 class WithWeights(Tokenized):
@@ -33,19 +54,13 @@ class WithWeights(Tokenized):
 
     __slots__ = ()
 
-    @showing_own_lines
-    def weights(self, name: str, stack: str = "layers") -> Stacked:
-        """`value, layers = model.weights("W_Q")`: of the layers that have it, and which these are.
+    @property
+    def weights(self) -> NamedWeights:
+        """`model.weights("W_Q")` of all layers that have it; `model.weights.of(module)`, by module.
 
-        For models whose layers differ; `model.W_Q` is refused there, as its places would be no
-        layers. `stack` is another list of layers: "encoder_layers", "vision_layers".
+        Both read what is offloaded from where it lies.
         """
-        if self._tree.load_first is not None:
-            self._tree.load_first()
-        found = self._standard_names().weights(name, stack)
-        if isinstance(found, Lacks):
-            raise MissingNameError(f"none of its {stack} has {name!r}: {found.reason}.")
-        return found
+        return NamedWeights(self)
 
     @showing_own_lines
     def composition_scores(self, mode: str) -> CompositionScores:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tracekit.errors import InputError, StorageError, UnknownPathError, did_you_mean
 from tracekit.storage.batches import Batches
+from tracekit.storage.saelens import to_saelens
 from tracekit.storage.shards import COLUMNS, Shard, column_of
 
 
@@ -176,6 +177,19 @@ class Activations(Mapping[str, Rows]):
         is_one = len(names) == 1 and not isinstance(site, (list, tuple))
         return Batches(columns, size, shuffle, epochs, drop_last, buffer_rows, is_one)
 
+    def to_saelens(
+        self, path: str | Path, *, site: str | None = None, drop_short: bool = False
+    ) -> Any:
+        """Write what SAELens reads as `cached_activations_path`; the data set of it.
+
+        A row for each context: `{hook_name: [context, width], "token_ids": [context]}`, under
+        TransformerLens' name of the site. All contexts must be of one length, with every position
+        kept: harvest with `pack=True`. The shorter one at the end of each shard is an error, or
+        left out with `drop_short=True`, and a warning says how many were. bfloat16, which Arrow
+        does not have, becomes float32. Needs the extra `tracekit[datasets]`.
+        """
+        return to_saelens(self, path, site, drop_short)
+
     def check(self) -> None:
         """Read and prove everything; StorageError names the first file that is damaged."""
         for shard in self._shards:
@@ -184,15 +198,17 @@ class Activations(Mapping[str, Rows]):
 
     def __repr__(self) -> str:
         sites = ", ".join(self.sites[:3]) + (" …" if len(self.sites) > 3 else "")
-        size = sum(shard.path.stat().st_size for shard in self._shards)
-        dropped = {
-            name: count for name, count in self.counts.items() if name not in _SEEN and count
-        }
-        told = f"; {', '.join(f'{count:,} {name}' for name, count in dropped.items())}"
-        return (
-            f"Activations({str(self.path)!r}: {self.rows:,} rows of {len(self.sites)} sites "
-            f"({sites}), {len(self._shards)} shards, {size / 1e6:,.1f} MB{'; ' if told else ''}{told})"
+        size = sum(shard.path.stat().st_size for shard in self._shards) / 1e6
+        counts = [f"{count:,} {name}" for name, count in self.counts.items() if name not in _SEEN]
+        told = ", ".join(
+            [
+                f"{self.rows:,} rows of {len(self.sites)} sites ({sites})",
+                f"{len(self._shards)} shards",
+                f"{size:,.1f} MB",
+                *counts,
+            ]
         )
+        return f"Activations({str(self.path)!r}: {told})"
 
 
 _SEEN = frozenset({"documents", "contexts", "tokens", "rows"})
@@ -220,7 +236,7 @@ def load_activations(path: str | Path, *, partial: bool = False) -> Activations:
             f"({', '.join(map(str, missing[:5]))}{' …' if len(missing) > 5 else ''}). Run it again "
             f"to make the rest, or load what there is with partial=True."
         )
-    return Activations(folder, [shard for shard in shards if len(shard)] or shards)
+    return Activations(folder, shards)
 
 
 def _check_are_of_one(shards: Sequence[Shard]) -> None:

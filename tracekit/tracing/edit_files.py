@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tracekit.capture import from_text
+from tracekit.core.offload import device_of
 from tracekit.errors import LoadingError, UnknownModuleError, UnknownPathError, UnsupportedError
 from tracekit.tracing.edit import Edit, EditTracer
 from tracekit.tracing.envoy import Envoy
@@ -96,9 +97,8 @@ def _weights_of(root: nn.Module) -> dict[int, str]:
 
 
 def _device_of(root: nn.Module) -> torch.device:
-    weights = itertools.chain(root.parameters(), root.buffers())
-    device = next((tensor.device for tensor in weights), torch.device("cpu"))
-    return torch.device("cpu") if device.type == "meta" else device
+    buffers = (buffer.device for buffer in root.buffers() if not buffer.is_meta)
+    return device_of(root) or next(buffers, torch.device("cpu"))
 
 
 @final
@@ -177,6 +177,8 @@ class _Packer:
     def _tensor(self, tensor: Tensor) -> dict[str, Any]:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             raise self._refused(tensor, "make a plain tensor of it before the block")
+        if tensor.is_meta:
+            raise self._refused(tensor, "take a copy of the weight, by model.weights.of(module)")
         key = str(len(self.tensors))
         order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
         # As it lies in memory, where nothing is left out: a product may round otherwise else.

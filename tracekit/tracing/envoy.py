@@ -12,12 +12,13 @@ from torch import nn
 
 from tracekit.capture import showing_own_lines
 from tracekit.core.annex import ANNEX
+from tracekit.core.offload import device_of, places_of
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import (
-    LoadingError,
     NeverRanError,
+    OffloadedError,
     OutsideTraceError,
     UnknownModuleError,
     UnsupportedError,
@@ -33,6 +34,7 @@ from tracekit.tracing.standard import Standard
 
 _SLOTS = ("output", "input", "inputs", "hidden", "skip")
 _VALUES = (*_SLOTS, "next", "calls", "source", "path", "module")
+_HANDS_OUT: Final = frozenset({"state_dict", "get_parameter"})
 # Methods of every module that return the module itself.
 _CHANGES: Final = frozenset(
     {"to", "cpu", "cuda", "eval", "train", "half", "float", "double", "bfloat16", "requires_grad_"}
@@ -142,10 +144,13 @@ class Envoy(Standard):
 
     @property
     def device(self) -> torch.device | None:
-        """Where the module's first weight is; None if it has none."""
+        """Where the module computes: where its first weight is, or accelerate brings it.
+
+        None if it has no weights.
+        """
         module: nn.Module = self.module
         weights = itertools.chain(module.parameters(), module.buffers())
-        return next((weight.device for weight in weights), None)
+        return device_of(module) or next((weight.device for weight in weights), None)
 
     def get(self, path: str) -> Envoy:
         """The module at a path below this one: `model.get("transformer.h.0.mlp")`.
@@ -173,7 +178,8 @@ class Envoy(Standard):
         tree = self._here()
         if tree.load_first is not None:
             tree.load_first()
-        return tree.module(self._path)(*args, **kwargs)
+        with tree.guard():
+            return tree.module(self._path)(*args, **kwargs)
 
     @showing_own_lines
     def __getattr__(self, name: str) -> Any:
@@ -211,10 +217,16 @@ class Envoy(Standard):
         if load_first is not None and (is_on_meta or callable(value)):
             load_first()  # a method may use the weights, or hand them out
             return getattr(self.module, name)
+        if name in _HANDS_OUT and places_of(module):
+            raise OffloadedError(
+                f"{self._path}.{name}() would hand out weights that are offloaded, not in memory. "
+                f"Take copies: {self._tree.name}.weights.of({self._path})."
+            )
         if is_on_meta:
-            raise LoadingError(
+            raise OffloadedError(
                 f"{self._path}.{name} is offloaded, not in memory: computing with it would give "
-                f"garbage. Call the module instead, as in {self._path}(x)."
+                f"garbage. Call the module instead, as in {self._path}(x), or take a copy: "
+                f"{self._tree.name}.weights.of({self._path})[{name!r}]."
             )
         return value
 

@@ -93,7 +93,7 @@ class Execution:
 
         The error of a block comes before one that the model ran into because of it.
         """
-        with self._tree.mode:
+        with self._tree.around_runs():
             try:
                 return self._run_all(interventions)
             finally:
@@ -190,7 +190,7 @@ class Execution:
     @property
     def mode(self) -> AbstractContextManager[object]:
         """What a block is to run under, besides the torch state of the user's thread."""
-        return self._tree.mode
+        return self._tree.around_runs()
 
     @property
     def is_over(self) -> bool:

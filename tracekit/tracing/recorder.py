@@ -61,13 +61,11 @@ class Recorder:
         rows: Rows | None = None,
     ) -> None:
         cache._filling = ref(self)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
-        self._changes = changes
-        self.timeline = changes.timeline
+        self._changes, self.timeline = changes, changes.timeline
         self.timeline.model = ref(tree.root)
         self._marks: list[int] = []  # how many records there were when each forward began
         self._rows = rows  # of the block that records; None: all
-        self.cache = cache
-        self._tree = tree
+        self.cache, self._tree = cache, tree
         self._modules = modules
         self._sites: Sites | None = None  # whose values are recorded each by itself, if they are
         self._structures: set[nn.Module] = set()  # of whose outputs all tensors are kept
@@ -131,6 +129,7 @@ class Recorder:
         """Modules whose values may be kept as they are, and those whose values are copied."""
         habits = self._habits[slot]
         is_dry = self._tree.original is not None and not self._tree.gone
+        is_dry = is_dry and self._tree.planner is None  # that does all that a real run does
         if not self._keep.detach or is_dry:
             # a copy would have no gradient; the values of a dry run can't be overwritten
             return list(modules.values()), []
@@ -244,6 +243,8 @@ class Recorder:
                 return leaf
             if habit is None:
                 self._originals.append((module, slot, 0, leaf.detach(), version(leaf)))
+                if self._tree.planner is not None:
+                    self._tree.planner.copies(leaf)
             return leaf.clone()
 
         return map_leaves(copied, value)

@@ -14,6 +14,7 @@ from tracekit.capture.functions import unwrap
 from tracekit.capture.operations import operations_of, with_operations
 from tracekit.core.annex import ANNEX, INNER
 from tracekit.core.nest import Nest, named_tensors
+from tracekit.core.offload import devices_of
 from tracekit.core.pieces import Annex, Piece
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -139,6 +140,6 @@ def is_of_a_library(hook: Any) -> bool:
 @contextmanager
 def as_if_nothing_ran(tree: Tree) -> Generator[None]:
     """No gradients, and the random numbers that come next stay the same."""
-    devices = {w.device for w in tree.root.parameters() if w.device.type == "cuda"}
+    devices = {device for device in devices_of(tree.root) if device.type == "cuda"}
     with torch.random.fork_rng(list(devices)), torch.no_grad():
         yield

@@ -21,6 +21,7 @@ from tracekit.analysis.patching.runs import write
 from tracekit.architectures import Sharing
 from tracekit.core.nest import replace_tensor
 from tracekit.core.site import Slot
+from tracekit.interleave.hooks import is_elsewhere
 from tracekit.interleave.worker import this_thread
 from tracekit.models.language import LanguageModel
 from tracekit.models.signatures import accepts
@@ -98,7 +99,7 @@ class Recompute:
 
         def seen(value: Any) -> Any:
             nonlocal count
-            if this_thread() != thread:  # another run of the same model
+            if is_elsewhere(thread):  # another run of the same model
                 return None
             count += 1
             named = where.spot.named

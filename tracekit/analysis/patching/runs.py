@@ -119,7 +119,7 @@ class Runs:
             bytes_of_row(
                 module.config, first.element_size(), self._pair.length, self.layers, has_cut
             ),
-            first.device.type != "cpu",
+            str(self._model.device) != "cpu",
         )
 
     def _positions(self, target: Target) -> list[int]:

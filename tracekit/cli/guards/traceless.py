@@ -12,17 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tracekit.cli.guards.experiment import PROMPT, Experiment, check, logits_by_hand
+from tracekit.core.quirks import HOOK_DICTS
 from tracekit.models.language import LanguageModel
-
-_HOOKS: Final = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def _is_untouched(model: LanguageModel) -> str:
@@ -85,7 +76,7 @@ def _fail(*_: Any) -> None:
 def _state_of(model: nn.Module) -> list[Any]:
     """Every hook of every module, and what its instance has of its own."""
     return [
-        (path, sorted(vars(module)), [list(getattr(module, name).items()) for name in _HOOKS])
+        (path, sorted(vars(module)), [list(getattr(module, name).items()) for name in HOOK_DICTS])
         for path, module in model.named_modules()
     ]
 
