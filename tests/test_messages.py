@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.capture.fake_tracer import FakeTracer
 from tests.tiny_models import make
-from tracekit import LanguageModel, Model, errors, settings
+from tracekit import LanguageModel, Model, errors, load_cache, settings
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import TracekitError, TracekitWarning, did_you_mean
@@ -235,6 +235,10 @@ def tokens_that_are_others_on_each_rank() -> None:
     check_tokens(tree, torch.tensor([[3, 7]]))
 
 
+def a_cache_that_is_not_there() -> None:
+    load_cache("no-such-run")
+
+
 def a_weight_that_is_elsewhere() -> None:
     import accelerate
 
@@ -448,6 +452,11 @@ CASES = [
         a_misspelled_name_of_a_model,
         errors.LoadingError,
         "'tracekit/tny' is not packaged with tracekit; did you mean 'tracekit/tiny'? [loading]",
+    ),
+    Case(
+        a_cache_that_is_not_there,
+        errors.StorageError,
+        "there is no folder 'no-such-run': give one that a cache is in. [storage]",
     ),
     Case(
         a_weight_that_is_elsewhere,

@@ -41,6 +41,7 @@ PUBLIC = [
     "errors",
     "harvest",
     "load_activations",
+    "load_cache",
     "save",
     "settings",
     "show",

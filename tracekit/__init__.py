@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tracekit.models.prefix import Prefix
     from tracekit.models.streaming import Stream
     from tracekit.storage.activations import Activations, load_activations
+    from tracekit.storage.caches import load_cache
     from tracekit.tracing.cache import Cache
     from tracekit.tracing.declared import Outcome
     from tracekit.tracing.entries import Entries, Entry
@@ -71,6 +72,7 @@ _HOMES = {
     "backward": "tracekit.tracing.gradients",
     "harvest": "tracekit.distributed.harvests",
     "load_activations": "tracekit.storage.activations",
+    "load_cache": "tracekit.storage.caches",
     "save": "tracekit.tracing.save",
     "settings": "tracekit.core.settings",
     "show": "tracekit.viz.show",
@@ -108,6 +110,7 @@ __all__ = [
     "errors",
     "harvest",
     "load_activations",
+    "load_cache",
     "save",
     "settings",
     "show",

@@ -8,14 +8,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Final, NamedTuple, final
 
-from torch import Tensor, nn
+from torch import nn
 
 from tracekit.architectures.fit import misfits
 from tracekit.architectures.keys import Keys
-from tracekit.architectures.layouts import Layout, Rows, Sizes, View, Whole
+from tracekit.architectures.layouts import Layout, Rows, Sizes, View, Viewed, Whole
 from tracekit.architectures.rules import declared
 from tracekit.architectures.schema import (
     ANNEXES,
@@ -126,7 +126,7 @@ class Layer:
         return last[0].reason if last and isinstance(last[0], Lacks) else None
 
     def _bound(self, name: str, path: str, point: Point, shape: str) -> Bound:
-        view = partial(_view, point, self.sizes)
+        view = Viewed(point.layout, self.sizes)
         at = (path, point.slot, view, point.sharing, point.key)
         call = self.calls.get(path, 0)
         return Bound(name, *at, shape, point.layout, call, self.sizes.get("heads", 0))
@@ -136,10 +136,6 @@ def _choices(declared: Declared | None) -> tuple[Point | Lacks, ...]:
     if declared is None:
         return ()
     return declared if isinstance(declared, tuple) else (declared,)
-
-
-def _view(point: Point, sizes: Sizes, tensor: Tensor) -> Tensor:
-    return point.layout.view(tensor, sizes)
 
 
 @final

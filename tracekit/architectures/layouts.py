@@ -156,3 +156,17 @@ class HeadsFirst:
 
     def view(self, tensor: Tensor, sizes: Sizes) -> Tensor:
         return tensor.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Viewed:
+    """The view of a layout, for the sizes of one model."""
+
+    layout: Layout
+    sizes: Sizes
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self.layout.view(tensor, self.sizes)
+
+
+WHOLE = Viewed(Whole(), {})  # the tensor itself

@@ -42,9 +42,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], described: Mapping[
         mode = part.stat().st_mode  # as the user's umask has it; safetensors has its own idea
         save_file(own, part, {_KEY: f"{zlib.crc32(told.encode()):08x} {told}"})
         part.chmod(mode)
-        _flush(part)
+        flush(part)
         part.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -71,7 +71,7 @@ def _part_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Let what was written come to the disk: the content of a file, or the names in a directory."""
     opened = os.open(path, os.O_RDONLY)
     try:

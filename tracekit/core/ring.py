@@ -41,6 +41,11 @@ class Parcel:
         self._bytes: Tensor | None = None  # of the same memory
         self.value: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes, wherever it is."""
+        return self._shape.numel() * self._dtype.itemsize
+
     def put_whole(self, arrived: Tensor) -> None:
         """Take all its numbers."""
         self.value = arrived.view(self._shape).clone()

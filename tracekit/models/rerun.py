@@ -48,6 +48,17 @@ class Rerun:
         """The model; CacheError if it is gone."""
         return self._model()
 
+    def told(self) -> dict[str, Any]:
+        """What was given, and what was cast: `Rerun.again` makes the same of it."""
+        return {"given": self._given, "autocast": self._autocast}
+
+    @classmethod
+    def again(cls, tree: Tree, told: dict[str, Any], name: str) -> Rerun:
+        """That of a run of the same model, from what it told; `name` begins its paths."""
+        made = cls(tree if tree.name == name else Tree(tree.root, name), told["given"])
+        made._autocast = told["autocast"]
+        return made
+
     def __call__(self, transcript: Transcript, include_last: bool) -> None:
         """One forward pass, without keys and values, over all tokens, or all but the last."""
         tree = self._model()

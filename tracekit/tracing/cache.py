@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, final
 from weakref import ReferenceType
 
+from tracekit.capture import showing_own_lines
 from tracekit.core.site import Site, Slot
 from tracekit.errors import CacheError, UnknownModuleError, UnknownPathError, did_you_mean
+from tracekit.interleave.duties import Span
 from tracekit.tracing.again import with_last
+from tracekit.tracing.cache_parts import Parts, What, write_whole
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import Entries, Entry
 from tracekit.tracing.envoy import Envoy
 from tracekit.tracing.sequence import TokenSequence, calls_in_forwards, stitch
+from tracekit.tracing.spool import Spool
 from tracekit.tracing.timeline import Timeline
 from tracekit.tracing.verify import Verification, verify
 
 
 class Filling(Protocol):
     """Whoever fills a cache (a Recorder)."""
+
+    spool: Spool | None  # writes it as it comes
+    timeline: Timeline
+
+    @property
+    def span(self) -> Span | None:
+        """Of the rows that are recorded; None: all."""
+        ...
+
+    def asked(self) -> list[str]:
+        """Everything that is to be recorded."""
+        ...
 
     def list_so_far(self) -> None:
         """Put what was recorded until now into the cache, safe from what the model does next."""
@@ -46,6 +63,7 @@ class Cache(Mapping[str, Entries]):
 
     _filling: ReferenceType[Filling] | None = None  # until it is complete
     _is_standing: Callable[[], bool] | None = None  # the model, so that it can be read
+    _parts: Parts | None = None  # the files that it is in
 
     def __init__(self) -> None:
         self._entries: dict[str, list[Entry]] = {}
@@ -186,6 +204,27 @@ class Cache(Mapping[str, Entries]):
         self._check_complete("verify()")
         return verify(self._entries, self._changes, tolerance)
 
+    @showing_own_lines
+    def save(self, path: str | Path) -> None:
+        """Write it to a folder of safetensors files, for `tracekit.load_cache(path)`.
+
+        Nothing is lost but the graph of tensors that have one, and gaps between their numbers;
+        what can't be written is refused (UnsupportedError), and leaves nothing behind. In the place
+        of a cache it is written over that, once it is complete; StorageError for anything else
+        that is there. To write a long generation while it runs: `tracer.cache(path=...)`.
+        """
+        self._save(path)
+
+    def _save(self, path: str | Path, names: Any = None) -> None:
+        if not self._is_complete:
+            raise CacheError(
+                "a cache is saved when its run has ended; tracer.cache(path=...) writes one while "
+                "it runs."
+            )
+        what = What(self._root, self._asked, self._aliases, self._changes.span, names)
+        entries = (entry for found in self._entries.values() for entry in found)
+        write_whole(path, entries, what, self._changes)
+
     # -- by attribute ---------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
@@ -202,7 +241,9 @@ class Cache(Mapping[str, Entries]):
     def __repr__(self) -> str:
         if self._is_hidden:
             return "Cache(recording until the trace ends)"
-        head = f"Cache({len(self)} modules, {sum(map(len, self._entries.values()))} entries)"
+        count = sum(map(len, self._entries.values()))
+        where = "" if self._parts is None else f"; {self._parts}"
+        head = f"Cache({len(self)} modules, {count} entries{where})"
         rows = [f"  {path}: {_summary(found)}" for path, found in self._shown()]
         more = [f"  … {len(self) - len(rows)} more"] if len(self) > len(rows) else []
         return "\n".join([head, *rows, *more])

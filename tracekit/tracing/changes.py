@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple, final
 
@@ -46,7 +47,8 @@ class Changes:
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
-        self.made: list[Change] = []
+        self.later: Callable[[], list[Change]] | None = None  # what was made, from a file
+        self._made: list[Change] = []
         self.is_wanted = False  # a cache is being filled, which may be verified
         self.missed: Visit | None = None  # the first that was changed before that
         self.at_positions: list[PositionEdit] = []
@@ -55,6 +57,13 @@ class Changes:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Changes, (self.timeline,)  # without the model they can't be made again
+
+    @property
+    def made(self) -> list[Change]:
+        """The changes, in order."""
+        if self.later is not None:
+            self._made, self.later = self.later(), None
+        return self._made
 
     @property
     def whole(self) -> Changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Any, final, overload
@@ -21,6 +22,37 @@ class Absent(Enum):
 
 
 ABSENT = Absent.ABSENT
+
+
+class Later(ABC):
+    """In the place of a value that lies in a file: read when it is asked for."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def read(self) -> Any:
+        """The value; StorageError if the file does not hold it any more."""
+        ...
+
+    @abstractmethod
+    def look(self) -> Any:
+        """The value as it lies in the file, for its shapes: its numbers are not proved."""
+        ...
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self.read(),)  # a copy is in memory
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _read(held: Any) -> Any:
+    return held.read() if isinstance(held, Later) else held
+
+
+def _look(held: Any) -> Any:
+    return held.look() if isinstance(held, Later) else held
 
 
 @final
@@ -59,7 +91,7 @@ class Entry:
                 f"{self.path} has no output in this cache: "
                 f"{self._why_absent('include_output', 'its call did not return')}."
             )
-        return self._output
+        return _read(self._output)
 
     @property
     def hidden(self) -> torch.Tensor:
@@ -80,7 +112,7 @@ class Entry:
                 f"{self.path} has no inputs in this cache: "
                 f"{self._why_absent('include_inputs', 'they were not seen')}."
             )
-        return self._inputs
+        return _read(self._inputs)
 
     @property
     def input(self) -> Any:
@@ -99,7 +131,8 @@ class Entry:
                 f"{self.path} has no gradient in this cache: it was made without "
                 f"include_grads=True, or its call did not return."
             )
-        arrivals = _arrivals(self._grad)
+        awaited = _read(self._grad)
+        arrivals = _arrivals(awaited)
         if not arrivals:
             raise CacheError(
                 f"{self.path}.output did not require grad (frozen parameters?), so it has no "
@@ -111,7 +144,7 @@ class Entry:
                 f"no backward pass has come to {self.path}.output: call loss.backward() first, in "
                 f"the block or after it, of a loss that was computed from it."
             )
-        return map_leaves(_gradient, self._grad)
+        return map_leaves(_gradient, awaited)
 
     @property
     def positions(self) -> range | None:
@@ -125,7 +158,7 @@ class Entry:
     def mapped(self, change: Callable[[Any], Any]) -> Entry:
         """This entry with `change` made of each value in it."""
         inputs, output, grad = (
-            each if each is ABSENT else map_leaves(change, each)
+            each if each is ABSENT else map_leaves(change, _read(each))
             for each in (self._inputs, self._output, self._grad)
         )
         return Entry(self.path, self.step, self.call, inputs, output, grad, self.during)
@@ -141,12 +174,14 @@ class Entry:
         if self.call:
             parts.append(f"call={self.call}")
         if self._inputs is not ABSENT:
-            parts.append(f"input={describe(self.input)}")
+            parts.append(f"input={describe(first_input(_look(self._inputs)))}")
         if self._output is not ABSENT:
-            parts.append(f"output={describe(self._output)}")
+            parts.append(f"output={describe(_look(self._output))}")
         if self._grad is not ABSENT:
-            came = any(arrival.gradient is not None for arrival in _arrivals(self._grad))
-            parts.append(f"grad={describe(self.grad) if came else 'not yet'}")
+            awaited = _look(self._grad)
+            came = any(arrival.gradient is not None for arrival in _arrivals(awaited))
+            told = describe(map_leaves(_gradient, awaited)) if came else "not yet"
+            parts.append(f"grad={told}")
         return f"Entry({', '.join(parts)})"
 
 

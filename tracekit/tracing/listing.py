@@ -24,6 +24,7 @@ class Listing:
         self.found: dict[str, list[Entry]] = {}
         self.count = 0  # of records of which there are entries
         self.is_apart = False
+        self.new: list[Entry] | None = None  # those that are made, if somebody asks
         self._paths = paths
         self._begun: dict[str, list[Entry]] = {}  # with inputs, and still without output
 
@@ -67,3 +68,5 @@ class Listing:
         else:
             entries.append(Entry(path, step, call, value, ABSENT, ABSENT, during))
             self._begun.setdefault(path, []).append(entries[-1])
+        if self.new is not None:
+            self.new.append(entries[-1])

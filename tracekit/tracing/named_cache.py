@@ -8,12 +8,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
 from tracekit.architectures import Key, Sharing, Spelling
+from tracekit.capture import showing_own_lines
 from tracekit.core.keep import Keep
 from tracekit.core.nest import describe, first_tensor, on_one_device, tensors
 from tracekit.core.tree import Tree
@@ -28,8 +30,10 @@ from tracekit.tracing.arrivals import Arrival
 from tracekit.tracing.cache import Cache
 from tracekit.tracing.entries import Entry
 from tracekit.tracing.execution import Execution
+from tracekit.tracing.packing import Packer
 from tracekit.tracing.plans import plan_of
 from tracekit.tracing.sequence import TokenSequence, stitch
+from tracekit.tracing.shelf import Shelf
 from tracekit.tracing.sites import PosSlice
 from tracekit.tracing.wanted import Spot, keys_of
 
@@ -166,6 +170,10 @@ class NamedCache(Mapping[str, Tensor]):
         call = spot.named.call
         return [entry for entry in entries if call is None or entry.call == call]
 
+    def _first(self, key: str) -> Tensor:
+        spot = self._spots[key]
+        return self._value(spot, self._entries(spot)[0])
+
     def _value(self, spot: Spot, entry: Entry, *, has_batch: bool | None = None) -> Tensor:
         bound = spot.named.bound
         value = entry.grad if self._is_of_gradients else entry.output
@@ -251,6 +259,20 @@ class NamedCache(Mapping[str, Tensor]):
                     )
                 return
 
+    @showing_own_lines
+    def save(self, path: str | Path) -> None:
+        """Write it to a folder, for `tracekit.load_cache(path)`: as `tracer.cache().save(path)`."""
+        self._store._save(path, self._names_for_a_file())
+
+    def _names_for_a_file(self) -> Any:
+        told = {
+            "spots": list(self._every.values()),
+            "lengths": dict(self._spelling.lengths),
+            "has_batch": self._has_batch,
+            "is_of_gradients": self._is_of_gradients,
+        }
+        return Packer(Shelf()).value(told, "names")
+
     def _with(
         self, store: Cache, has_batch: bool | None = None, is_of_gradients: bool | None = None
     ) -> NamedCache:
@@ -266,9 +288,10 @@ class NamedCache(Mapping[str, Tensor]):
         if self._store._is_hidden:
             return "NamedCache(recording until the trace ends)"
         keys = list(self)
-        shown = [f"\n  {key}: {describe(self.values_of(key)[0])}" for key in keys[:12]]
+        shown = [f"\n  {key}: {describe(self._first(key))}" for key in keys[:12]]
         more = f"\n  … {len(keys) - 12} more" if len(keys) > 12 else ""
-        return f"NamedCache({len(keys)} activations){''.join(shown)}{more}"
+        where = "" if self._store._parts is None else f"; {self._store._parts}"
+        return f"NamedCache({len(keys)} activations{where}){''.join(shown)}{more}"
 
 
 def _is_apart(spot: Spot) -> bool:

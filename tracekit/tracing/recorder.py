@@ -34,6 +34,7 @@ from tracekit.tracing.habits import Habits
 from tracekit.tracing.listing import Listing, Record
 from tracekit.tracing.offload import offload_of
 from tracekit.tracing.sites import Sites
+from tracekit.tracing.spool import Spool
 
 
 class Clock(Protocol):
@@ -58,12 +59,11 @@ class Recorder:
         rows: Rows | None = None,
     ) -> None:
         cache._filling = ref(self)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
-        self._changes = changes
-        self._timeline = changes.timeline
+        self._changes, self.timeline = changes, changes.timeline
+        self.timeline.model = ref(tree.root)
         self._marks: list[int] = []  # how many records there were when each forward began
         self._rows = rows  # of the block that records; None: all
-        self.cache = cache
-        self._tree = tree
+        self.cache, self._tree = cache, tree
         self._modules = modules
         self._sites: Sites | None = None  # whose values are recorded each by itself, if they are
         self._structures: set[nn.Module] = set()  # of whose outputs all tensors are kept
@@ -83,6 +83,7 @@ class Recorder:
         self._listing = Listing(self._paths)
         self._read = 0  # records that were read meanwhile: in memory of their own
         self._refused: set[int] = set()  # records of which there will be none
+        self.spool: Spool | None = None  # writes them as they come
 
     @property
     def span(self) -> Span | None:
@@ -91,8 +92,8 @@ class Recorder:
 
     def _begin(self, hooks: Hooks, run: Clock) -> None:
         self._thread, self._run = hooks.thread, run
-        self._marks = [0] * len(self._timeline.passes)  # those that began before
-        self._timeline.subscribe(self._mark)
+        self._marks = [0] * len(self.timeline.passes)  # those that began before
+        self.timeline.subscribe(self._mark)
 
     def place_at(self, hooks: Hooks, run: Clock, sites: Sites, grads: bool) -> None:
         """Put hooks on that keep each of these values by itself."""
@@ -134,6 +135,8 @@ class Recorder:
         return self._habits.divide(slot, modules)
 
     def _mark(self) -> None:
+        if self.spool is not None:
+            self.spool.spill(self)
         self._marks.append(len(self._records))
 
     # -- the hooks ------------------------------------------------------------------------------
@@ -280,13 +283,18 @@ class Recorder:
         `was_whole` says that the run was neither stopped nor made to skip a module: what such a
         run did not overwrite may yet be overwritten by another.
         """
-        self._habits.learn(was_whole)
+        self._habits.learn(was_whole and self.spool is None)
         if self._offload is not None:
             self._refused |= self._offload.finish()
+        if self.spool is not None:
+            self.spool.spill(self, is_over=True)
         self._list()
         self._awaited.clear()
         self._nodes.clear()
-        self.cache._freeze(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        told = self._told()
+        self.cache._freeze(told)  # pyright: ignore[reportPrivateUsage] - the recorder fills it
+        if self.spool is not None:
+            self.spool.end(told)
 
     def list_so_far(self) -> None:
         """Put what was recorded until now into the cache, in memory of its own.
@@ -300,18 +308,23 @@ class Recorder:
             self._offload.ship()
         for index in range(self._read, len(self._records)):
             self._records[index] = self._with_own(self._records[index])
-        if self._offload is not None:
-            self._offload.fence()
+        self._fence()
         self._list()
         self._read = self._listing.count
         self.cache._show(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
 
-    def _asked(self) -> list[str]:
+    def _fence(self) -> None:
+        """Let all that left for the host arrive."""
+        if self._offload is not None:
+            self._offload.fence()
+
+    def asked(self) -> list[str]:
+        """Everything that is to be recorded."""
         return list(self._modules) if self._sites is None else self._sites.asked
 
     def _told(self) -> Recorded:
         changes = self._changes if self._rows is None else self._changes.narrowed(self._rows.span)
-        return Recorded(self._listing.found, self._tree.aliases, self._asked(), changes)
+        return Recorded(self._listing.found, self._tree.aliases, self.asked(), changes)
 
     def _refuse_overwritten(self) -> None:
         errors: list[OverwrittenError] = []
@@ -338,20 +351,22 @@ class Recorder:
 
     def _list(self) -> None:
         """Make entries of the records."""
-        passes = self._timeline.passes
+        passes = self.timeline.passes
         self._listing.add(self._records, self._refused, self._awaited, self._marks, passes)
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""
         if self._offload is not None:
             self._offload.check()
+        if self.spool is not None:
+            self.spool.check()
         for index in range(self._read, len(self._records)):
             _, _, _, value, then = self._records[index]
             if isinstance(then, int) and then >= 0 and value._version == then:
                 continue
             if index not in self._refused:
                 self._check(self._records[index])
-        asked = self._asked()
+        asked = self.asked()
         if not was_whole or len(self.cache) == len(asked):
             return
         missing = [path for path in asked if path not in self.cache]

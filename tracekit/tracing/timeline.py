@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, final
+from weakref import ReferenceType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tracekit.core.annex import axis_of_positions
 from tracekit.core.nest import describe, first_input, first_tensor
@@ -80,6 +81,10 @@ class Rerunning(Protocol):
         """The model; CacheError if it is gone."""
         ...
 
+    def told(self) -> dict[str, Any]:
+        """What it runs on, for a file; UnsupportedError if it can't be told."""
+        ...
+
     def __call__(self, transcript: Transcript, include_last: bool) -> None:
         """One forward over all tokens, or all but the last."""
         ...
@@ -101,11 +106,17 @@ class Timeline:
         self.is_beginning = False  # of a prompt whose end is not known yet
         self.untouched = 0  # so many positions are not to be edited: a prefix was there before
         self.rerun: Rerunning | None = None
+        self.model: ReferenceType[nn.Module] | None = None  # that ran
         self.is_wanted = False  # somebody asks, or may ask while the run goes on
         self._subscribers: list[Callable[[], None]] = []
 
     def __getstate__(self) -> dict[str, object]:
-        of_the_run = {"rerun": None, "tell": None, "_subscribers": []}  # no model is copied along
+        of_the_run = {
+            "rerun": None,
+            "model": None,
+            "tell": None,
+            "_subscribers": [],
+        }  # no model is copied along
         return {**vars(self), **of_the_run}
 
     @property
@@ -143,7 +154,7 @@ class Timeline:
         """That of the rows of one block."""
         other = Timeline()
         other.passes, other.lengths, other.prompt = self.passes, self.lengths, self.prompt
-        other.rerun = self.rerun
+        other.rerun, other.model = self.rerun, self.model
         if self.transcript is not None:
             other.transcript = self.transcript.narrowed(span)
         return other

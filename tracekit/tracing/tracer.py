@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar, cast, final, overload
 
@@ -32,16 +33,17 @@ from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.graph import Graph, Log
 from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
-from tracekit.tracing.named_cache import NamedCache, keep_of, record_named
+from tracekit.tracing.named_cache import NamedCache, keep_of
 from tracekit.tracing.planned import Plan, plan_of
 from tracekit.tracing.quiet import asks_for_nothing
+from tracekit.tracing.recording import Asked, record
 from tracekit.tracing.select import Selector
 from tracekit.tracing.sites import PosSlice
 from tracekit.tracing.steps import Steps
 from tracekit.tracing.unentered import warn_if_dropped
 from tracekit.tracing.verified.report import EditReport
 from tracekit.tracing.verified.run import Verifier, report_of
-from tracekit.tracing.wanted import Names, wanted
+from tracekit.tracing.wanted import Names
 from tracekit.tracing.ways import Lifted, Quiet, Way, abandon, without_own
 
 T = TypeVar("T")
@@ -94,6 +96,7 @@ class Tracer:
         names: None = None,
         include_grads: bool = False,
         clone: bool = False,
+        path: str | Path | None = None,
     ) -> Cache: ...
     @overload
     def cache(
@@ -106,6 +109,7 @@ class Tracer:
         include_grads: bool = False,
         clone: bool = False,
         pos_slice: PosSlice = None,
+        path: str | Path | None = None,
     ) -> NamedCache: ...
     def cache(
         self,
@@ -120,6 +124,7 @@ class Tracer:
         include_grads: bool = False,
         clone: bool = False,
         pos_slice: PosSlice = None,
+        path: str | Path | None = None,
     ) -> Cache | NamedCache:
         """Record modules while the model runs, with hooks alone; the fast way to capture.
 
@@ -133,6 +138,9 @@ class Tracer:
         `names` instead of modules: activations by standard name (`"resid_post"`, every layer's;
         `("pattern", 3)`; a glob, a predicate of the name, a list), in a NamedCache; of these,
         `pos_slice` keeps positions alone.
+
+        `path`: a new folder that it is written to while the model generates, so that it need not
+        fit in memory; read again by `tracekit.load_cache(path)`.
 
         In the block of an invoke, its rows alone are recorded. Of a generation there is an entry
         for each step; `cache.sequence(path)` puts them together, and `cache.verify()` holds them
@@ -148,21 +156,10 @@ class Tracer:
         if mediator in execution.mediators and mediator.answers is not None:
             return cast("Cache", mediator.recall("cache"))  # it was made ahead of the block
         invoke = None if isinstance(self._way, Gathered) else 0
-        if names is not None:
-            keep = keep_of(device, dtype, detach=detach, clone=clone)
-            spots = wanted(self._tree, names, "names=")
-            grads = include_grads
-            return record_named(
-                execution, self._tree, spots, keep, pos_slice, has_grads=grads, invoke=invoke
-            )
-        if pos_slice is not None:
-            raise CacheError("pos_slice= is of activations by name: give names=, too.")
-        if not (include_output or include_inputs or include_grads):
-            raise CacheError("include_output=False and include_inputs=False record nothing.")
         keep = keep_of(device, dtype, detach=detach, clone=clone)
-        return execution.record(
-            modules, keep, include_inputs, include_output, include_grads, invoke
-        )
+        what = (include_inputs, include_output or names is not None, include_grads)
+        asked = Asked(modules, names, pos_slice, keep, *what, path)
+        return record(execution, self._tree, asked, invoke)
 
     @property
     def result(self) -> Any:

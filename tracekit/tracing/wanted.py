@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, cast, final
 
-from torch import Tensor
-
 from tracekit.architectures import Bound, Key, Keys, Named, Sharing
 from tracekit.architectures.keys import COSTLY
+from tracekit.architectures.layouts import WHOLE
 from tracekit.core.annex import inner_owner_of, owner_of
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -211,13 +210,8 @@ def _of_path(tree: Tree, path: str, slot: Slot, spelled: str, *, is_named: bool 
     """What a module takes or returns, by its path: the first tensor of it."""
     below = tree.below(path) or path
     key = below if slot is Slot.OUTPUT else f"{below}.input"
-    bound = Bound(key, below, slot, same, Sharing.OWN, None, "")
+    bound = Bound(key, below, slot, WHOLE, Sharing.OWN, None, "")
     return Spot(key, Site(path, slot), Named(Key(key), bound), spelled or key, is_named)
-
-
-def same(tensor: Tensor) -> Tensor:
-    """The tensor itself."""
-    return tensor
 
 
 def _every_spelling(tree: Tree) -> Sequence[str]:
