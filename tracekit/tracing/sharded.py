@@ -229,7 +229,7 @@ def _is_among_experts(tree: Tree, path: str) -> bool:
     """Whether it is inside a module of which each rank has other experts."""
     while path:
         path = path.rpartition(".")[0]
-        if hasattr(tree.modules.get(path), "_is_expert_parallel"):
+        if getattr(tree.modules.get(path), "_is_expert_parallel", False):
             return True
     return False
 
