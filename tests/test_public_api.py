@@ -34,8 +34,10 @@ PUBLIC = [
     "TracekitWarning",
     "Verification",
     "backward",
+    "connect",
     "errors",
     "save",
+    "serve",
     "settings",
     "show",
 ]

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from tracekit.core.factored import FactoredMatrix
     from tracekit.core.keep import Note
     from tracekit.core.settings import settings
+    from tracekit.distributed.client import connect
+    from tracekit.distributed.server import serve
     from tracekit.errors import TracekitError, TracekitWarning
     from tracekit.models.kv_cache import KeyValueCache, KeyValueEntry
     from tracekit.models.language import LanguageModel
@@ -61,7 +63,9 @@ _HOMES = {
     "TracekitWarning": "tracekit.errors",
     "Verification": "tracekit.tracing.verify",
     "backward": "tracekit.tracing.gradients",
+    "connect": "tracekit.distributed.client",
     "save": "tracekit.tracing.save",
+    "serve": "tracekit.distributed.server",
     "settings": "tracekit.core.settings",
     "show": "tracekit.viz.show",
 }
@@ -91,8 +95,10 @@ __all__ = [
     "Tracer",
     "Verification",
     "backward",
+    "connect",
     "errors",
     "save",
+    "serve",
     "settings",
     "show",
 ]

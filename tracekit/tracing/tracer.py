@@ -27,6 +27,7 @@ from tracekit.tracing.cache import Cache
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.called import Called, call_of
 from tracekit.tracing.declared import Outcome, run_declared
+from tracekit.tracing.elsewhere import Sent
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.graph import Graph, Log
 from tracekit.tracing.inplace import InPlace
@@ -40,7 +41,7 @@ from tracekit.tracing.unentered import warn_if_dropped
 from tracekit.tracing.verified.report import EditReport
 from tracekit.tracing.verified.run import Verifier, report_of
 from tracekit.tracing.wanted import Names, wanted
-from tracekit.tracing.ways import Lifted, Quiet, Way
+from tracekit.tracing.ways import Lifted, Quiet, Way, without_own
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class Tracer:
     def __init__(
         self,
         tree: Tree,
-        call: TracedCall | Batch,
+        call: TracedCall | Batch | Sent,
         grad: bool | None = None,
         edits: Sequence[Intervention] = (),
         verifier: Verifier | None = None,
@@ -275,6 +276,9 @@ class Tracer:
         or None if it changed it in place), a tensor to write, or a number. NeverRanError if one
         was not made.
         """
+        if isinstance(self._call, Sent) and self._way is None:
+            self._is_used = True
+            return self._call.run(function, capture != () or edits != ())
         if self._way is not None or not isinstance(self._call, TracedCall):
             what = "this trace has one" if self._way is not None else "a trace of invokes needs one"
             raise InputError(f"tracer.run() takes the place of a block, and {what}.")
@@ -310,6 +314,9 @@ class Tracer:
     def _way_from(self, frame: FrameType) -> Way:
         """How the block of the `with` that `frame` enters runs."""
         self._block = None
+        if isinstance(self._call, Sent):
+            self._block, elsewhere = self._call.way(frame, self)
+            return elsewhere
         if not isinstance(self._call, TracedCall):
             start = partial(self._execution, None)
             return Gathered(self._tree, self._call, start, self)
@@ -367,7 +374,7 @@ class Tracer:
             return True  # pyright: ignore[reportReturnType] - it swallows the skip of the body
         # A bare raise goes on with the traceback as it stands, and does not add this frame: the
         # user sees own lines alone. The context was the skip of the body, which is no news.
-        context = _without_own(failure, handled, way)
+        context = without_own(failure, handled, way)
         try:
             raise failure
         except BaseException as shown:
@@ -383,16 +390,3 @@ def _abandon(way: Way, error: BaseException) -> None:
     except KeyboardInterrupt:  # perhaps before its first line
         way.abandon(error)
         raise
-
-
-def _without_own(
-    error: BaseException, handled: BaseException | None, way: Way
-) -> BaseException | None:
-    """The context of `error`, with what the user is handling in the place of the way's own."""
-    link = error
-    while link.__context__ is not None and link.__context__ is not handled:
-        if way.is_own(link.__context__):
-            break
-        link = link.__context__
-    link.__context__ = handled if link is not handled else None
-    return error.__context__
