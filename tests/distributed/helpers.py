@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from tracekit import Model
+
 
 def doubled(value: torch.Tensor) -> torch.Tensor:
     return value * 2
+
+
+def small() -> Model:
+    """A model whose worker is there quickly."""
+    torch.manual_seed(0)
+    return Model(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()))
 
 
 class OddError(Exception):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 from tracekit import LanguageModel
-from tracekit.distributed import LocalHost, ModelHost, connect, serve
+from tracekit.distributed import LocalHost, ModelHost, connect, serve, serve_on_ray
 
 
 @contextmanager
@@ -26,5 +32,26 @@ def opened(transport: str, model: LanguageModel) -> Iterator[ModelHost]:
 
 @contextmanager
 def on_ray() -> Iterator[ModelHost]:
-    raise NotImplementedError
-    yield
+    """A host on a Ray of two workers, which is started here and ends at the end."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), *sys.path]))
+        environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            runtime_env=environment,
+        )
+        try:
+            host = serve_on_ray("tracekit/tiny")
+            yield host
+            host.close()
+        finally:
+            ray.shutdown()

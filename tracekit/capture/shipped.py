@@ -183,7 +183,7 @@ def compiled(shipped: Shipped) -> CodeType:
     text = above + shipped.text + "\n"
     with quiet_compiler():
         outer = ast.parse(text, shipped.filename).body[0]
-    statement = cast("Any", outer).body[0] if is_indented else outer
+    statement: Any = cast("Any", outer).body[0] if is_indented else outer
     statement.items = [_item(statement.items[-1])]
     tree = ast.Module([_around(shipped, statement)], [])
     for node in ast.walk(tree):

@@ -14,6 +14,16 @@ on it.
 from tracekit.distributed.client import SocketHost, connect
 from tracekit.distributed.host import ModelHost
 from tracekit.distributed.local import LocalHost
+from tracekit.distributed.on_ray import RayHost, serve_on_ray
 from tracekit.distributed.server import Server, serve
 
-__all__ = ["LocalHost", "ModelHost", "Server", "SocketHost", "connect", "serve"]
+__all__ = [
+    "LocalHost",
+    "ModelHost",
+    "RayHost",
+    "Server",
+    "SocketHost",
+    "connect",
+    "serve",
+    "serve_on_ray",
+]

@@ -6,6 +6,7 @@ import threading
 from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
+from pathlib import Path
 from typing import Any, Final, final
 
 import torch
@@ -14,7 +15,7 @@ from tracekit.capture import showing_own_lines
 from tracekit.distributed.host import Heard, ModelHost
 from tracekit.distributed.messages import Message
 from tracekit.distributed.supervisor import Pipe
-from tracekit.distributed.wire import receive, send
+from tracekit.distributed.wire import hurry, receive, send
 from tracekit.errors import HostError, InputError, LoadingError, TimeLimitError
 
 _LOOK: Final = 0.2  # seconds between two looks for an interrupt
@@ -23,14 +24,15 @@ _LOOK: Final = 0.2  # seconds between two looks for an interrupt
 @showing_own_lines
 def connect(
     address: str | tuple[str, int],
-    key: str | bytes,
+    key: str | bytes | Path,
     *,
     device: torch.device | str | None = None,
     timeout: float | None = None,
 ) -> SocketHost:
     """`host = connect("127.0.0.1:6151", key)`: the model that `tracekit.serve` serves there.
 
-    Tensors come back on the CPU, or on `device`; `timeout` is how many seconds a block may take.
+    `key` is server.key, or the path of the file that has it. Tensors come back on the CPU, or on
+    `device`; `timeout` is how many seconds a block may take.
     HostError if nobody answers there, or the key is wrong.
     """
     if isinstance(address, str):
@@ -38,7 +40,8 @@ def connect(
         if not name or not port.isdigit():
             raise InputError(f"{address!r} is no address: give one like '127.0.0.1:6151'.")
         address = (name, int(port))
-    found = key.encode() if isinstance(key, str) else key
+    told = key.read_text("utf-8").strip() if isinstance(key, Path) else key
+    found = told.encode() if isinstance(told, str) else told
     if not found:
         raise InputError("the key is empty: give the one that the server printed, or server.key.")
     host = SocketHost(_Line(address, found), device, timeout)
@@ -67,6 +70,7 @@ class _Line:
         if self._pipe is None:
             try:
                 self._pipe = Client(self.address, "AF_INET", authkey=self._key)
+                hurry(self._pipe)
             except AuthenticationError:
                 raise HostError(
                     f"the host at {self.name} refused the key: give the one that its server has "
@@ -126,8 +130,11 @@ class SocketHost(ModelHost):
 
     def _answer(self, pipe: Pipe, hear: Heard | None) -> Message:
         was_stopped = False
+        heard: list[Message] = []
         while True:
             try:
+                if heard and hear is not None:
+                    hear(heard.pop())
                 while not pipe.poll(_LOOK):
                     pass
             except KeyboardInterrupt:
@@ -139,8 +146,7 @@ class SocketHost(ModelHost):
             message = receive(pipe)
             if message.kind not in ("print", "item"):
                 return message
-            if hear is not None:
-                hear(message)
+            heard = [message]
 
     def __repr__(self) -> str:
         return f"<SocketHost at {self._line.name}>"

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import socket
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -15,12 +16,13 @@ from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Listener, answer_challenge, deliver_challenge
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, cast, final
 
 from tracekit.capture import showing_own_lines, warn_user
 from tracekit.distributed.messages import Message
 from tracekit.distributed.supervisor import Pipe, Process, Supervisor, Thread, Worker, failure
-from tracekit.distributed.wire import receive, send
+from tracekit.distributed.wire import hurry, receive, send
 from tracekit.errors import InputError
 from tracekit.models.language import LanguageModel
 from tracekit.models.model import Model
@@ -107,10 +109,12 @@ class Server:
         """What holds the model now."""
         return self._supervisor.worker
 
-    def wait(self) -> None:
-        """Until it is closed."""
-        while not self._is_closed.wait(0.5):
-            pass
+    def wait(self, seconds: float | None = None) -> None:
+        """Until it is closed, or for so many seconds."""
+        end = None if seconds is None else monotonic() + seconds
+        while end is None or monotonic() < end:
+            if self._is_closed.wait(0.5 if end is None else min(0.5, max(0.0, end - monotonic()))):
+                return
 
     def close(self) -> None:
         """Stop listening, and end the worker."""
@@ -122,7 +126,7 @@ class Server:
             self._supervisor.close()
             for client in list(self._clients):
                 with suppress(OSError):
-                    client.close()
+                    _hang_up(client)
 
     def __enter__(self) -> Server:
         return self
@@ -147,6 +151,7 @@ class Server:
     def _serve(self, client: Pipe) -> None:
         self._clients.add(client)
         with suppress(EOFError, OSError, AuthenticationError), client:
+            hurry(client)
             deliver_challenge(client, self._key)
             answer_challenge(client, self._key)
             while not self._is_closed.is_set():
@@ -169,11 +174,14 @@ def _tell(client: Pipe, message: Message) -> None:
         send(client, message)
 
 
-def _poke(address: Address) -> None:
-    import socket
+def _hang_up(client: Pipe) -> None:
+    """End a connection that another thread reads from: that one closes it."""
+    with socket.socket(fileno=os.dup(client.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
 
-    with warnings.catch_warnings(), socket.create_connection(address[:2], 1):
-        pass
+
+def _poke(address: Address) -> None:
+    socket.create_connection(address[:2], 1).close()
 
 
 @final

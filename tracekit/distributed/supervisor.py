@@ -48,7 +48,8 @@ class Process(Worker):
         ours, theirs = _pipe()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         number = theirs.fileno()
-        command = [sys.executable, "-m", "tracekit.distributed.worker", str(number)]
+        start = "from tracekit.distributed.worker import main; main()"
+        command = [sys.executable, "-c", start, str(number)]
         self._process = subprocess.Popen(
             command, pass_fds=[number], stdin=subprocess.DEVNULL, env=environment
         )

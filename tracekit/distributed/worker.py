@@ -96,7 +96,3 @@ def main() -> None:
         work(connection, make, shows_prints=True)
     except (BrokenPipeError, ConnectionResetError):  # the server is gone
         os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
