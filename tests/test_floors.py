@@ -24,7 +24,11 @@ FLOORS = {
 }  # fmt: skip
 MODULES = sorted((ROOT / "tracekit").rglob("*.py"))
 
-KNOWS_THREADS = {"tracekit.interleave.baton", "tracekit.interleave.worker"}
+KNOWS_THREADS = {
+    "tracekit.interleave.baton", "tracekit.interleave.worker",
+    "tracekit.distributed.client", "tracekit.distributed.server", "tracekit.distributed.stopping",
+    "tracekit.distributed.supervisor", "tracekit.distributed.worker",
+}  # fmt: skip
 WITHOUT_TORCH = (
     "tracekit.errors",
     "tracekit.capture",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tests.tiny_models import make
 from tracekit import LanguageModel, Model, errors, load_cache, settings
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
+from tracekit.distributed import LocalHost, connect
 from tracekit.errors import TracekitError, TracekitWarning, did_you_mean
 from tracekit.tracing.layouts import layouts_of
 from tracekit.tracing.sharded import check_tokens
@@ -223,6 +225,32 @@ class EveryPair(nn.Module):
         return x @ x.T
 
 
+def a_value_that_can_not_be_sent() -> None:
+    guard = threading.Lock()
+    with MODEL.trace(X, on=LocalHost(MODEL)):
+        guard.acquire()
+
+
+def a_host_that_is_not_there() -> None:
+    connect(("127.0.0.1", 1), "key")
+
+
+def a_host_of_another_model() -> None:
+    Model(nn.Linear(2, 2)).trace(X, on=LocalHost(MODEL)).run(lambda: None)
+
+
+def a_value_that_stayed_on_the_host() -> None:
+    with MODEL.trace(X, on=LocalHost(MODEL)):
+        numbers = (each for each in range(3))
+    list(numbers)
+
+
+def a_block_that_does_not_end() -> None:
+    with MODEL.trace(X, on=LocalHost(MODEL, timeout=0.25)):
+        while True:
+            pass
+
+
 def line(function: Callable[[], object], number: int) -> str:
     """The how-manieth line of a function, as messages name it; the line of its `def` is 0."""
     return f"line {function.__code__.co_firstlineno + number}"
@@ -258,6 +286,39 @@ def a_device_that_fails_with_values_under_way() -> None:
 
 
 CASES = [
+    Case(
+        a_value_that_can_not_be_sent,
+        errors.UnsendableError,
+        "the block uses 'guard', a lock, which can't be sent to the host: cannot pickle "
+        "'_thread.lock' object. Make it in the block, or take what the block needs from it before. "
+        "[unsendable]",
+    ),
+    Case(
+        a_host_that_is_not_there,
+        errors.HostError,
+        "no host answers at 127.0.0.1:1 ([Errno 111] Connection refused): start one with "
+        "tracekit.serve(...), or `tracekit serve MODEL`. [host]",
+    ),
+    Case(
+        a_host_of_another_model,
+        errors.OtherModelError,
+        "the model here is a Linear (1 modules, 6 weights), and that of <LocalHost of Sequential> "
+        "is a Sequential (3 modules, 6 weights): they differ in their class, their modules, the "
+        "shapes of weights. Trace the model that is served (`host.model` is one without weights), "
+        "or serve this one. [other-model]",
+    ),
+    Case(
+        a_value_that_stayed_on_the_host,
+        errors.RemoteError,
+        "numbers stayed on the host, as it can't be sent: a generator: cannot pickle 'generator' "
+        "object. Bind what you need of it in the block. [remote]",
+    ),
+    Case(
+        a_block_that_does_not_end,
+        errors.TimeLimitError,
+        "the block took longer than the 0.25 seconds it was given on its host, and was stopped "
+        "there; what it had bound until then is bound here. [time-limit]",
+    ),
     Case(
         a_text_of_two_tokens,
         errors.TokenError,

@@ -38,11 +38,13 @@ PUBLIC = [
     "TracekitWarning",
     "Verification",
     "backward",
+    "connect",
     "errors",
     "harvest",
     "load_activations",
     "load_cache",
     "save",
+    "serve",
     "settings",
     "show",
 ]

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from tracekit.core.factored import FactoredMatrix
     from tracekit.core.keep import Note
     from tracekit.core.settings import settings
+    from tracekit.distributed.client import connect
     from tracekit.distributed.harvests import harvest
+    from tracekit.distributed.server import serve
     from tracekit.errors import TracekitError, TracekitWarning
     from tracekit.harvesting.harvest import Harvest
     from tracekit.models.kv_cache import KeyValueCache, KeyValueEntry
@@ -73,7 +75,9 @@ _HOMES = {
     "harvest": "tracekit.distributed.harvests",
     "load_activations": "tracekit.storage.activations",
     "load_cache": "tracekit.storage.caches",
+    "connect": "tracekit.distributed.client",
     "save": "tracekit.tracing.save",
+    "serve": "tracekit.distributed.server",
     "settings": "tracekit.core.settings",
     "show": "tracekit.viz.show",
 }
@@ -107,11 +111,13 @@ __all__ = [
     "Tracer",
     "Verification",
     "backward",
+    "connect",
     "errors",
     "harvest",
     "load_activations",
     "load_cache",
     "save",
+    "serve",
     "settings",
     "show",
 ]

@@ -207,6 +207,36 @@ class OffloadedError(LoadingError):
     slug = "offloaded"
 
 
+class UnsendableError(TracekitError, TypeError):
+    """A block that runs elsewhere uses a value that can't be sent there."""
+
+    slug = "unsendable"
+
+
+class HostError(TracekitError, ConnectionError):
+    """A host can't be reached, refused the key, or its worker died with the block in it."""
+
+    slug = "host"
+
+
+class OtherModelError(TracekitError):
+    """The model of a host is another one than the model that is traced on it."""
+
+    slug = "other-model"
+
+
+class RemoteError(TracekitError):
+    """An error of a block on a host, of a class that is not here; or what stayed on the host."""
+
+    slug = "remote"
+
+
+class TimeLimitError(TracekitError, TimeoutError):
+    """A block took longer on its host than it was given."""
+
+    slug = "time-limit"
+
+
 class SettingError(TracekitError, AttributeError):
     """A setting that there is not, or a value that it cannot have."""
 

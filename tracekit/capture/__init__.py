@@ -17,6 +17,16 @@ from tracekit.capture.frames import (
     warn_user,
 )
 from tracekit.capture.lasting import LastingBody, from_text, keep, text_of
+from tracekit.capture.shipped import (
+    HAND_BACK,
+    TRACE,
+    Shipped,
+    compiled,
+    function_of,
+    hand_back,
+    lines_shown,
+    ship,
+)
 from tracekit.capture.skip import Skip, skip_body
 from tracekit.capture.tracebacks import (
     drop_machinery,
@@ -27,6 +37,8 @@ from tracekit.capture.tracebacks import (
 from tracekit.capture.world import Scope, Unsure
 
 __all__ = [
+    "HAND_BACK",
+    "TRACE",
     "Block",
     "Body",
     "Family",
@@ -34,16 +46,22 @@ __all__ = [
     "Member",
     "Plan",
     "Scope",
+    "Shipped",
     "Skip",
     "Unsure",
     "caller_frame",
     "capture",
+    "compiled",
     "drop_machinery",
     "from_text",
+    "function_of",
+    "hand_back",
     "is_dropping",
     "is_running",
     "is_with_item",
     "keep",
+    "lines_shown",
+    "ship",
     "show_own_lines",
     "showing_own_lines",
     "skip_body",

@@ -18,7 +18,8 @@ _PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + 
 # The floors that a trace runs through. What stands above them (analysis, the command line) opens
 # traces as a user does, and its lines are shown as a user's are.
 _MACHINERY: Final = tuple(
-    _PACKAGE + part for part in ("core", "capture", "interleave", "tracing", "models", "errors.py")
+    _PACKAGE + part
+    for part in ("core", "capture", "distributed", "interleave", "tracing", "models", "errors.py")
 )
 
 # Where torch runs an operation in Python, which it does for fake tensors alone (2.13).

@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(module=f"tracekit.cli.{name}")
         return command
 
-    for each in (_demo, _lens, _patch, _tree, _harvest, _activations, _doctor):
+    for each in (_demo, _lens, _patch, _tree, _harvest, _activations, _serve, _doctor):
         each(add)
     return found
 
@@ -253,6 +253,30 @@ def _activations(add: _Add) -> None:
         "--partial", action="store_true", help="of a harvest that is not finished, what there is"
     )
     _json(command)
+
+
+def _serve(add: _Add) -> None:
+    command = add(
+        "serve",
+        "let blocks that are traced elsewhere run on a model of this machine",
+        "tracekit/tiny --for 1",
+    )
+    _model(command)
+    command.add_argument(
+        "--host", metavar="NAME", default="127.0.0.1", help="listen there (default: 127.0.0.1)"
+    )
+    command.add_argument(
+        "--port", type=_count, default=0, metavar="N", help="default: 0, one that is free"
+    )
+    command.add_argument(
+        "--key-file", metavar="FILE", help="has the key (default: a new key, in a new file)"
+    )
+    command.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="the most that a block may take"
+    )
+    command.add_argument(
+        "--for", type=float, dest="seconds", metavar="SECONDS", help="end after that long"
+    )
 
 
 def _doctor(add: _Add) -> None:

@@ -43,6 +43,7 @@ from tracekit.models.texts import Texts, is_list_of_texts
 from tracekit.models.verification import refuse_generation, verified_as
 from tracekit.models.weights import WithWeights
 from tracekit.tracing.call import TracedCall
+from tracekit.tracing.elsewhere import Host, called_on
 from tracekit.tracing.tracer import Tracer
 
 
@@ -135,8 +136,8 @@ class LanguageModel(Answering, WithWeights):
         """Load the weights now, if they were left out. Envoys made before stay valid."""
         if self._tree.load_first is None:  # nothing was left out, or a copy has brought it
             return
-        if self._empty_from is None:
-            refuse_to_run()
+        if self._empty_from is None:  # there is nothing to load: it says why
+            self._tree.load_first()
         name, options = self._empty_from
         loaded = loading.load_model(name, **options)
         if set(options) & loading.CHANGES_MODULES:
@@ -151,6 +152,7 @@ class LanguageModel(Answering, WithWeights):
         *args: Any,
         start_at_layer: int | None = None,
         verify: bool | Mapping[str, Any] = False,
+        on: Host | None = None,
         **kwargs: Any,
     ) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
@@ -162,10 +164,12 @@ class LanguageModel(Answering, WithWeights):
         Without input, each `with tracer.invoke(input):` in the block has rows of its own.
         With `prefix=model.prefill(prompt)` the pass is of `input` alone, behind that prompt; with
         `start_at_layer=k`, `input` is the residual stream there, and nothing before is computed.
-        With `verify=True`, `tracer.report` says what each edit did (see `model.verify`).
+        `verify=True`: `tracer.report` says what each edit did. `on=host`: see tracekit.distributed.
         Raises InputError for what is no input, PaddingError for a padded batch in which a row would
         not be what it is alone.
         """
+        if on is not None:
+            return self._sent(on, "trace", args, kwargs, start_at_layer, verify)
         if start_at_layer is not None:
             return super().trace(*args, start_at_layer=start_at_layer, verify=verify, **kwargs)
         wanted = verified_as(verify, kwargs)
@@ -227,6 +231,8 @@ class LanguageModel(Answering, WithWeights):
         """
         if is_with_item(caller_frame()):
             return self.generation(*args, **kwargs)
+        if kwargs.get("on") is not None:
+            return called_on(self, "generate", args, kwargs)
         refuse_generation(kwargs)
         wanted, rest = wanted_of(kwargs)
         if wanted.is_plain:
@@ -258,7 +264,8 @@ class LanguageModel(Answering, WithWeights):
         inputs = self._completed(self._prepared(args, kwargs), for_generate=False)
         self._warn_of_an_end(args[0] if args else None, kwargs)
         inputs.pop("use_cache", None)
-        return prefill(self, self._tree, {**inputs, **_chosen(kwargs)}, self._run_apart)
+        inputs |= {name: kwargs[name] for name in ("use_cache",) if name in kwargs}
+        return prefill(self, self._tree, inputs, self._run_apart)
 
     @showing_own_lines
     def load_prefix(self, path: str | Path) -> Prefix:
@@ -392,7 +399,3 @@ class LanguageModel(Answering, WithWeights):
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
         padded = Padded(read, fitted, pad, self._side(reading))
         return Batch(padded, twin or self._tree, call, kind)
-
-
-def _chosen(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in ("use_cache",) if name in kwargs}

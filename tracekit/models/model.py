@@ -30,6 +30,7 @@ from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits, run_edited
+from tracekit.tracing.elsewhere import Host, Sent, called_on
 from tracekit.tracing.execution import Intervention
 from tracekit.tracing.hooked import Hooked
 from tracekit.tracing.select import Selector
@@ -69,6 +70,7 @@ class Model(Functional):
         *args: Any,
         start_at_layer: int | None = None,
         verify: bool | Mapping[str, Any] = False,
+        on: Host | None = None,
         **kwargs: Any,
     ) -> Tracer:
         """`with model.trace(input) as tracer:` runs the block beside one forward pass.
@@ -77,8 +79,11 @@ class Model(Functional):
         the block has rows of its own in one pass; inputs are joined along their first axis.
         With `start_at_layer=k` the input is the residual stream in front of that layer, and nothing
         before it is computed. With `verify=True`, `tracer.report` says what each edit did:
-        `model.verify` explains it, and what else `verify=` takes.
+        `model.verify` explains it, and what else `verify=` takes. With `on=host` the block runs on
+        a model that lives elsewhere (tracekit.distributed), and what it binds comes back.
         """
+        if on is not None:
+            return self._sent(on, "trace", args, kwargs, start_at_layer, verify)
         wanted = Wanted.of(verify)
         begun = self._begun(start_at_layer, args, kwargs)
         if begun is not None:
@@ -179,6 +184,8 @@ class Model(Functional):
         """
         if is_with_item(caller_frame()):
             return self.generation(*args, **kwargs)
+        if kwargs.get("on") is not None:
+            return called_on(self, "generate", args, kwargs)
         refuse_generation(kwargs)
         self._check_generates()
         return self._made(self._generation(args, kwargs))
@@ -189,6 +196,8 @@ class Model(Functional):
 
         For an ExitStack, or to run a function: `model.generation(x, ...).run(function)`.
         """
+        if kwargs.get("on") is not None:
+            return self._sent(kwargs.pop("on"), "generation", args, kwargs)
         refuse_generation(kwargs)
         self._check_generates()
         if is_without_input(args, kwargs):
@@ -354,6 +363,21 @@ class Model(Functional):
         tree = tree or self._tree
         verifier = None if verify is None else Verifier(tree, verify, self._tell)
         return Tracer(tree, call, grad, self._interventions(), verifier)
+
+    def _sent(
+        self,
+        host: Host,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        start_at_layer: int | None = None,
+        verify: object = False,
+    ) -> Tracer:
+        """The tracer of a run on a host."""
+        more = {"start_at_layer": start_at_layer, "verify": verify}
+        chosen = {name: it for name, it in more.items() if it is not None and it is not False}
+        given = {**kwargs, **chosen}
+        return Tracer(self._tree, Sent(host, self, method, args, given))
 
     @property
     def _tell(self) -> Callable[[Sequence[int]], Sequence[str]] | None:

@@ -29,6 +29,7 @@ from tracekit.tracing.cache import Cache
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.called import Called, call_of
 from tracekit.tracing.declared import Outcome, run_declared
+from tracekit.tracing.elsewhere import Sent
 from tracekit.tracing.execution import Execution, Intervention
 from tracekit.tracing.graph import Graph, Log
 from tracekit.tracing.inplace import InPlace
@@ -59,7 +60,7 @@ class Tracer:
     def __init__(
         self,
         tree: Tree,
-        call: TracedCall | Batch,
+        call: TracedCall | Batch | Sent,
         grad: bool | None = None,
         edits: Sequence[Intervention] = (),
         verifier: Verifier | None = None,
@@ -280,6 +281,9 @@ class Tracer:
         or None if it changed it in place), a tensor to write, or a number. NeverRanError if one
         was not made.
         """
+        if isinstance(self._call, Sent) and self._way is None:
+            self._is_used = True
+            return self._call.run(function, capture != () or edits != ())
         if self._way is not None or not isinstance(self._call, TracedCall):
             what = "this trace has one" if self._way is not None else "a trace of invokes needs one"
             raise InputError(f"tracer.run() takes the place of a block, and {what}.")
@@ -315,6 +319,9 @@ class Tracer:
     def _way_from(self, frame: FrameType) -> Way:
         """How the block of the `with` that `frame` enters runs."""
         self._block = None
+        if isinstance(self._call, Sent):
+            self._block, elsewhere = self._call.way(frame, self)
+            return elsewhere
         if not isinstance(self._call, TracedCall):
             start = partial(self._execution, None)
             return Gathered(self._tree, self._call, start, self)
