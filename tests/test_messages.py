@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
 from tracekit.errors import TracekitError, TracekitWarning, did_you_mean
 from tracekit.tracing.layouts import layouts_of
+from tracekit.tracing.sharded import check_tokens
 
 IN_ERRORS = [value for value in vars(errors).values() if isinstance(value, type)]
 ERRORS = [cls for cls in IN_ERRORS if issubclass(cls, TracekitError)]
@@ -226,6 +228,31 @@ def line(function: Callable[[], object], number: int) -> str:
     return f"line {function.__code__.co_firstlineno + number}"
 
 
+def tokens_that_are_others_on_each_rank() -> None:
+    tree = Tree(NET, "model")
+    differ = SimpleNamespace(differ=lambda key, text: [text, "[8]"])  # pyright: ignore[reportUnknownLambdaType]
+    tree.sharding = SimpleNamespace(meeting=differ)
+    check_tokens(tree, torch.tensor([[3, 7]]))
+
+
+def a_weight_that_is_elsewhere() -> None:
+    import accelerate
+
+    net = accelerate.cpu_offload(nn.Sequential(nn.Linear(2, 2)), torch.device("cpu"))
+    model = Model(net)
+    with model.trace(X):
+        model[0].input @ net[0].weight
+
+
+def a_device_that_fails_with_values_under_way() -> None:
+    from tests.fake_lane import HERE, Accelerator
+
+    accelerator = Accelerator()
+    accelerator.fails_after = 0
+    with accelerator.at_work(), MODEL.trace(X) as tracer:
+        tracer.cache(device=HERE)
+
+
 CASES = [
     Case(
         a_text_of_two_tokens,
@@ -336,6 +363,14 @@ CASES = [
         "first in the block, or name modules that come later. [cache]",
     ),
     Case(
+        a_device_that_fails_with_values_under_way,
+        errors.OffloadError,
+        "what was recorded last did not come to the host, and is not in the cache: CUDA error: an "
+        "illegal memory access was encountered. An operation of the model may be the cause, as "
+        "devices tell late: with tracekit.settings.offload_bytes = 0 each value is copied at "
+        "once. [offload]",
+    ),
+    Case(
         a_gradient_without_a_graph,
         errors.GradientError,
         "there is no way back from Tensor[] float32 cpu (a leaf): it does not require grad: it "
@@ -399,9 +434,15 @@ CASES = [
     Case(
         an_edit_of_what_is_not_read_again,
         errors.LostError,
-        "router_logits (line 202) was edited in place, and nothing in the model reads it again, so "
+        "router_logits (line 204) was edited in place, and nothing in the model reads it again, so "
         "the edit would change nothing: edit router_weights or router_indices, or a .clone() to "
         "compute with. [lost]",
+    ),
+    Case(
+        tokens_that_are_others_on_each_rank,
+        errors.RankError,
+        "the ranks of this model chose different tokens, [7] and [8]: a logits processor, or "
+        "whatever else chooses, must do the same on all ranks. [ranks]",
     ),
     Case(
         a_misspelled_name_of_a_model,
@@ -409,10 +450,19 @@ CASES = [
         "'tracekit/tny' is not packaged with tracekit; did you mean 'tracekit/tiny'? [loading]",
     ),
     Case(
+        a_weight_that_is_elsewhere,
+        errors.OffloadedError,
+        "model.0.weight is offloaded, not in memory: matmul with it would give garbage. Call the "
+        "module instead, as in model.0(x), or take a copy: model.weights.of(model.0)['weight']. If "
+        "it is the model's own forward that reads a weight of a module that it does not call, "
+        "accelerate has to bring it: preload_module_classes= of disk_offload, cpu_offload and "
+        "dispatch_model. [offloaded]",
+    ),
+    Case(
         a_misspelled_setting,
         errors.SettingError,
         "'lift_block' is not a setting; did you mean 'lift_blocks'? "
-        "(there: defer_reads, lift_blocks). [setting]",
+        "(there: defer_reads, lift_blocks, offload_bytes). [setting]",
     ),
 ]
 

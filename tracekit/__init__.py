@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tracekit.tracing.envoy import Envoy
     from tracekit.tracing.gradients import backward
     from tracekit.tracing.graph import Graph
+    from tracekit.tracing.planned import Plan, PlannedSite
     from tracekit.tracing.save import save
     from tracekit.tracing.sequence import TokenSequence
     from tracekit.tracing.source import Operation, Source
@@ -57,6 +58,8 @@ _HOMES = {
     "Operation": "tracekit.tracing.source",
     "Outcome": "tracekit.tracing.declared",
     "Picture": "tracekit.viz.picture",
+    "Plan": "tracekit.tracing.planned",
+    "PlannedSite": "tracekit.tracing.planned",
     "Prefix": "tracekit.models.prefix",
     "Source": "tracekit.tracing.source",
     "Stream": "tracekit.models.streaming",
@@ -91,6 +94,8 @@ __all__ = [
     "Operation",
     "Outcome",
     "Picture",
+    "Plan",
+    "PlannedSite",
     "Prefix",
     "Source",
     "Stream",

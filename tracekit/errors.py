@@ -123,6 +123,12 @@ class OverwrittenError(TracekitError):
     slug = "overwritten"
 
 
+class OffloadError(TracekitError):
+    """Recorded values did not come from an accelerator to the host."""
+
+    slug = "offload"
+
+
 class GradientError(TracekitError):
     """A gradient was asked for that no backward pass can bring."""
 
@@ -157,6 +163,12 @@ class RowsError(TracekitError):
     """A value can't be divided into the rows of each invoke."""
 
     slug = "rows"
+
+
+class RankError(TracekitError):
+    """The ranks of a sharded model do not run the same block, or do not write the same values."""
+
+    slug = "ranks"
 
 
 class DryRunError(TracekitError):

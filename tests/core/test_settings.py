@@ -36,7 +36,11 @@ def test_what_is_no_setting_or_no_value_of_one_is_refused_and_changes_nothing() 
     with pytest.raises(SettingError, match="True or False, not 0"):
         with settings.changed(defer_reads=False, lift_blocks=0):  # type: ignore[arg-type]
             pass
-    assert repr(settings) == "settings(defer_reads=True, lift_blocks=True)"
+    for size in (-1, True, 1.5, "256 MB"):
+        with pytest.raises(SettingError, match="a number of bytes, or 0, not"):
+            settings.offload_bytes = size  # type: ignore[assignment]
+    shown = "settings(defer_reads=True, lift_blocks=True, offload_bytes=268435456)"
+    assert repr(settings) == shown
 
 
 def test_settings_can_be_copied() -> None:

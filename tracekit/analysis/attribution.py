@@ -38,7 +38,7 @@ def logit_attrs(
             )
         direction = direction - other
     normed = apply_norm_to_stack(model, cache, stack.values, pos_slice=pos_slice)
-    return (normed * direction).sum(-1)
+    return (normed * direction.to(normed.device)).sum(-1)
 
 
 def _directions(model: LanguageModel, tokens: str | int | Tensor, stack: Components) -> Tensor:

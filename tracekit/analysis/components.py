@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from tracekit.core.nest import on_one_device
 from tracekit.errors import InputError
 from tracekit.tracing.named_cache import NamedCache
 
@@ -35,7 +36,7 @@ def stacked(parts: Iterable[tuple[str, Tensor]]) -> Components:
     if not every:
         raise InputError("there are no components: nothing of that kind is in front of that layer.")
     shape = torch.broadcast_shapes(*(value.shape for _, value in every))
-    values = torch.stack([value.expand(shape) for _, value in every])
+    values = torch.stack(on_one_device(value.expand(shape) for _, value in every))
     return Components(values, tuple(label for label, _ in every))
 
 

@@ -92,7 +92,7 @@ def _bias(model: LanguageModel, right: Tokens, wrong: Tokens | None, count: int)
         norm, unembed = at_hand(model.final_norm.module), at_hand(model.unembed.module)
         if getattr(norm, "bias", None) is not None:
             directions = model.tokens_to_residual_directions(ids)
-            found = found + sign * (directions @ norm.bias).mean().cpu()
+            found = found + sign * (directions @ norm.bias.to(directions.device)).mean().cpu()
         if getattr(unembed, "bias", None) is not None:
             found = found + sign * unembed.bias[ids].mean().cpu()
     return found

@@ -15,6 +15,7 @@ from tracekit.analysis.labelled import Axis, Cell, Labelled
 from tracekit.analysis.metrics import traced
 from tracekit.analysis.prompts import check_is_the_same, numbered
 from tracekit.capture import showing_own_lines
+from tracekit.core.nest import on_one_device
 from tracekit.errors import InputError, UnsupportedError
 from tracekit.models.language import LanguageModel
 
@@ -82,7 +83,9 @@ def head_scores(model: LanguageModel, length: int = 20, rows: int = 8, seed: int
         """The mean attention to the token that many before, from tokens `at`."""
         shifted = [each.diagonal(-back, -2, -1) for each in patterns]
         begin = (at.start or 0) - back
-        return torch.stack([each[..., max(0, begin) :].float().mean((0, 2)) for each in shifted])
+        return torch.stack(
+            on_one_device(each[..., max(0, begin) :].float().mean((0, 2)) for each in shifted)
+        )
 
     found = logits[:, second].argmax(-1)[:, :-1] == tokens[:, second][:, 1:]
     return HeadScores(
@@ -125,7 +128,8 @@ def copying_scores(model: LanguageModel) -> Labelled:
     """
     circuits: Any
     circuits, layers = traced(model).weights("OV")
-    through = model.W_U.float() @ model.W_E.float()  # [model, model]
+    W_U, W_E = (each.to(circuits.A.device).float() for each in (model.W_U, model.W_E))
+    through = W_U @ W_E  # [model, model]
     inner = circuits.B.float() @ through @ circuits.A.float()  # has the eigenvalues of the circuit
     values: Tensor = torch.linalg.eigvals(inner)
     found = values.real.sum(-1) / values.abs().sum(-1)

@@ -48,13 +48,15 @@ def through(norm: Any, parts: Tensor, whole: Tensor) -> Tensor:
     kind = known_kind(held)
     if kind is None:
         raise UnsupportedError(f"{type(norm).__name__} is no norm that parts can be sent through.")
-    gain = kind.gain(held).to(whole.dtype)
+    gain = kind.gain(held).to(whole.device, whole.dtype)
+    parts = parts.to(whole.device)
 
     def centred(value: Tensor) -> Tensor:
         return value - value.mean(-1, keepdim=True) if kind.centers else value
 
     bias = getattr(held, "bias", None)
-    given = norm(whole) - (bias if bias is not None else 0)
+    given = norm(whole).to(whole.device)
+    given = given if bias is None else given - bias.to(whole.device)
     size = torch.linalg.vector_norm(given, dim=-1, keepdim=True)
     full = torch.linalg.vector_norm(centred(whole) * gain, dim=-1, keepdim=True)
     return centred(parts) * gain * (size / full)

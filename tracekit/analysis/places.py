@@ -16,6 +16,7 @@ from tracekit.analysis.prompts import (
     position_axis,
     prompt_axis,
 )
+from tracekit.core.nest import on_one_device
 from tracekit.core.words import BLOCK_ACTIVATIONS, ROOT_ACTIVATIONS
 from tracekit.errors import InputError, did_you_mean
 from tracekit.models.language import LanguageModel
@@ -126,4 +127,4 @@ def stacked_layers(values: dict[int | None, Tensor], activation: str) -> tuple[T
     layers = sorted(each for each in values if each is not None)
     if len({values[each].shape for each in layers}) > 1:
         raise InputError(f"{activation} is not of one shape in all layers: name one, layer=.")
-    return torch.stack([values[each] for each in layers]), layers
+    return torch.stack(on_one_device(values[each] for each in layers)), layers

@@ -16,6 +16,7 @@ from tracekit.analysis.metrics import Measure, measured, name_of
 from tracekit.analysis.places import axes_of, is_of_layers, unfolded
 from tracekit.analysis.prompts import Prompts, last_logits, read_prompts
 from tracekit.capture import showing_own_lines
+from tracekit.core.nest import on_one_device
 from tracekit.errors import InputError
 from tracekit.models.face import Placed
 from tracekit.models.language import LanguageModel
@@ -103,7 +104,7 @@ def steering_vector(
     for each in layers:
         if each not in high:
             raise InputError(f"layer {each} has no {activation}; there are {count} layers.")
-    vectors = torch.stack([high[each] - low[each] for each in layers])
+    vectors = torch.stack(on_one_device(high[each] - low[each] for each in layers))
     return SteeringVector(activation, tuple(layers), vectors)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tracekit.architectures.schema import Lacks
 from tracekit.core.offload import at_hand
 from tracekit.core.quirks import own_children
+from tracekit.core.shares import whole_weight
 from tracekit.errors import OffloadedError, UnsupportedError
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -29,7 +30,8 @@ class Matrix(NamedTuple):
 def matrix_of(module: nn.Module, path: str) -> Matrix | Lacks:
     """What a linear module multiplies with and adds; views of its tensors, copies if offloaded."""
     module = at_hand(module)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    weight = whole_weight(getattr(module, "weight", None))
+    bias = whole_weight(getattr(module, "bias", None))
     if not isinstance(weight, Tensor):
         return Lacks(f"{path} ({type(module).__name__}) has no weight")
     _check(weight, path)
@@ -45,7 +47,7 @@ def matrix_of(module: nn.Module, path: str) -> Matrix | Lacks:
 def table_of(module: nn.Module, path: str) -> Tensor | Lacks:
     """What an embedding looks up, `[entries, model]`, as it gives it: scaled, if it scales."""
     module = at_hand(module)
-    weight = getattr(module, "weight", None)
+    weight = whole_weight(getattr(module, "weight", None))
     if not isinstance(weight, Tensor):
         return Lacks(f"{path} ({type(module).__name__}) has no weight")
     _check(weight, path)
@@ -90,7 +92,7 @@ def _check(weight: Tensor, path: str) -> None:
         )
     if weight.is_meta:
         raise OffloadedError(
-            f"the weight of {path} is not in memory, and nothing is there to bring it."
+            f"the weight of {path} is not in memory, and no hook on that module brings it."
         )
 
 

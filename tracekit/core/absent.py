@@ -48,14 +48,20 @@ class NoAbsentWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _told(self, func: Any, absent: Tensor) -> str:
-        path = self._path(absent)
-        what = path or f"a tensor {list(absent.shape)} on meta"
-        whole = (path or "").rpartition(".")[0] or f"{self._name}.MODULE"
+        path, what = self._path(absent), getattr(func, "__name__", func)
+        if not path:
+            return (
+                f"{what} was called with a tensor {list(absent.shape)} on meta, which has no "
+                f"numbers, as weights have that are offloaded. Call modules instead of using their "
+                f"weights, or take copies: {self._name}.weights.of(module)."
+            )
+        whole, _, name = path.rpartition(".")
         return (
-            f"{what} is offloaded, not in memory: {getattr(func, '__name__', func)} with it would "
-            f"give garbage. Call the module instead, as in {whole}(x), or take a copy: "
-            f"{self._name}.weights.of({whole}). If it is the model's own forward that reads a "
-            f"weight of a module that it does not call, dispatch it with preload_module_classes=."
+            f"{path} is offloaded, not in memory: {what} with it would give garbage. Call the "
+            f"module instead, as in {whole}(x), or take a copy: "
+            f"{self._name}.weights.of({whole})[{name!r}]. If it is the model's own forward that "
+            f"reads a weight of a module that it does not call, accelerate has to bring it: "
+            f"preload_module_classes= of disk_offload, cpu_offload and dispatch_model."
         )
 
     def _path(self, absent: Tensor) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tracekit.core.nest import replace_tensor
 from tracekit.core.offload import go_through_accelerate, is_accelerates
 from tracekit.core.quirks import HOOK_DICTS, own_children
+from tracekit.core.shares import check_copyable
 from tracekit.core.tree import Tree
 
 # What a module does when it is called, given its own call: `call(own, args, kwargs)`.
@@ -29,6 +30,7 @@ def detour(tree: Tree, calls: Mapping[str, Call], gone: Iterable[str]) -> Tree:
 
     Of them, those `gone` are no part of what runs.
     """
+    check_copyable(tree.root)
     copies = {tree.modules[path]: _called_so(tree.modules[path], calls[path]) for path in calls}
     found = Tree(_around(tree.root, copies), tree.name, tree.renames)
     found.original, found.naming, found.mode = tree.original or tree, tree.naming, tree.mode

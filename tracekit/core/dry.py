@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Final, final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ _WORDS = {
 _log: Final = logging.getLogger("torch._subclasses.fake_tensor")
 
 
-@final
 class DryMode(FakeTensorMode):
     """Makes every tensor of the thread fake while it is entered.
 
@@ -47,13 +46,15 @@ class DryMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self._knows_integers = knows_integers
         self._entered = 0
+        self.places: dict[int, torch.device] = {}  # where those on meta are used, by identity
 
     def fake(self, nest: Nest) -> Nest:
         """`nest` with fake tensors in the place of its tensors, which are left alone."""
         return map_leaves(self._fake_leaf, nest)
 
     def fake_tensor(self, tensor: Tensor) -> Tensor:
-        """A fake tensor of the same kind; one on meta, which has no numbers anyway, is on CPU."""
+        """A fake tensor of the same kind; one on meta, which has no numbers anyway, is on
+        the CPU, or where accelerate would bring it."""
         if isinstance(tensor, FakeTensor):
             return tensor
         if tensor.is_meta:
@@ -125,10 +126,13 @@ class DryMode(FakeTensorMode):
             copied = tensor.detach().clone()  # operations in place write into it
         return self.fake_tensor_converter.from_real_tensor(self, copied, make_constant=True)
 
-    def _instead_of_meta(self, tensor: Tensor) -> Tensor:
+    def _instead_of_meta(self, tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
         with self:
             fake: Tensor = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+                tensor.shape,
+                tensor.stride(),
+                dtype=tensor.dtype,
+                device=self.places.get(id(tensor), device),
             )
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, tensor.requires_grad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -39,19 +39,32 @@ class Note:
     length: int | None = None  # positions
 
 
+class Outbox(Protocol):
+    """Whoever moves tensors to the device later."""
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether `tensor` can wait where it is."""
+        ...
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """What is kept of it for now: itself, or a copy on the device if it can't wait."""
+        ...
+
+
 @final
 @dataclass(frozen=True)
 class Keep:
     """How values are kept; `device=None` leaves a tensor where it is, `dtype=None` as it is.
 
     `dtype` casts floating-point tensors; integers, booleans and complex numbers stay what they
-    are.
+    are. With an `outbox`, tensors of other devices are kept there until it moves them.
     """
 
     device: torch.device | None
     dtype: torch.dtype | None
     detach: bool
     clone: bool
+    outbox: Outbox | None = None
 
     def __call__(self, value: Nest) -> Nest:
         """`value` as it is kept."""
@@ -61,15 +74,16 @@ class Keep:
         """Whether what is kept of `tensor` shares its memory."""
         if self.clone or not self.detach or tensor.is_inference():
             return not self.detach and not self.clone
-        if self.device is not None and tensor.device != self.device:
+        is_away = self.device is not None and tensor.device != self.device
+        if is_away and (self.outbox is None or not self.outbox.takes(tensor)):
             return False
         return self.dtype in (None, tensor.dtype) or not tensor.is_floating_point()
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        """One tensor as it is kept; shares memory with it if neither device nor dtype differ."""
+        """One tensor as it is kept; `shares` says whether in its memory."""
         kept = tensor.detach() if self.detach else tensor
         if self.device is not None and kept.device != self.device:
-            kept = kept.to(self.device)
+            kept = kept.to(self.device) if self.outbox is None else self.outbox.take(kept)
         if self.dtype is not None and kept.is_floating_point():
             kept = kept.to(self.dtype)
         # inference tensors keep no version, so nobody could notice that one was overwritten

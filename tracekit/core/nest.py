@@ -90,6 +90,12 @@ def replace_tensor(nest: Nest, old: object, new: object) -> Nest:
     return map_leaves(lambda leaf: new if leaf is old else leaf, nest)
 
 
+def on_one_device(values: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors where the first of them is: a model's layers may lie on several devices."""
+    every = list(values)
+    return [value.to(every[0].device) for value in every]
+
+
 def is_fake(value: object) -> bool:
     """Whether `value` is a tensor without numbers, of a dry run."""
     return isinstance(value, FakeTensor)
@@ -139,7 +145,9 @@ def _tensor_misfit(new: object, old: Tensor, where: str) -> str | None:
         return f"{where} was {describe(old)}, and one without numbers, of a dry run, was written"
     if new.shape == old.shape and new.dtype == old.dtype and new.device == old.device:
         return None
-    return f"{where} was {describe(old)}, and {describe(new)} was written"
+    found = f"{where} was {describe(old)}, and {describe(new)} was written"
+    is_elsewhere = new.shape == old.shape and new.dtype == old.dtype
+    return f"{found} (its .to({str(old.device)!r}) fits)" if is_elsewhere else found
 
 
 def _is_same(new: object, old: object) -> bool:

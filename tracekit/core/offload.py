@@ -15,6 +15,8 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tracekit.core.nest import tensors
+
 M = TypeVar("M", bound=nn.Module)
 
 _AROUND: Final = ("forward", "_old_forward", "_hf_hook")
@@ -54,6 +56,17 @@ def devices_of(module: nn.Module) -> set[torch.device]:
     found = {execution_device(part) for part in module.modules() if "_hf_hook" in vars(part)}
     found |= {weight.device for weight in module.parameters() if not weight.is_meta}
     return {device for device in found if device is not None}
+
+
+def places_of(module: nn.Module) -> dict[int, torch.device]:
+    """Where accelerate uses the weights on meta, by their identity."""
+    found: dict[int, torch.device] = {}
+    for part in module.modules():
+        device = execution_device(part)
+        if device is not None and is_offloaded(part):
+            own = tensors([part._parameters, part._buffers])  # pyright: ignore[reportPrivateUsage]
+            found.update((id(weight), device) for weight in own if weight.is_meta)
+    return found
 
 
 def at_hand(module: M) -> M:
@@ -102,7 +115,7 @@ def _around(module: nn.Module) -> Any:
     return getattr(around, "forward", around)
 
 
-def fingerprint(module: nn.Module) -> tuple[object, ...]:
+def identity_of(module: nn.Module) -> tuple[object, ...]:
     """What changes when a weight of `module` is exchanged, moved, cast, or changed in place.
 
     Of an offloaded weight, which is another object after each call: what brings it.

@@ -76,6 +76,12 @@ def origin_of(tensor: Tensor) -> Origin | None:
     return found if found is not None and found.tensor() is tensor else None
 
 
+def known_origins() -> list[tuple[Tensor, object]]:
+    """The tensors that blocks got and that somebody holds now, each with its label."""
+    found = [(origin.tensor(), origin.label) for origin in list(_origins.values())]
+    return [(tensor, label) for tensor, label in found if tensor is not None]
+
+
 def _entry(tensor: Tensor) -> Origin:
     key = id(tensor)
     return origin_of(tensor) or Origin(ref(tensor, partial(_forget, key)))

@@ -54,7 +54,7 @@ def at_rest(hook: Any) -> Any:
     if hasattr(found, "hooks"):
         found.hooks = tuple(at_rest(each) for each in found.hooks)
     elif getattr(found, "offload", False):
-        found.offload, found.weights_map, found.execution_device = False, None, "cpu"
+        found.offload, found.weights_map = False, None
     return found
 
 

@@ -1,4 +1,4 @@
-"""How blocks are run: switches for tests and for debugging, which change no number."""
+"""How blocks are run: switches for tests and for debugging, and sizes; they change no number."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tracekit.errors import SettingError, did_you_mean
 
 @final
 class Settings:
-    """The switches of the process: assign to one, or change some for the length of a `with`."""
+    """The settings of the process: assign to one, or change some for the length of a `with`."""
 
-    __slots__ = ("defer_reads", "lift_blocks")
+    __slots__ = ("defer_reads", "lift_blocks", "offload_bytes")
 
     lift_blocks: bool
     """Whether a block is lifted onto a worker where that is possible; else it stays in place."""
@@ -21,14 +21,23 @@ class Settings:
     defer_reads: bool
     """Whether reads that a block only stores are filled by hooks, with no hand-over."""
 
+    offload_bytes: int
+    """How much pinned memory of the host, in bytes for each accelerator, a cache may use to move
+    values off it while the model goes on, and as much on the accelerator; 0: the model waits for
+    each value."""
+
     def __init__(self) -> None:
         self.lift_blocks = True
         self.defer_reads = True
+        self.offload_bytes = 256 * 2**20
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in self.__slots__:
             raise _unknown(name)
-        if not isinstance(value, bool):
+        if name == "offload_bytes":
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise SettingError(f"settings.{name} is a number of bytes, or 0, not {value!r}.")
+        elif not isinstance(value, bool):
             raise SettingError(f"settings.{name} is True or False, not {value!r}.")
         object.__setattr__(self, name, value)
 
@@ -38,7 +47,7 @@ class Settings:
         raise _unknown(name)
 
     @contextmanager
-    def changed(self, **values: bool) -> Generator[None]:
+    def changed(self, **values: bool | int) -> Generator[None]:
         """Set `values` for the length of `with settings.changed(lift_blocks=False):`."""
         before = {name: getattr(self, name) for name in values}
         try:

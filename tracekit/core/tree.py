@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from torch import nn
 
@@ -34,6 +34,25 @@ class StandardNames(Protocol):
     def words(self, owner: str) -> list[str]: ...
 
 
+_NOTHING: Final = nullcontext()
+
+
+class Planner(Protocol):
+    """Who plans the run of a twin (models/planning.py)."""
+
+    def given(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """What the model is given instead."""
+        ...
+
+    def copies(self, original: Any) -> None:
+        """A value is recorded as a copy, and its original is kept until the run ends."""
+        ...
+
+    def record(self, cache: Any, keep: Any) -> Any:
+        """A cache is made in the run, and is to keep values so; how it does."""
+        ...
+
+
 @final
 class Tree:
     """The modules of `root` by full path (`model.transformer.h.0`), root's own name first.
@@ -48,6 +67,7 @@ class Tree:
         self.renames = renames
         self._depth = name.count(".") + 1
         self.load_first: Callable[[], None] | None = None  # brings weights that were left out
+        self.planner: Planner | None = None  # of a planned run, of a twin
         self.original: Tree | None = None  # whose twin this is, if it is one
         self.gone: tuple[str, ...] = ()  # what a run goes round (core/detour.py)
         self.naming: Callable[[nn.Module], StandardNames | None] | None = None
@@ -78,6 +98,7 @@ class Tree:
         self.continues: bool | None = None  # rightly, from a filled kv_cache; None: nobody asked
         # Round the layers before one, and if not behind keys and values, why (models/starting.py).
         self.routes: dict[object, object] = {}
+        self.sharding: Any = None  # where its values lie, on several ranks (tracing/sharded.py)
         self.sites: dict[tuple[str, Slot], Site] = {}  # by the path that was asked for
         self.refresh(is_first=True)
 
@@ -94,7 +115,7 @@ class Tree:
         self.layouts.clear()
         self.continues = None
         self.routes.clear()
-        self._names = None
+        self.sharding = self._names = None
         self.sites.clear()
         self._beside.clear()
         first: dict[int, str] = {}
@@ -208,13 +229,19 @@ class Tree:
         return False
 
     def around_runs(self) -> AbstractContextManager[object]:
-        """What is to be entered while `root` runs; as fast as every trace needs it."""
-        if not isinstance(self.mode, nullcontext):
-            return self.mode
-        for state in self._states:
-            if "_hf_hook" in state:  # accelerate may have put weights elsewhere
-                return NoAbsentWeights(self.root, self.name) if self.is_empty() else self.mode
-        return self.mode
+        """What is to be entered while `root`, and a block beside it, run."""
+        return self.guard() if isinstance(self.mode, nullcontext) else self.mode
+
+    def guard(self) -> AbstractContextManager[object]:
+        """Keeps weights that are elsewhere from being computed with; as fast as every trace needs.
+
+        In a dry run, where no weight has numbers, there is nothing to keep.
+        """
+        if isinstance(self.mode, nullcontext):
+            for state in self._states:
+                if "_hf_hook" in state:  # accelerate may have put weights elsewhere
+                    return NoAbsentWeights(self.root, self.name) if self.is_empty() else _NOTHING
+        return _NOTHING
 
     def is_empty(self) -> bool:
         """Whether there are weights that hold no numbers; as fast as every trace needs it."""

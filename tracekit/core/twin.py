@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from tracekit.core.nest import tensors
 from tracekit.core.quirks import at_rest
+from tracekit.core.shares import check_copyable
 from tracekit.core.tree import Tree
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -33,6 +34,7 @@ def twin(
     under way. Without `has_weights`, accelerate's hooks bring none. Raises whatever copying a
     module raises that can't be copied.
     """
+    check_copyable(tree.root)
     memo: dict[int, Any] = {}
     for module in tree.root.modules():
         state = vars(module)

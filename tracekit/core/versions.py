@@ -74,7 +74,7 @@ class Versions:
     def overwritten(self) -> list[object]:
         """The labels of tensors that somebody still holds and that are not what was given out."""
         moved = [note for note in self._notes if note.has_moved()]
-        held = _storages_in_hands() if moved else set[int]()
+        held = storages_in_hands() if moved else set[int]()
         return [note.label for note in moved if note.storage.cdata in held]
 
     def changed(self, apart_from: Any = ()) -> list[object]:
@@ -104,8 +104,7 @@ class _Counted:
     def __init__(self, label: object, tensor: Tensor) -> None:
         self.label = label
         self.storage = StorageWeakRef(tensor.untyped_storage())
-        self._probe = tensor.detach()  # shares the counter …
-        self._probe.data = tensor.new_empty(0)  # … and not the memory
+        self._probe = counter(tensor)
         self._version = tensor._version
 
     def renew(self) -> None:
@@ -170,7 +169,7 @@ class _Copied:
         return now.set_(storage, self._offset, self._copy.shape, self._stride)
 
 
-def _storages_in_hands() -> set[int]:
+def storages_in_hands() -> set[int]:
     """The memory of every tensor that Python holds; what a backward pass alone keeps is not in it.
 
     It looks at all objects there are, so it is for when something was overwritten.
@@ -221,6 +220,13 @@ def version(tensor: Tensor) -> int:
     """The version counter, or UNKNOWN for a tensor that keeps none, or no numbers."""
     is_numberless = type(tensor) is not Tensor and is_fake(tensor)
     return UNKNOWN if is_numberless else changes(tensor)
+
+
+def counter(tensor: Tensor) -> Tensor:
+    """A tensor that has the version counter of `tensor`, and holds none of its memory."""
+    probe = tensor.detach()
+    probe.data = tensor.new_empty(0)
+    return probe
 
 
 def changes(tensor: Tensor) -> int:

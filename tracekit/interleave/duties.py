@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from tracekit.core.site import Visit
 
 if TYPE_CHECKING:
+    from tracekit.interleave.interleaver import Interleaver
     from tracekit.interleave.mediator import Mediator
 
 
@@ -138,6 +139,48 @@ class Part(Protocol):
 
     def put_back(self, new: object) -> object:
         """The whole value, with `new` in the place of the part; Unsettled if that is another."""
+        ...
+
+
+class Placement(Protocol):
+    """Reaches into the model (hooks.Hooks)."""
+
+    def make_skippable(self, path: str) -> None:
+        """Let the interleaver answer in place of a module."""
+        ...
+
+    def show(self, visit: Visit, value: object) -> None:
+        """Show the observers a value that they would not see, as the run stops there."""
+        ...
+
+    def opened(self, path: str) -> object:
+        """The operations of what runs at `path`, or None if it was not opened."""
+        ...
+
+    def open(self, path: str) -> object:
+        """Make sites of the operations of what runs at `path`; SourceError if that can't be."""
+        ...
+
+
+class Together(Protocol):
+    """What the ranks of a model that lies on several do together, in one run."""
+
+    def serve(
+        self, run: Interleaver, visit: Visit, value: object, asking: Sequence[Mediator]
+    ) -> object:
+        """Have `asking` served the whole of `value`; what the model goes on with."""
+        ...
+
+    def shown(self, visit: Visit, value: object) -> object:
+        """What blocks are shown of a value that the model does not go on with."""
+        ...
+
+    def end(self) -> None:
+        """The run is over, with nothing left to ask."""
+        ...
+
+    def leave(self, is_by_block: bool) -> None:
+        """This rank leaves the run; unless it has ended, the others learn that."""
         ...
 
 

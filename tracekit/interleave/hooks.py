@@ -37,6 +37,16 @@ from tracekit.interleave.worker import this_thread
 ForwardHook: TypeAlias = Callable[[nn.Module, Any, Any], None]
 
 
+class Together(Protocol):
+    """Shows hooks whole values, of a model that lies on several ranks (an Assembly)."""
+
+    def seen(self, module: nn.Module, slot: Slot, hook: ForwardHook) -> ForwardHook: ...
+    def edited(
+        self, module: nn.Module, slot: Slot, change: Callable[[Any], Any]
+    ) -> Callable[[Any], Any]: ...
+    def on_whole(self, path: str, call: Any, value: Any) -> tuple[Any, Any]: ...
+
+
 class Subscriber(Protocol):
     """Whoever stands between a module and its caller (an Interleaver)."""
 
@@ -62,6 +72,7 @@ class Hooks:
         self._rewritten: list[Callable[[], None]] = []
         self._observers: list[tuple[list[nn.Module], Slot, ForwardHook]] = []
         self._edits: list[tuple[Any, int]] = []  # the dictionary that each is in, and its key
+        self.ranks: Together | None = None  # those of the model, if there are several
         self.subscriber: Any = None  # a Subscriber from the start of the run to its end
         self.tap: Callable[[Piece], None] | None = None  # lets a value go through its piece
 
@@ -109,6 +120,8 @@ class Hooks:
     def edit(self, path: str, slot: Slot, change: Callable[[Any], Any]) -> None:
         """Let the model go on with `change(value)`, which the interventions see then."""
         module = self._reached(self._module(path))
+        if self.ranks is not None:
+            change = self.ranks.edited(module, slot, change)
         if slot is Slot.OUTPUT:
             hook: Any = partial(_edited_output, self.thread, change)
             where, key = module._forward_hooks, self._put(module._forward_hooks, hook, True)
@@ -133,10 +146,11 @@ class Hooks:
         for module in modules:
             if type(module) is Piece:
                 self._reached(module)
+            own = hook if self.ranks is None else self.ranks.seen(module, slot, hook)
             if slot is Slot.OUTPUT:
-                self._put(module._forward_hooks, hook)
+                self._put(module._forward_hooks, own)
             else:
-                self._put_before(module, hook)
+                self._put_before(module, own)
         self._observers.append((modules, slot, hook))
 
     def module_at(self, path: str) -> nn.Module:
@@ -161,7 +175,7 @@ class Hooks:
         self._skippables.clear()
         for held in (self._placed, self._watches, self._rewritten, self._observers, self._edits):
             held.clear()
-        self.subscriber = self.tap = None
+        self.subscriber = self.tap = self.ranks = None
 
     def leave(self) -> None:
         """Let go of all that was put on, which stays: the model is thrown away."""

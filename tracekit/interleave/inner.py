@@ -73,6 +73,8 @@ class Inner:
                 self._values.passed("head_result", None)
             return output
         piece = cast("Piece", self._tree.modules[f"{self._owner}.head_result"])
+        if self._hooks.ranks is not None:
+            call, z = self._hooks.ranks.on_whole(self._owner, call, z)
         each = z.unflatten(-1, (piece.heads, -1))
         alone = torch.eye(piece.heads, dtype=z.dtype, device=z.device).unsqueeze(-1)
         alone = alone.view(piece.heads, *(1,) * (each.dim() - 2), piece.heads, 1)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, final
 
 from tracekit.core.site import Site, Slot, Visit
-from tracekit.errors import SiteOrderError
+from tracekit.errors import SiteOrderError, TracekitError, UnsupportedError
 from tracekit.interleave import unserved
-from tracekit.interleave.duties import Unsettled
+from tracekit.interleave.duties import Placement, Together, Unsettled
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.passage import Passage, Watch
 from tracekit.interleave.protocol import (
@@ -31,26 +31,6 @@ _RESULT_NOT_YET = object()
 
 # Says why a visit has passed, given what the block got last.
 Why: TypeAlias = "Callable[[Visit, tuple[Visit, str] | None], SiteOrderError]"
-
-
-class Placement(Protocol):
-    """Reaches into the model (hooks.Hooks)."""
-
-    def make_skippable(self, path: str) -> None:
-        """Let the interleaver answer in place of a module."""
-        ...
-
-    def show(self, visit: Visit, value: object) -> None:
-        """Show the observers a value that they would not see, as the run stops there."""
-        ...
-
-    def opened(self, path: str) -> object:
-        """The operations of what runs at `path`, or None if it was not opened."""
-        ...
-
-    def open(self, path: str) -> object:
-        """Make sites of the operations of what runs at `path`; SourceError if that can't be."""
-        ...
 
 
 class Witness(Protocol):
@@ -96,6 +76,7 @@ class Interleaver:
     ) -> None:
         self.step = 0
         self.mediators: list[Mediator] = []
+        self.ranks: Together | None = None  # of a model that lies on several
         self._passage = passage
         self._placement = placement
         self._witness = witness
@@ -284,6 +265,11 @@ class Interleaver:
         if self._told is not None and self._told[0] != had:
             raise unserved.miscounted(*self._told, had)
         self._result = result
+        self._answer_the_rest()
+        if self.ranks is not None:
+            self.ranks.end()
+
+    def _answer_the_rest(self) -> None:
         while True:
             waiting = [each for each in self.mediators if each.state is State.WAITING]
             awake = [each for each in waiting if not isinstance(each.request, Sleep)]
@@ -297,6 +283,9 @@ class Interleaver:
 
     def close(self) -> None:
         """Unwind every block that still waits, and let go of everything."""
+        if self.ranks is not None:
+            self.ranks.leave(any(each.error or each.has_stopped for each in self.mediators))
+            self.ranks = None
         for mediator in self.mediators:
             mediator.close()
         self.mediators.clear()
@@ -314,6 +303,21 @@ class Interleaver:
                 self._after_turn(mediator)
 
     def _serve(self, visit: Visit, value: object) -> object:
+        if self.ranks is None:
+            return self.serve_here(visit, value)
+        asking = [mediator for mediator in self.mediators if mediator.awaits(visit)]
+        return self.ranks.serve(self, visit, value, asking) if asking else value
+
+    def refuse(self, mediators: Sequence[Mediator], error: TracekitError) -> None:
+        """Raise `error` where these blocks wait, or where the model is if there are none."""
+        for mediator in mediators:
+            mediator.answer(Reply(error=error))
+            self._after_turn(mediator)
+        if not mediators:
+            raise error
+
+    def serve_here(self, visit: Visit, value: object) -> object:
+        """Serve all who wait for `visit`, where the whole of the value is."""
         looks: list[Look] = []
         try:
             value = self._serve_all(visit, value, looks)
@@ -373,23 +377,17 @@ class Interleaver:
             return Reply(error=None if request.is_over() else unserved.never_came(request.what_for))
         assert request is not None
         if isinstance(request, Read) and request.visit.site.slot is Slot.RESULT:
-            return mediator.shown(request.visit, self._result)
+            return self._shown(mediator, request.visit)
         if mediator.has_finished_a_round:
             return Reply(error=StepOver())
-        return Reply(error=self._unserved(request.visit))
+        return Reply(error=unserved.at_the_end(request.visit, self._steps_seen + 1, self._passage))
 
-    def _unserved(self, visit: Visit) -> BaseException:
-        steps = self._steps_seen + 1
-        if visit.step >= max(steps, 1):
-            return unserved.no_such_step(visit, steps)
-        if visit.call > 0:
-            return unserved.no_such_call(visit)
-        skipped = self._passage.skipped_above(visit.site.path, visit.step)
-        if skipped is not None:
-            return unserved.was_skipped(visit, skipped)
-        callers = self._passage.callers(visit.site.path)
-        ran = [caller for caller in callers if self._passage.has_run(caller)]
-        return unserved.never_ran(visit, callers, ran)
+    def _shown(self, mediator: Mediator, visit: Visit) -> Reply:
+        try:
+            whole = self._result if self.ranks is None else self.ranks.shown(visit, self._result)
+        except UnsupportedError as error:
+            return Reply(error=error)
+        return mediator.shown(visit, whole)
 
 
 def _settled(value: object) -> object:

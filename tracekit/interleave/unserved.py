@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from tracekit.core.annex import owner_of
 from tracekit.core.site import Slot, Visit
 from tracekit.errors import MisfitError, NeverCameError, NeverRanError, SiteOrderError, StepError
+
+if TYPE_CHECKING:
+    from tracekit.interleave.passage import Passage
 
 
 def too_late(visit: Visit, last: tuple[Visit, str] | None) -> SiteOrderError:
@@ -171,6 +176,20 @@ def no_such_call(visit: Visit) -> NeverRanError:
     return NeverRanError(
         f"{visit} did not happen: the module was called at most {visit.call} times in that step."
     )
+
+
+def at_the_end(visit: Visit, steps: int, passage: Passage) -> BaseException:
+    """The run is over, after so many steps, and did not come to `visit`."""
+    if visit.step >= max(steps, 1):
+        return no_such_step(visit, steps)
+    if visit.call > 0:
+        return no_such_call(visit)
+    skipped = passage.skipped_above(visit.site.path, visit.step)
+    if skipped is not None:
+        return was_skipped(visit, skipped)
+    callers = passage.callers(visit.site.path)
+    ran = [caller for caller in callers if passage.has_run(caller)]
+    return never_ran(visit, callers, ran)
 
 
 def never_ran(visit: Visit, callers: list[str], ran: list[str]) -> NeverRanError:

@@ -119,6 +119,17 @@ def _stop_or_not(module: Any, given: dict[str, Any]) -> None:
     given["eos_token_id"] = None
 
 
+def without_ends(module: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a generation that ends at no token, but only when it is as long as asked."""
+    kept = {name: value for name, value in given.items() if name not in _ENDS}
+    if takes_off_the_start(module):  # it hands a configuration on, which is filled up again
+        return kept
+    return {**_as_keywords(kept.pop("generation_config", None)), **kept, "eos_token_id": None}
+
+
+_ENDS: Final = frozenset({"stopping_criteria", "stop_strings", "max_time", "stop_at_eos"})
+
+
 def _as_keywords(config: Any) -> dict[str, Any]:
     """What a generation configuration sets."""
     if config is None:

@@ -18,6 +18,7 @@ from tracekit.models.rerun import Rerun
 from tracekit.models.signatures import accepts, by_name, by_name_of_forward, is_transformers
 from tracekit.models.stops import as_list, watching
 from tracekit.tracing.call import Follower, TracedCall
+from tracekit.tracing.sharded import check_tokens, draw_alike
 
 
 def generation(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedCall:
@@ -35,6 +36,8 @@ def generate(
     doubles them, assisted decoding runs fewer. A stopping criterion is asked exactly once in
     each iteration. `progress=True` shows a bar.
     """
+    if tree.planner is not None:
+        args, kwargs = tree.planner.given(args, kwargs)
     kwargs = dict(kwargs)
     if is_transformers(tree.root) and kwargs.pop("progress", False):
         from tqdm.auto import tqdm
@@ -52,7 +55,9 @@ def _generate(
 ) -> Any:
     module: Any = tree.root
     if follower is None:
-        return module.generate(*args, **_with_list_of_criteria(module, kwargs))
+        draw_alike(tree)
+        with tree.guard():
+            return module.generate(*args, **_with_list_of_criteria(module, kwargs))
     if not is_transformers(module):
         with eager(tree):
             return module.generate(*args, **kwargs)
@@ -64,6 +69,7 @@ def _generate(
     follower.timeline.rerun = Rerun(tree, given)
 
     def end_step(ids: Tensor) -> None:
+        check_tokens(tree, ids)
         if not passes.is_about_a_draft():
             passes.end_step(ids)
             follower.end_step()
@@ -88,6 +94,8 @@ def forward(
     tree: Tree, follower: Follower | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """One forward pass, run as Python; `follower` is told which tokens it goes over."""
+    if tree.planner is not None:
+        args, kwargs = tree.planner.given(args, kwargs)
     if follower is not None and follower.timeline.is_wanted:
         given = by_name_of_forward(tree.root, args, kwargs)
         tell_forward(tree.root, follower.timeline, given)
@@ -96,7 +104,7 @@ def forward(
 
 def run(tree: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward pass, run as Python."""
-    with eager(tree):
+    with eager(tree), tree.guard():
         return tree.root(*args, **kwargs)
 
 

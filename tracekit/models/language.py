@@ -332,7 +332,8 @@ class LanguageModel(Answering, WithWeights):
         if self._is_edited or "prefix" in kwargs:
             call = TracedCall(lambda follower: run_behind(self._tree, follower, args, kwargs))
             return self._edited(call) if self._is_edited else call.make(None)
-        return self.module(*args, **kwargs)
+        with self._tree.guard():
+            return self.module(*args, **kwargs)
 
     def _prepared(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast, final, overload
+from typing import Any, TypeVar, final, overload
 
 from torch import nn
 
@@ -20,10 +20,12 @@ from tracekit.models.face import calling
 from tracekit.models.functional import Functional
 from tracekit.models.generation import forward, generate, generation
 from tracekit.models.holdings import Weights
+from tracekit.models.planning import Planner, is_a_block
 from tracekit.models.scanning import fake_twin, run_dry
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
 from tracekit.models.verification import refuse_generation, verify
+from tracekit.models.wrapped import check_module
 from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
@@ -54,11 +56,7 @@ class Model(Functional):
     def __init__(
         self, module: nn.Module, name: str = "model", *, rename: Rename | None = None
     ) -> None:
-        if not isinstance(cast("object", module), nn.Module):
-            raise InputError(
-                f"Model takes a torch.nn.Module, not {type(module).__name__}; "
-                f"LanguageModel loads one by its Hub id or directory."
-            )
+        check_module(module)
         renames = Renames(rename, frozenset(dir(type(self)))) if rename else None
         super().__init__(Tree(module, name, renames), name)
         self._tree.naming = names_of
@@ -139,6 +137,39 @@ class Model(Functional):
         if is_without_input(args, kwargs) and _takes_input(self._tree.root):
             return self._tracer(self._batch(kwargs, run_dry, "trace", twin), tree=twin)
         return self._tracer(TracedCall(lambda _: run_dry(twin, _, args, kwargs)), tree=twin)
+
+    @showing_own_lines
+    def plan(
+        self,
+        *args: Any,
+        memory: Mapping[str, str | int] | None = None,
+        device: Any = None,
+        all_steps: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """`with model.plan(input) as tracer:` tells what a trace will hold in memory.
+
+        A dry run of the same block, on fake tensors: nothing is computed, and weights that were
+        left out stay so. Behind the block, `tracer.plan` is the Plan: bytes of each site and step,
+        weights, kv_cache, the peak of each device, and `verdict`: "fits", "offload" or "does not
+        fit". `plan = model.plan(function, input)` does so with a function as the block, and
+        `model.plan(input)` alone with none. All else is what `trace` takes; with `max_new_tokens=`
+        (or `max_length=`) it is a generation in which no row ends early.
+
+        `memory` says what there is, as `{"cpu": "16GB", "cuda:0": "24GB"}`; by default what is free
+        on this machine. `device`: where the model is taken to be. A generation is run for five
+        steps, and sizes go on as they grow; all are run where a block asks about single steps,
+        where a window is filled, and with `all_steps=True`.
+
+        Not counted: what a kernel allocates for itself, what an allocator keeps beside (fragments,
+        the CUDA context), and tensors of the user's that the block brings along.
+        """
+        function = args[0] if args and is_a_block(args[0]) else None
+        rest = args if function is None else args[1:]
+        planner = Planner(self, rest, kwargs, memory, device, all_steps)
+        if function is None and is_with_item(caller_frame()):
+            return planner
+        return planner.run(function)
 
     @showing_own_lines
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -260,9 +291,10 @@ class Model(Functional):
     @property
     def weights(self) -> Any:
         """`model.weights.of(module)` has copies of a module's weights, wherever these are."""
-        if hasattr(self.module, "weights"):  # its own wins
-            return self.__getattr__("weights")
-        return Weights(self)
+        own = getattr(self.module, "weights", None)  # which wins
+        if isinstance(own, nn.Module):
+            return self._child("weights")
+        return Weights(self) if own is None else own
 
     # -- lasting edits --------------------------------------------------------------------------
 

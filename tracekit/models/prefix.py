@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tracekit.capture import showing_own_lines
-from tracekit.core.offload import fingerprint, version_of
+from tracekit.core.offload import identity_of, version_of
 from tracekit.errors import InputError, OverwrittenError, UnsupportedError
 from tracekit.models.kv_cache import KeyValueCache, KeyValueEntry
 from tracekit.models.kv_layers import (
@@ -92,7 +92,7 @@ class Prefix:
         self._tokens = tokens
         self._attention_mask = attention_mask
         self._edits = _lasting(model)
-        self._weights = fingerprint(model.module) if weights is None else weights
+        self._weights = identity_of(model.module) if weights is None else weights
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class Prefix:
                 f"{type(other).__name__}): keys and values are of the weights that made them. "
                 f"Write `prefix = model.prefill(prompt)` with this model."
             )
-        if fingerprint(other) != self._weights:
+        if identity_of(other) != self._weights:
             raise InputError(
                 "the weights of this model have changed since it made this prefix (their values, "
                 "dtype or device): its keys and values are of the earlier ones. Prefill again."

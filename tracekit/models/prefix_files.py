@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any, Final, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tracekit.core.fingerprint import fingerprint
+from tracekit.core.offload import devices_of
 from tracekit.errors import LoadingError, UnsupportedError
 from tracekit.models.inputs import device_of
 from tracekit.models.kv_layers import FIXED, SHAREABLE, KvLayer, kind_of
@@ -48,7 +50,8 @@ def load_prefix(model: Any, path: str | Path) -> Prefix:
     described, tensors = _read(path)
     _check_belongs(model.module, described, path)
     device = device_of(model.module)
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    places = _places(model)
+    tensors = {name: each.to(places.get(_layer_of(name), device)) for name, each in tensors.items()}
     layers = {
         part: [_layer(saved, f"{part}.{index}", tensors) for index, saved in enumerate(every)]
         for part, every in described["layers"].items()
@@ -65,6 +68,23 @@ def load_prefix(model: Any, path: str | Path) -> Prefix:
         source=source,
         has_media=described["has_media"],
     )
+
+
+def _places(model: Any) -> dict[str, torch.device]:
+    """By part and number, where the layers of a model over several devices want what they keep."""
+    if len(devices_of(model.module)) < 2:
+        return {}
+    names, found = model._tree.names, dict[str, torch.device | None]()
+    stacks: dict[str, Any] = {} if names is None else names.stacks
+    for number, (path, *_) in enumerate(stacks.get("layers", ())):
+        device = device_of(model.module.get_submodule(path))
+        for part in ("self", "cross"):
+            found[f"{part}.{number}"] = device
+    return {name: device for name, device in found.items() if device is not None}
+
+
+def _layer_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
 
 
 # -- write ----------------------------------------------------------------------------------------

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from tracekit.capture import user_traceback
 from tracekit.core.dry import DryMode
+from tracekit.core.offload import places_of
 from tracekit.core.tree import Tree
 from tracekit.core.twin import copied, twin
-from tracekit.errors import DryRunError
+from tracekit.errors import DryRunError, UnsupportedError
 from tracekit.models.generation import run
 
 _NUMBERS = "making a tensor of others' numbers needs them, and a dry run has none"
@@ -19,8 +23,11 @@ _NUMBERS = "making a tensor of others' numbers needs them, and a dry run has non
 def fake_twin(tree: Tree) -> Tree:
     """A twin of the model on fake tensors."""
     mode = DryMode()
+    mode.places = places_of(tree.root)
     try:
         found = twin(tree, mode.fake_tensor, lambda _: True, has_weights=False)
+    except UnsupportedError:
+        raise
     except Exception as error:
         raise DryRunError(
             f"{type(tree.root).__name__} can't be run dry, as it can't be copied "
@@ -47,6 +54,17 @@ def run_dry(tree: Tree, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]
         f"{type(tree.root).__name__} can't be run dry: {why}. Write trace() for scan(), on a small "
         f"input."
     )
+
+
+def place_of(error: BaseException, module: nn.Module) -> str | None:
+    """The line of the model's code at which `error` came; None if it came elsewhere."""
+    files = {
+        getattr(sys.modules.get(type(each).__module__), "__file__", None)
+        for each in module.modules()
+    }
+    frame = traceback.extract_tb(user_traceback(error))[-1]
+    is_own = frame.filename in files or "/transformers/" in frame.filename
+    return _place(error) if is_own else None
 
 
 def _place(error: BaseException) -> str:

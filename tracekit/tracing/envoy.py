@@ -12,7 +12,7 @@ from torch import nn
 
 from tracekit.capture import showing_own_lines
 from tracekit.core.annex import ANNEX
-from tracekit.core.offload import device_of
+from tracekit.core.offload import device_of, places_of
 from tracekit.core.quirks import own_children
 from tracekit.core.site import Site, Slot
 from tracekit.core.tree import Tree
@@ -28,12 +28,14 @@ from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.taps import check_tappable, is_attention
 from tracekit.interleave.worker import current_mediator
 from tracekit.tracing.at import Spot
+from tracekit.tracing.sharded import called
 from tracekit.tracing.slots import Calls, mediator_of, path_in
 from tracekit.tracing.source import Source, source_of
 from tracekit.tracing.standard import Standard
 
 _SLOTS = ("output", "input", "inputs", "hidden", "skip")
 _VALUES = (*_SLOTS, "next", "calls", "source", "path", "module")
+_HANDS_OUT: Final = frozenset({"state_dict", "get_parameter"})
 # Methods of every module that return the module itself.
 _CHANGES: Final = frozenset(
     {"to", "cpu", "cuda", "eval", "train", "half", "float", "double", "bfloat16", "requires_grad_"}
@@ -177,7 +179,8 @@ class Envoy(Standard):
         tree = self._here()
         if tree.load_first is not None:
             tree.load_first()
-        return tree.module(self._path)(*args, **kwargs)
+        with tree.guard():
+            return called(tree, self._path, args, kwargs)
 
     @showing_own_lines
     def __getattr__(self, name: str) -> Any:
@@ -215,6 +218,11 @@ class Envoy(Standard):
         if load_first is not None and (is_on_meta or callable(value)):
             load_first()  # a method may use the weights, or hand them out
             return getattr(self.module, name)
+        if name in _HANDS_OUT and places_of(module):
+            raise OffloadedError(
+                f"{self._path}.{name}() would hand out weights that are offloaded, not in memory. "
+                f"Take copies: {self._tree.name}.weights.of({self._path})."
+            )
         if is_on_meta:
             raise OffloadedError(
                 f"{self._path}.{name} is offloaded, not in memory: computing with it would give "

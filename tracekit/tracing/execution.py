@@ -43,6 +43,7 @@ from tracekit.tracing.intervention import Intervention
 from tracekit.tracing.overwritten import check_versions
 from tracekit.tracing.rows import AllRows, Copies
 from tracekit.tracing.select import Selector, select
+from tracekit.tracing.sharded import joined
 from tracekit.tracing.sites import Sites
 from tracekit.tracing.timeline import Timeline
 from tracekit.tracing.verified.run import Verifier
@@ -87,6 +88,7 @@ class Execution:
         self._fixtures.touches = None if verifier is None else verifier.touches
         self._ticker: Interleaver | Glance = self._interleaver
         self._hooks.subscriber = self._interleaver
+        self._call = joined(tree, self._interleaver, self._hooks, call, verifier is not None)
 
     def run(self, interventions: Sequence[Intervention]) -> BaseException | None:
         """Run the model, and the interventions beside it; the error that ended it, if one did.
@@ -106,8 +108,8 @@ class Execution:
             error = self._run_at_a_glance(glance, interventions)
         else:
             error = self._run_with_requests(interventions)
-            if glance is not None and error is None and all(map(_was_foreseen, self.mediators)):
-                glance.prove()
+            if glance is not None and error is None:
+                glance.prove(self.mediators)
         try:
             checked = self._checked(is_whole=error is None)
             error = checked if error is None else error
@@ -120,8 +122,8 @@ class Execution:
 
     def _glance_of(self, interventions: Sequence[Intervention]) -> Glance | None:
         """What the blocks will ask, if that is all known and nothing else has a part in the run."""
-        others = self._edits or self._functions or self._fixtures or self._verifier
-        if not interventions or others:
+        others = (self._edits, self._functions, self._fixtures, self._verifier)
+        if not interventions or any(others) or self._interleaver.ranks is not None:
             return None
         blocks = [(each.asked, each.rows) for each in interventions if each.asked is not None]
         if len(blocks) < len(interventions):
@@ -389,10 +391,6 @@ class Execution:
     def _is_recomputed(self, path: str) -> bool:
         above = filter(self._places.is_module, self._places.ancestors(path))
         return any(is_checkpointing(self._tree.module(ancestor)) for ancestor in above)
-
-
-def _was_foreseen(mediator: Mediator) -> bool:
-    return mediator.answers is not None and mediator.answers.is_all
 
 
 def _line() -> str:

@@ -137,7 +137,9 @@ class Fixtures:
     ) -> Recorder:
         rows = mediator.rows if mediator is not None else None
         rows = None if rows is None or rows.is_all else rows
-        made = Recorder(Cache(), self._tree, modules, named, keep, self._kind, self.changes, rows)
+        cache, planner = Cache(), self._tree.planner
+        keep = keep if planner is None else planner.record(cache, keep)
+        made = Recorder(cache, self._tree, modules, named, keep, self._kind, self.changes, rows)
         self.changes.is_wanted = True
         self._recorders.append(made)
         return made

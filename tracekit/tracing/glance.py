@@ -155,8 +155,11 @@ class Glance:
         """Whether the model has served each block in an earlier run of this kind."""
         return all(onlooker.key in self._tree.proven for onlooker in self._onlookers)
 
-    def prove(self) -> None:
-        """The model has served all that was asked."""
+    def prove(self, mediators: Iterable[Mediator]) -> None:
+        """The model has served what was asked; remember that, if all of it was foreseen."""
+        answers = [mediator.answers for mediator in mediators]
+        if not all(each is not None and each.is_all for each in answers):
+            return
         if len(self._tree.proven) >= _KEPT:
             self._tree.proven.clear()
         self._tree.proven.update(onlooker.key for onlooker in self._onlookers)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tracekit.architectures import Key, Sharing, Spelling
 from tracekit.core.keep import Keep
-from tracekit.core.nest import describe, first_tensor, tensors
+from tracekit.core.nest import describe, first_tensor, on_one_device, tensors
 from tracekit.core.tree import Tree
 from tracekit.errors import (
     CacheError,
@@ -114,7 +114,7 @@ class NamedCache(Mapping[str, Tensor]):
         if len({value.shape for value in values}) > 1:
             shapes = ", ".join(str(list(value.shape)) for value in values)
             raise CacheError(f"{name} can't be stacked, its shapes differ: {shapes}.")
-        return torch.stack(values)
+        return torch.stack(on_one_device(values))
 
     def layers_of(self, name: str, stack: str | None = None) -> list[int]:
         """Which layers have the activation: those of `stack(name)`, in order."""

@@ -6,16 +6,12 @@
 #     before a block gets to edit memory that a record shares, the record is copied; what the
 #     model overwrites is copied when it is recorded.
 #
-# Which values a model overwrites is not to be seen from outside, and copying all of them would cost
-# more than the recording. So a site is copied the first time it is recorded, and the original is
-# watched; from then on only those are copied that turned out to be overwritten. Should a model
-# change its habits, the version counters show it at the end, and the run is refused.
-#
 # While the model runs, a hook only appends to a list: the same hook for all modules, and nothing
 # made for each of them. Entries are made when the run has ended.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, final
 from weakref import ref
@@ -34,7 +30,9 @@ from tracekit.tracing.arrivals import await_gradients
 from tracekit.tracing.cache import Cache, Recorded
 from tracekit.tracing.changes import Changes
 from tracekit.tracing.entries import ABSENT
+from tracekit.tracing.habits import Habits
 from tracekit.tracing.listing import Listing, Record
+from tracekit.tracing.offload import offload_of
 from tracekit.tracing.sites import Sites
 
 
@@ -71,10 +69,12 @@ class Recorder:
         self._structures: set[nn.Module] = set()  # of whose outputs all tensors are kept
         self._paths = {module: path for path, module in modules.items()}
         self._named = named
-        self._keep = keep
-        self._habits = tree.overwrites.setdefault(kind, {Slot.INPUT: {}, Slot.OUTPUT: {}})
-        self._originals: list[Record] = []  # of sites recorded for the first time
         self._records: list[Record] = []
+        self._offload = offload_of(keep, self._records)
+        self._keep_gradients = keep  # each at once: they come on other threads
+        self._keep = keep if self._offload is None else replace(keep, outbox=self._offload)
+        known = tree.overwrites.setdefault(kind, {Slot.INPUT: {}, Slot.OUTPUT: {}})
+        self._habits = Habits(known, self._paths, self._keep, tree.planner)
         self._sharing: dict[int, list[int]] = {}  # storage -> records, as far as _indexed
         self._indexed = 0
         self._handed_out: set[int] = set()  # storages that blocks have seen
@@ -126,15 +126,12 @@ class Recorder:
         self, slot: Slot, modules: dict[str, nn.Module]
     ) -> tuple[list[nn.Module], list[nn.Module]]:
         """Modules whose values may be kept as they are, and those whose values are copied."""
-        habits = self._habits[slot]
         is_dry = self._tree.original is not None and not self._tree.gone
+        is_dry = is_dry and self._tree.planner is None  # that does all that a real run does
         if not self._keep.detach or is_dry:
             # a copy would have no gradient; the values of a dry run can't be overwritten
             return list(modules.values()), []
-        plain = [module for path, module in modules.items() if habits.get(path) is False]
-        if len(plain) == len(modules):
-            return plain, []
-        return plain, [m for path, m in modules.items() if habits.get(path) is not False]
+        return self._habits.divide(slot, modules)
 
     def _mark(self) -> None:
         self._marks.append(len(self._records))
@@ -153,20 +150,22 @@ class Recorder:
     def _see_output_copied(self, module: nn.Module, args: Any, output: Any) -> None:
         if not is_elsewhere(self._thread):
             output = self._part(module, Slot.OUTPUT, output)
-            self._add(module, Slot.OUTPUT, self._keep(self._copied(module, Slot.OUTPUT, output)))
+            self._add(
+                module, Slot.OUTPUT, self._keep(self._habits.copied(module, Slot.OUTPUT, output))
+            )
 
     def _see_inputs(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if is_elsewhere(self._thread):
             return
         inputs = self._part(module, Slot.INPUT, (args, kwargs))
         if self._keep.detach:
-            inputs = self._copied(module, Slot.INPUT, inputs)
+            inputs = self._habits.copied(module, Slot.INPUT, inputs)
         self._add(module, Slot.INPUT, (self._keep(inputs[0]), self._keep(inputs[1])))
 
     def _see_gradients(self, module: nn.Module, args: Any, output: Any) -> None:
         if not is_elsewhere(self._thread):  # behind the hook that has recorded the output
             mine = self._part(module, Slot.OUTPUT, output)
-            awaited, nodes = await_gradients(mine, self._keep)
+            awaited, nodes = await_gradients(mine, self._keep_gradients)
             self._awaited[len(self._records) - 1] = awaited
             self._nodes += nodes
 
@@ -209,10 +208,10 @@ class Recorder:
             return
         kept = self._sites.cut(Site(self._paths[module], slot), found)
         if kept is found and self._keep.detach:
-            kept = self._copied(module, slot, kept)
+            kept = self._habits.copied(module, slot, kept)
         self._add(module, slot, self._keep(kept))
         if has_grads:
-            awaited, nodes = await_gradients(found, self._keep)
+            awaited, nodes = await_gradients(found, self._keep_gradients)
             self._awaited[len(self._records) - 1] = awaited
             self._nodes += nodes
 
@@ -227,21 +226,6 @@ class Recorder:
             kept = map_leaves(self._apart, kept)
         versions = tuple(map(version, tensors(kept)))
         self._records.append((module, slot, self._run.step, kept, versions))
-
-    def _copied(self, module: nn.Module, slot: Slot, value: Any) -> Any:
-        """`value`, copied where the model overwrites it, or where that is not known yet."""
-        habit = self._habits[slot].get(self._paths[module])
-        if habit is False:
-            return value
-
-        def copied(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor) or not self._keep.shares(leaf):
-                return leaf
-            if habit is None:
-                self._originals.append((module, slot, 0, leaf.detach(), version(leaf)))
-            return leaf.clone()
-
-        return map_leaves(copied, value)
 
     def _apart(self, leaf: Any) -> Any:
         is_shared = isinstance(leaf, Tensor) and storage_key(leaf) in self._handed_out
@@ -281,10 +265,9 @@ class Recorder:
         module, slot, step, value, then = record
         now = version(value) if isinstance(then, int) else tuple(map(version, tensors(value)))
         if now != then:
-            path = self._paths[module]
-            self._habits[slot][path] = True  # it is copied from now on
+            self._habits.note_overwritten(module, slot)
             raise OverwrittenError(
-                f"{path}.{slot.value} (step {step}) was overwritten in place after "
+                f"{self._paths[module]}.{slot.value} (step {step}) was overwritten in place after "
                 f"it was recorded, which it was not in an earlier run; record copies of "
                 f"everything, with tracer.cache(..., clone=True)."
             )
@@ -297,7 +280,9 @@ class Recorder:
         `was_whole` says that the run was neither stopped nor made to skip a module: what such a
         run did not overwrite may yet be overwritten by another.
         """
-        self._learn(was_whole)
+        self._habits.learn(was_whole)
+        if self._offload is not None:
+            self._refused |= self._offload.finish()
         self._list()
         self._awaited.clear()
         self._nodes.clear()
@@ -311,8 +296,12 @@ class Recorder:
         and raises OverwrittenError once.
         """
         self._refuse_overwritten()
+        if self._offload is not None:
+            self._offload.ship()
         for index in range(self._read, len(self._records)):
             self._records[index] = self._with_own(self._records[index])
+        if self._offload is not None:
+            self._offload.fence()
         self._list()
         self._read = self._listing.count
         self.cache._show(self._told())  # pyright: ignore[reportPrivateUsage] - the recorder fills it
@@ -342,8 +331,8 @@ class Recorder:
 
     def _with_own(self, record: Record) -> Record:
         module, slot, step, value, versions = record
-        habit = self._habits[slot].get(self._paths[module])
-        if self._keep.clone or (self._keep.detach and habit is not False):
+        is_plain = self._habits.of(module, slot) is False
+        if self._keep.clone or (self._keep.detach and not is_plain):
             return record  # it was copied when it was recorded
         return module, slot, step, map_leaves(_cloned, value), versions
 
@@ -354,6 +343,8 @@ class Recorder:
 
     def check(self, was_whole: bool) -> None:
         """Raise if a record is not what was seen, or if a module that was named did not run."""
+        if self._offload is not None:
+            self._offload.check()
         for index in range(self._read, len(self._records)):
             _, _, _, value, then = self._records[index]
             if isinstance(then, int) and then >= 0 and value._version == then:
@@ -371,15 +362,6 @@ class Recorder:
                 f"({len(named or missing)} such of {len(asked)}); its weights may be used "
                 f"without calling it. Name modules that run: tracer.cache() shows them."
             )
-
-    def _learn(self, was_whole: bool) -> None:
-        for module, slot, _, original, then in self._originals:
-            path = self._paths[module]
-            if version(original) != then:
-                self._habits[slot][path] = True
-            elif was_whole:
-                self._habits[slot].setdefault(path, False)
-        self._originals.clear()
 
 
 def _cloned(leaf: Any) -> Any:

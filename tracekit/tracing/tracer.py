@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import FrameType, TracebackType
@@ -19,7 +20,7 @@ from tracekit.capture import (
 )
 from tracekit.core.settings import settings
 from tracekit.core.site import Site, Slot
-from tracekit.core.tree import Tree
+from tracekit.core.tree import Planner, Tree
 from tracekit.errors import CacheError, CaptureError, InputError, OutsideTraceError
 from tracekit.interleave.mediator import Mediator
 from tracekit.interleave.worker import current_mediator
@@ -32,6 +33,7 @@ from tracekit.tracing.graph import Graph, Log
 from tracekit.tracing.inplace import InPlace
 from tracekit.tracing.invoke import Barrier, Batch, Gathered, Invoke, gathered_of
 from tracekit.tracing.named_cache import NamedCache, keep_of, record_named
+from tracekit.tracing.planned import Plan, plan_of
 from tracekit.tracing.quiet import asks_for_nothing
 from tracekit.tracing.select import Selector
 from tracekit.tracing.sites import PosSlice
@@ -40,7 +42,7 @@ from tracekit.tracing.unentered import warn_if_dropped
 from tracekit.tracing.verified.report import EditReport
 from tracekit.tracing.verified.run import Verifier, report_of
 from tracekit.tracing.wanted import Names, wanted
-from tracekit.tracing.ways import Lifted, Quiet, Way
+from tracekit.tracing.ways import Lifted, Quiet, Way, abandon, without_own
 
 T = TypeVar("T")
 
@@ -70,9 +72,10 @@ class Tracer:
         self._told = ""
         self._log = Log()  # of the run
         self._is_used = False
+        self.planner: Planner | None = None
 
-    def __del__(self) -> None:
-        if not self._is_used:
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not self._is_used and not is_ending():  # the names of this module may be gone then
             is_dry = self._tree.original is not None and not self._tree.gone
             warn_if_dropped("model.scan" if is_dry else "model.trace")
 
@@ -234,6 +237,11 @@ class Tracer:
         """
         return report_of(self._verifier)
 
+    @property
+    def plan(self) -> Plan:
+        """Behind the block of `with model.plan(...) as tracer:`, what the run will hold."""
+        return plan_of(self.planner)
+
     def explain(self) -> str:
         """In which way the block ran, and why; its source and syntax tree if it was captured."""
         if not self._told:
@@ -351,7 +359,7 @@ class Tracer:
         assert way is not None
         if error is not None and not way.is_own(error):
             self._way = None
-            _abandon(way, error)
+            abandon(way, error)
             drop_machinery(error)
             return None
         handled = error.__context__ if error is not None else None  # what the user is handling
@@ -359,7 +367,7 @@ class Tracer:
         try:
             failure = way.finish()
         except KeyboardInterrupt as interrupt:  # perhaps before its first line
-            _abandon(way, interrupt)
+            abandon(way, interrupt)
             raise
         finally:
             self._way = None
@@ -367,7 +375,7 @@ class Tracer:
             return True  # pyright: ignore[reportReturnType] - it swallows the skip of the body
         # A bare raise goes on with the traceback as it stands, and does not add this frame: the
         # user sees own lines alone. The context was the skip of the body, which is no news.
-        context = _without_own(failure, handled, way)
+        context = without_own(failure, handled, way)
         try:
             raise failure
         except BaseException as shown:
@@ -375,24 +383,3 @@ class Tracer:
             raise
         finally:
             del failure, context, handled, way
-
-
-def _abandon(way: Way, error: BaseException) -> None:
-    try:
-        way.abandon(error)
-    except KeyboardInterrupt:  # perhaps before its first line
-        way.abandon(error)
-        raise
-
-
-def _without_own(
-    error: BaseException, handled: BaseException | None, way: Way
-) -> BaseException | None:
-    """The context of `error`, with what the user is handling in the place of the way's own."""
-    link = error
-    while link.__context__ is not None and link.__context__ is not handled:
-        if way.is_own(link.__context__):
-            break
-        link = link.__context__
-    link.__context__ = handled if link is not handled else None
-    return error.__context__

@@ -114,3 +114,25 @@ class Lifted(Way):
             return self.execution.run([own])
         finally:
             body.hand_back()
+
+
+def abandon(way: Way, error: BaseException) -> None:
+    """Let go of a way, also if Ctrl-C comes meanwhile."""
+    try:
+        way.abandon(error)
+    except KeyboardInterrupt:  # perhaps before its first line
+        way.abandon(error)
+        raise
+
+
+def without_own(
+    error: BaseException, handled: BaseException | None, way: Way
+) -> BaseException | None:
+    """The context of `error`, with what the user is handling in the place of the way's own."""
+    link = error
+    while link.__context__ is not None and link.__context__ is not handled:
+        if way.is_own(link.__context__):
+            break
+        link = link.__context__
+    link.__context__ = handled if link is not handled else None
+    return error.__context__
