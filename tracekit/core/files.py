@@ -63,9 +63,11 @@ def remove_parts(path: Path) -> None:
 
 def remove_empty_parts(folder: Path) -> None:
     """Remove what processes have left that were killed when their file had its name already."""
-    for part in folder.glob(".*.part"):
-        with suppress(OSError):  # a file is in it: somebody writes it, or did not end
-            part.rmdir()
+    end = ".safetensors"
+    for part in folder.glob(f".*{end}.*.part"):
+        if (folder / (part.name[1:].partition(f"{end}.")[0] + end)).exists():  # else begun just now
+            with suppress(OSError):  # a file is in it: somebody writes it, or did not end
+                part.rmdir()
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
