@@ -151,7 +151,7 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(
     def fails(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(files, "_flush", fails)
+    monkeypatch.setattr(files, "flush", fails)
     with pytest.raises(OSError, match="no space left"):
         write_tensors(path, {"wide": torch.ones(3)}, FORMAT)
     assert path.read_bytes() == before

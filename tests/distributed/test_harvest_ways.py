@@ -185,7 +185,7 @@ def test_a_model_travels_with_its_edits_names_and_changed_weights() -> None:
     with torch.no_grad():
         model.module.transformer.wte.weight[5] += 1
     with model.edit(inplace=True):
-        model.blocks[1].output[:] *= 0.5
+        model.blocks[1].resid_post[:] *= 0.5
     found = unpacked(packed(model), "cpu")
     assert len(found.edits) == 1 and found.blocks[1].path == "gpt.transformer.h.1"
     assert found.module.lm_head.weight is found.module.transformer.wte.weight

@@ -73,7 +73,7 @@ def told(
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: b"" if path.is_dir() else path.read_bytes() for path in folder.iterdir()}
 
 
 def killed_by(run: Callable[[], object]) -> int:

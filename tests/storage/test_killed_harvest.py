@@ -51,4 +51,4 @@ def test_the_kills_were_at_all_stages(kills: list[dict[str, Any]]) -> None:
     assert by_name["half of a file written"]["parts"] == 1
     assert by_name["before the file is flushed"]["parts"] == 1
     assert by_name["before it has its name"]["parts"] == 1
-    assert by_name["before the directory is flushed"]["parts"] == 0
+    assert by_name["before the directory is flushed"]["shards"] == 1

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, cast, final
 
@@ -38,21 +40,34 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], described: Mapping[
     told = json.dumps({**described, "tensors": checks}, sort_keys=True)
     part = _part_of(path)
     try:
-        part.touch()
-        mode = part.stat().st_mode  # as the user's umask has it; safetensors has its own idea
-        save_file(own, part, {_KEY: f"{zlib.crc32(told.encode()):08x} {told}"})
-        part.chmod(mode)
-        flush(part)
-        part.replace(path)
+        part.mkdir(exist_ok=True)
+        file = part / path.name
+        file.touch()
+        mode = file.stat().st_mode  # as the user's umask has it; safetensors has its own idea
+        save_file(own, file, {_KEY: f"{zlib.crc32(told.encode()):08x} {told}"})
+        file.chmod(mode)
+        flush(file)
+        file.replace(path)
         flush(path.parent)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def remove_parts(path: Path) -> None:
     """Remove what processes that were killed while they wrote `path` have left."""
     for part in path.parent.glob(f".{path.name}.*.part"):
-        part.unlink(missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        if not part.is_dir():
+            part.unlink(missing_ok=True)
+
+
+def remove_empty_parts(folder: Path) -> None:
+    """Remove what processes have left that were killed when their file had its name already."""
+    end = ".safetensors"
+    for part in folder.glob(f".*{end}.*.part"):
+        if (folder / (part.name[1:].partition(f"{end}.")[0] + end)).exists():  # else begun just now
+            with suppress(OSError):  # a file is in it: somebody writes it, or did not end
+                part.rmdir()
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,6 +83,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _part_of(path: Path) -> Path:
+    """A directory: safetensors writes beside its file, under a name that it draws."""
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
 
 

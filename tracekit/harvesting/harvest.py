@@ -12,7 +12,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from tracekit.core.files import remove_parts
+from tracekit.core.files import remove_empty_parts, remove_parts
 from tracekit.errors import InputError, StorageError
 from tracekit.harvesting.capture import Capture, Positions, kept_of
 from tracekit.harvesting.contexts import Context, Reading
@@ -237,6 +237,7 @@ class Harvest:
                     shown.skip(size)
                 else:
                     writer.put(self._made(number, shown), partial(shown.finish, size))
+        remove_empty_parts(self.out)
 
     def run_shard(self, number: int, progress: Progress | None = None) -> Path:
         """Make one shard, whether it is there or not; its path."""
