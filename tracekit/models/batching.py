@@ -225,3 +225,23 @@ class Padded:
     def joined(self, inputs: list[Inputs]) -> Inputs:
         _, kwargs = join_inputs(inputs, self._pad, self._side)
         return (), self._fitted(kwargs)
+
+
+@final
+class Joined:
+    """Inputs of any module: joined along their first axis, beside what all calls `share`."""
+
+    def __init__(self, shared: dict[str, Any]) -> None:
+        self._shared = shared
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        return args, kwargs
+
+    def joined(self, inputs: list[Inputs]) -> Inputs:
+        args, kwargs = join_inputs(inputs)
+        return args, {**kwargs, **self._shared}
+
+
+def is_without_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether no tensor is given: the inputs come with invokes, then."""
+    return not args and not any(True for _ in tensors(kwargs))

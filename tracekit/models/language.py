@@ -17,7 +17,7 @@ from tracekit.errors import InputError, LoadingError
 from tracekit.models import inputs as feeding
 from tracekit.models import loading
 from tracekit.models.answering import Answering
-from tracekit.models.batching import Batch, Padded
+from tracekit.models.batching import Batch, Padded, is_without_input
 from tracekit.models.behind import (
     behind,
     generate_behind,
@@ -30,7 +30,6 @@ from tracekit.models.fresh import config_of, fresh_model, refuse_to_run
 from tracekit.models.generate_options import refuse_in_header, translated
 from tracekit.models.generation import generate
 from tracekit.models.lengths import count_steps
-from tracekit.models.model import is_without_input
 from tracekit.models.options import check_options
 from tracekit.models.padding import fit_padding
 from tracekit.models.prefill import beginning, extended, prefill

@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, final, overload
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from tracekit.architectures import names_of
 from tracekit.capture import caller_frame, is_with_item, showing_own_lines
-from tracekit.core.nest import tensors
 from tracekit.core.renames import Rename, Renames
 from tracekit.core.tree import Tree
 from tracekit.errors import InputError
-from tracekit.models.batching import Batch, Inputs, join_inputs
+from tracekit.models.batching import Batch, Joined, is_without_input
 from tracekit.models.face import calling
 from tracekit.models.functional import Functional
 from tracekit.models.generation import forward, generate, generation
@@ -278,7 +277,7 @@ class Model(Functional):
     def _batch(
         self, shared: dict[str, Any], call: Callable[..., Any], kind: str, twin: Tree | None = None
     ) -> Batch:
-        return Batch(_Joined(shared), twin or self._tree, call, kind)
+        return Batch(Joined(shared), twin or self._tree, call, kind)
 
     @showing_own_lines
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -394,26 +393,6 @@ class Model(Functional):
 def _without_edits(value: object) -> object:
     """A model without its edits, as an edit that held them would keep itself alive."""
     return value._with([]) if isinstance(value, Model) else value  # pyright: ignore[reportPrivateUsage] - same file
-
-
-@final
-class _Joined:
-    """Inputs of any module: joined along their first axis, beside what all calls `share`."""
-
-    def __init__(self, shared: dict[str, Any]) -> None:
-        self._shared = shared
-
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        return args, kwargs
-
-    def joined(self, inputs: list[Inputs]) -> Inputs:
-        args, kwargs = join_inputs(inputs)
-        return args, {**kwargs, **self._shared}
-
-
-def is_without_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether no tensor is given: the inputs come with invokes, then."""
-    return not args and not any(True for _ in tensors(kwargs))
 
 
 def _takes_input(module: nn.Module) -> bool:
