@@ -499,7 +499,8 @@ CASES = [
     Case(
         an_edit_of_what_is_not_read_again,
         errors.LostError,
-        "router_logits (line 204) was edited in place, and nothing in the model reads it again, so "
+        f"router_logits ({line(an_edit_of_what_is_not_read_again, 4)}) was edited in place, and "
+        "nothing in the model reads it again, so "
         "the edit would change nothing: edit router_weights or router_indices, or a .clone() to "
         "compute with. [lost]",
     ),

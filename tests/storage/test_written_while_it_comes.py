@@ -239,9 +239,10 @@ class Counted:
     def __call__(self, cache: Cache) -> None:
         recorder: Any = cache._filling()
         held: dict[int, int] = {}
-        records = [*recorder._records, *recorder._originals]
-        for record in records:
-            for tensor in flat(record[3] if record is not None else None):
+        values = [record[3] for record in recorder._records if record is not None]
+        values += [original for _, _, original, _ in recorder._habits._originals]
+        for value in values:
+            for tensor in flat(value):
                 storage = tensor.untyped_storage()
                 held[storage.data_ptr()] = storage.nbytes()
         for found in recorder._listing.found.values():
