@@ -23,6 +23,7 @@ TENSORS = {
     "numbers": torch.arange(900, dtype=torch.int32),
     "scalar": torch.tensor(3.5),
     "empty": torch.zeros(0, 4),
+    "one of two": torch.tensor([1.5, 2.5])[::2],
     "mask": torch.arange(900) % 3 == 0,
     "long rows": torch.randn(3, 40_000),
 }

@@ -38,9 +38,8 @@ def bits(tensor: Tensor) -> Tensor:
     plain = tensor.detach().resolve_conj().contiguous()
     if plain.dtype.is_complex:
         plain = torch.view_as_real(plain)
-    if not plain.numel():  # it may have any stride
-        return torch.empty(0, dtype=torch.uint8)
-    return plain.reshape(-1).view(torch.uint8)
+    flat = plain.as_strided((plain.numel(),), (1,))  # a single number may have any stride
+    return flat.view(torch.uint8)
 
 
 def assert_same_cache(one: Cache, other: Cache) -> None:
