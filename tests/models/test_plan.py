@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,6 +268,20 @@ def test_what_is_recorded_on_a_gpu_that_is_too_small_belongs_on_the_host(
     assert host.recorded == {"cpu": there.recorded["cuda:0"]}
     assert plan("cpu", {"cuda:0": "2MB", "cpu": "1GB"}).verdict == "offload"  # of weights
     assert plan(None, {"cuda:0": "2MB", "cpu": 1000}).verdict == "does not fit"
+
+
+def test_weights_with_the_limit_that_a_plan_names_fit(empty: LanguageModel, tmp_path: Path) -> None:
+    memory: dict[str, str | int] = {"cpu": "3.5MB"}
+    plan = empty.plan("Hello there", max_new_tokens=200, memory=memory)
+    named = re.search(r"max_memory=\{'cpu': '([\d.]+MB)'\}", plan.why)
+    assert plan.verdict == "offload" and named is not None
+    whole = LanguageModel("tracekit/tiny")
+    whole.module.save_pretrained(tmp_path / "model")
+    whole.tokenizer.save_pretrained(tmp_path / "model")
+    limit: dict[str, Any] = {"device_map": "auto", "max_memory": {"cpu": named[1]}}
+    away = LanguageModel(tmp_path / "model", **limit, offload_folder=tmp_path / "disk")
+    assert "disk" in away.module.hf_device_map.values()
+    assert away.plan("Hello there", max_new_tokens=200, memory=memory).verdict == "fits"
 
 
 def test_a_device_of_which_nothing_is_known_is_asked_about(empty: LanguageModel) -> None:

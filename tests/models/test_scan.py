@@ -190,6 +190,21 @@ def test_a_cache_in_a_scan_has_every_entry_with_inputs(lm: LanguageModel) -> Non
         float(mlp.output.sum())
 
 
+@pytest.mark.parametrize("dispatch", [True, False])
+@pytest.mark.parametrize("names", ["resid_post", "blocks.1.ln1.hook_scale", None])
+def test_a_scan_has_the_shapes_of_a_cache_by_names(dispatch: bool, names: str | None) -> None:
+    wanted = (lambda _: True) if names is None else names
+    model = LanguageModel("tracekit/tiny", dispatch=dispatch)
+    with model.scan("Hello there") as tracer:
+        scanned = tracer.cache(names=wanted)
+    with LanguageModel("tracekit/tiny").trace("Hello there") as tracer:
+        real = tracer.cache(names=wanted)
+    assert {name: scanned[name].shape for name in scanned} == {
+        name: real[name].shape for name in real
+    }
+    assert len(real) > 0 and not model._tree.norm_kinds
+
+
 def test_lasting_edits_and_hooks_are_part_of_the_run() -> None:
     module = small()
     edited = Model(module).edit(lambda m: m[0].output.add_(torch.zeros(4)))

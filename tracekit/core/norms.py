@@ -9,6 +9,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from tracekit.core.nest import is_fake
 from tracekit.core.offload import at_hand
 
 _EPSILONS: Final = ("eps", "variance_epsilon", "epsilon", "norm_eps")
@@ -54,6 +55,8 @@ def kind_of(module: nn.Module, x: Tensor, output: object) -> NormKind | None:
     """The kind that gives `output` for `x`; None if there is none."""
     if not isinstance(output, Tensor) or output.shape != x.shape or not x.is_floating_point():
         return None
+    if is_fake(output):  # a dry run asks for shapes, which are those of every kind
+        return NormKind(centers=True, offset=0.0)
     tolerance = 1e-4 if output.dtype in _WIDE else 3e-2
     with torch.no_grad():
         for centers, offset in product((True, False), (0.0, 1.0)):
@@ -90,7 +93,7 @@ def _scale(centered: Tensor, epsilon: float) -> Tensor:
 def may_be_norm(module: Any) -> bool:
     """Whether it calls itself one; where there are no numbers."""
     weight = getattr(module, "weight", None)
-    is_empty = isinstance(weight, Tensor) and weight.is_meta
+    is_empty = isinstance(weight, Tensor) and (weight.is_meta or is_fake(weight))
     return is_empty and "norm" in type(module).__name__.lower()
 
 
@@ -100,7 +103,7 @@ def known_kind(module: Any) -> NormKind | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 1 or not _has_epsilon(module):
         return None
-    if weight.is_meta:
+    if weight.is_meta or is_fake(weight):
         return None
     count = 3 * weight.shape[0]
     x = torch.linspace(-1, 2, count, device=weight.device).sin().add(0.3)

@@ -137,7 +137,8 @@ def _chain(entries: tuple[Entry, ...]) -> TracebackType | None:
 
 
 def _is_line_here(entry: Entry) -> bool:
-    return linecache.getline(entry.filename, entry.line) == entry.text
+    """Whether it is the line of that file here; of what was sent as text, the host has no file."""
+    return linecache.getline(entry.filename, entry.line) == entry.text or not entry.text
 
 
 def _without_text(entry: Entry) -> Entry:

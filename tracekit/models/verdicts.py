@@ -110,11 +110,11 @@ def _weights_elsewhere(need: Need, capacity: ByDevice, device: str) -> str | Non
     if device != _HOST and need.peak[_HOST] + weights - room + need.largest <= capacity[_HOST]:
         return (
             f"with part of the {said(weights)} of weights on the CPU it fits: load it with "
-            f"device_map='auto', max_memory={{0: '{_gigabytes(room)}', 'cpu': ...}}."
+            f"device_map='auto', max_memory={{0: '{_limit(room)}', 'cpu': ...}}."
         )
     return (
         f"with part of the {said(weights)} of weights on disk it fits: load it with "
-        f"device_map='auto', offload_folder=..., max_memory={{'cpu': '{_gigabytes(room)}'}}."
+        f"device_map='auto', offload_folder=..., max_memory={{'cpu': '{_limit(room)}'}}."
     )
 
 
@@ -143,5 +143,7 @@ def _recorded(held: Held) -> int:
     return sum(held.get(label, 0) for label in (RECORDED, KEPT, ORIGINALS))
 
 
-def _gigabytes(size: int) -> str:
-    return f"{max(0, size) / 1e9:.1f}GB"
+def _limit(size: int) -> str:
+    """Bytes as `max_memory` of accelerate takes them, rounded down."""
+    unit, name = (10**9, "GB") if size >= 10**9 else (10**6, "MB")
+    return f"{max(0, size) * 10 // unit / 10:.1f}{name}"
