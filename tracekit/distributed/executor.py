@@ -21,8 +21,11 @@ from tracekit.distributed.messages import Message
 from tracekit.distributed.outline import outline_of
 from tracekit.distributed.parcel import Packer, Parcel, Unpacker
 from tracekit.distributed.stopping import Stoppable
+from tracekit.distributed.streams import METHOD as STREAM
+from tracekit.distributed.streams import emit_items, gains_of
 from tracekit.errors import HostError, RemoteError, TimeLimitError
 from tracekit.models.model import Model
+from tracekit.models.streaming import Stream
 from tracekit.tracing.tracer import Tracer
 
 _UNSENT: Final = object()  # stands for what the block may only delete
@@ -126,8 +129,17 @@ class _Job:
                 self._value = getattr(self._model, method)(*args, **kwargs).run(function)
             elif function is not None:
                 self._value = function(self._model, *args, **kwargs)
+            elif method == STREAM:
+                self._stream(self._model.generate_stream(*args, **kwargs))
             else:
                 self._value = getattr(self._model, method)(*args, **kwargs)
+
+    def _stream(self, stream: Stream) -> None:
+        assert self._emit is not None
+        try:
+            emit_items(stream, self._directory, self._emit)
+        finally:
+            self._bound = gains_of(stream)
 
     def _load(self, key: str) -> Any:
         try:
