@@ -12,6 +12,7 @@ from typing import Any, Final, final
 
 import torch
 
+from tracekit.capture import warn_user
 from tracekit.distributed.directory import ModelDirectory
 from tracekit.distributed.failures import Entry, Failure, error_of
 from tracekit.distributed.left import Left
@@ -83,6 +84,12 @@ class Errand:
         parcel = Parcel.of(bytes(answer.buffers[0]), list(answer.buffers[1:]))
         unpacker = Unpacker(parcel, self.directory, self._packer.objects)
         unpacker.take_changes()
+        for what in head["lost"]:
+            warn_user(
+                f"the block changed {what}, on the host alone: only pickle can tell what is in it, "
+                f"so it is here as it was. Bind what the block makes of it to a name, or use a "
+                f"list, a dict or a plain class."
+            )
         names = {
             key.removeprefix(OF_A_NAME): unpacker.value(key)
             for key in parcel.names
