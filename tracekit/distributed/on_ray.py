@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, final
@@ -19,6 +20,7 @@ from tracekit.models.model import Model
 from tracekit.tracing.relay import Relay
 
 _LOOK: Final = 0.5  # seconds between two looks for an interrupt
+_TRIES: Final = 60  # looks for a new actor; also the seconds that it has to load its model
 
 
 def _ray() -> Any:
@@ -140,7 +142,21 @@ class RayHost(ModelHost):
                 raise LoadingError(f"the model of the host can't be made: {text[-1]}") from None
             raise HostError(_died("the actor has ended for good")) from None
         except (ray.exceptions.ActorUnavailableError, ray.exceptions.RayActorError):
+            self._wait_for_another()
             raise HostError(_died("Ray makes another one")) from None
+
+    def _wait_for_another(self) -> None:
+        """Until Ray has made the actor anew: until then it refuses what it is sent."""
+        ray = _ray()
+        for _ in range(_TRIES):
+            try:
+                ray.get(self._actor.stop.remote(), timeout=_TRIES)
+            except ray.exceptions.ActorDiedError:
+                return
+            except ray.exceptions.RayActorError:
+                time.sleep(_LOOK)
+            else:
+                return
 
     def _streamed(self, steps: Any, timeout: float | None, hear: Heard | None) -> Message:
         """The answer behind the items; the limit holds for each step anew, the actor's for all."""
