@@ -23,3 +23,12 @@ class OddError(Exception):
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
         self.two = two
+
+
+class Meter:
+    """An object that has slots, and so no `__dict__` to compare."""
+
+    __slots__ = ("seen",)
+
+    def __init__(self) -> None:
+        self.seen = 0

@@ -26,13 +26,15 @@ def opened(transport: str, model: LanguageModel) -> Iterator[ModelHost]:
             yield host
             host.close()
     else:
-        with on_ray() as found:
-            yield found
+        with ray_cluster():
+            host = serve_on_ray("tracekit/tiny")
+            yield host
+            host.close()
 
 
 @contextmanager
-def on_ray() -> Iterator[ModelHost]:
-    """A host on a Ray of two workers, which is started here and ends at the end."""
+def ray_cluster() -> Iterator[None]:
+    """A Ray of two workers, which is started here and ends at the end."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own
         patch.setenv("RAY_AUTH_MODE", "disabled")
@@ -50,8 +52,6 @@ def on_ray() -> Iterator[ModelHost]:
             runtime_env=environment,
         )
         try:
-            host = serve_on_ray("tracekit/tiny")
-            yield host
-            host.close()
+            yield
         finally:
             ray.shutdown()

@@ -17,6 +17,7 @@ from tracekit.distributed.messages import Message
 from tracekit.distributed.supervisor import Pipe
 from tracekit.distributed.wire import hurry, receive, send
 from tracekit.errors import HostError, InputError, LoadingError, TimeLimitError
+from tracekit.interleave.protocol import Unwind
 
 _LOOK: Final = 0.2  # seconds between two looks for an interrupt
 
@@ -141,6 +142,10 @@ class SocketHost(ModelHost):
                 if was_stopped:  # pressed again: leave it alone there
                     raise
                 was_stopped = True
+                send(pipe, Message("stop"))
+                continue
+            except Unwind:  # nobody wants more of a stream
+                hear = None
                 send(pipe, Message("stop"))
                 continue
             message = receive(pipe)

@@ -12,6 +12,7 @@ from typing import Any, Final, final
 
 import torch
 
+from tracekit.capture import warn_user
 from tracekit.distributed.directory import ModelDirectory
 from tracekit.distributed.failures import Entry, Failure, error_of
 from tracekit.distributed.left import Left
@@ -41,8 +42,8 @@ class Errand:
                 "a model with lasting edits or hooks can't be traced on a host, as these are here: "
                 "make the edits in the block, or edit the model that is served."
             )
-        self._directory = ModelDirectory(work.model, True, device or "cpu", host)
-        self._packer = Packer(self._directory, may_send_code=python == python_here())
+        self.directory = ModelDirectory(work.model, True, device or "cpu", host)
+        self._packer = Packer(self.directory, may_send_code=python == python_here())
         self.program = self._program(work, timeout)
 
     def _program(self, work: Work, timeout: float | None) -> Message:
@@ -81,8 +82,14 @@ class Errand:
         """What came of it, with this side's objects changed as they were over there."""
         head = answer.head
         parcel = Parcel.of(bytes(answer.buffers[0]), list(answer.buffers[1:]))
-        unpacker = Unpacker(parcel, self._directory, self._packer.objects)
+        unpacker = Unpacker(parcel, self.directory, self._packer.objects)
         unpacker.take_changes()
+        for what in head["lost"]:
+            warn_user(
+                f"the block changed {what}, on the host alone: only pickle can tell what is in it, "
+                f"so it is here as it was. Bind what the block makes of it to a name, or use a "
+                f"list, a dict or a plain class."
+            )
         names = {
             key.removeprefix(OF_A_NAME): unpacker.value(key)
             for key in parcel.names

@@ -18,11 +18,15 @@ from tracekit.distributed.failures import failure_of
 from tracekit.distributed.fingerprint import fingerprint_of
 from tracekit.distributed.kinds import has_changed, snapshot
 from tracekit.distributed.messages import Message
+from tracekit.distributed.opaque import changed_ones, digests, told
 from tracekit.distributed.outline import outline_of
 from tracekit.distributed.parcel import Packer, Parcel, Unpacker
 from tracekit.distributed.stopping import Stoppable
+from tracekit.distributed.streams import METHOD as STREAM
+from tracekit.distributed.streams import emit_items, gains_of
 from tracekit.errors import HostError, RemoteError, TimeLimitError
 from tracekit.models.model import Model
+from tracekit.models.streaming import Stream
 from tracekit.tracing.tracer import Tracer
 
 _UNSENT: Final = object()  # stands for what the block may only delete
@@ -98,6 +102,7 @@ class _Job:
         self._directory = ModelDirectory(model, False)
         self._unpacker = Unpacker(self._parcel, self._directory)
         self._before: list[object] = []  # how each object was
+        self._digests: dict[int, object] = {}  # of those that only pickle can tell of
         self._given: dict[str, Any] = {}  # names, as they were
         self._bound: dict[str, Any] = {}  # names, as they are
         self._code: CodeType | None = None
@@ -117,6 +122,7 @@ class _Job:
         }
         directory = self._directory
         self._before = [snapshot(value, directory.state_of) for value in self._unpacker.objects]
+        self._digests = digests(self._unpacker.objects, directory)
         method = self._head["method"]
         with _modes(self._head["modes"]):
             if self._block is not None:
@@ -126,8 +132,17 @@ class _Job:
                 self._value = getattr(self._model, method)(*args, **kwargs).run(function)
             elif function is not None:
                 self._value = function(self._model, *args, **kwargs)
+            elif method == STREAM:
+                self._stream(self._model.generate_stream(*args, **kwargs))
             else:
                 self._value = getattr(self._model, method)(*args, **kwargs)
+
+    def _stream(self, stream: Stream) -> None:
+        assert self._emit is not None
+        try:
+            emit_items(stream, self._directory, self._emit)
+        finally:
+            self._bound = gains_of(stream)
 
     def _load(self, key: str) -> Any:
         try:
@@ -184,7 +199,9 @@ class _Job:
             if has_changed(value, before, self._directory.state_of):
                 packer.note_change(number, value)
         failure = None if error is None else asdict(failure_of(error, self._code))
+        lost = changed_ones(self._digests, self._unpacker.objects, self._directory)
         head = {"failure": failure, "left": left, "removed": self._gone}
+        head["lost"] = [name for name in (told(value, self._given) for value in lost) if name]
         return Message("answer", head, [packer.parcel.index(), *packer.parcel.buffers])
 
     def _new_names(self) -> dict[str, Any]:

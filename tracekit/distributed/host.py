@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -15,8 +16,10 @@ from tracekit.distributed.errand import Errand
 from tracekit.distributed.fingerprint import check_same, fingerprint_of
 from tracekit.distributed.messages import Message
 from tracekit.distributed.outline import model_of
+from tracekit.distributed.streams import Openness, stream_from
 from tracekit.errors import HostError
 from tracekit.models.model import Model
+from tracekit.models.streaming import Stream
 from tracekit.tracing.elsewhere import Done, Work
 
 H = TypeVar("H", bound="ModelHost")
@@ -38,6 +41,7 @@ class ModelHost(ABC):
         self.timeout = timeout
         self._known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # roots that are the host's
         self._own: Model | None = None
+        self._openness = Openness()
         self.sent = 0  # bytes, in the last run
         self.received = 0
 
@@ -47,6 +51,7 @@ class ModelHost(ABC):
     def model(self) -> Model:
         """The host's model without its weights: for paths, shapes, and traces on the host."""
         if self._own is None:
+            self._openness.check()
             self._own = model_of(self._exchange(Message("outline"), None), self)
             self._known[self._own.module] = True
         return self._own
@@ -62,6 +67,11 @@ class ModelHost(ABC):
         if is_with_item(caller_frame()):
             return self.model.generation(*args, on=self, **kwargs)
         return self.model.generate(*args, on=self, **kwargs)
+
+    @showing_own_lines
+    def generate_stream(self, *args: Any, **kwargs: Any) -> Stream:
+        """`for text in host.generate_stream(prompt, max_new_tokens=8):` gives each step's text."""
+        return self.model.generate_stream(*args, on=self, **kwargs)
 
     @showing_own_lines
     def run(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
@@ -87,10 +97,29 @@ class ModelHost(ABC):
 
         OtherModelError if the model is another one; UnsendableError for a value that can't be sent.
         """
+        self._openness.check()
+        return self._carry_out(self._errand(work), self._hear)
+
+    def stream(self, work: Work) -> Stream:
+        """The Stream of a generation, which begins on the host when its first item is wanted.
+
+        Values are packed now. StreamError, at the first item, while another one is gone through.
+        """
+        self._openness.check()
+        errand = self._errand(work)
+
+        def carry_out(hear: Heard) -> Done:
+            return self._carry_out(errand, partial(self._hear, item=hear))
+
+        return stream_from(carry_out, errand.directory, self._openness)
+
+    def _errand(self, work: Work) -> Errand:
         self._check(work.model)
-        errand = Errand(work, self._hello()["python"], self.device, self.timeout, self)
+        return Errand(work, self._hello()["python"], self.device, self.timeout, self)
+
+    def _carry_out(self, errand: Errand, hear: Heard) -> Done:
         self.sent = errand.program.size
-        answer = self._exchange(errand.program, self._hear)
+        answer = self._exchange(errand.program, hear)
         self.received = answer.size
         return errand.done(answer)
 
@@ -100,9 +129,11 @@ class ModelHost(ABC):
             check_same(fingerprint_of(model), self._hello()["model"], self)
             self._known[root] = True
 
-    def _hear(self, message: Message) -> None:
+    def _hear(self, message: Message, item: Heard | None = None) -> None:
         if message.kind == "print":
             print(message.head["text"], end="", flush=True)
+        elif message.kind == "item" and item is not None:
+            item(message)
         else:
             raise HostError(f"the host sent a {message.kind!r} where an answer was to come.")
 
@@ -114,5 +145,6 @@ class ModelHost(ABC):
     def _exchange(self, message: Message, hear: Heard | None) -> Message:
         """Send a message, hear what comes meanwhile, and give the answer.
 
-        On KeyboardInterrupt the work is stopped over there, and its answer given all the same.
+        On KeyboardInterrupt the work is stopped over there, and its answer given all the same;
+        also on Unwind, which `hear` raises when nobody wants what comes.
         """

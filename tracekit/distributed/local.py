@@ -34,7 +34,11 @@ class LocalHost(ModelHost):
         return dict(self._executor.hello().copied().head)
 
     def _exchange(self, message: Message, hear: Heard | None) -> Message:
-        return self._executor.respond(message.copied()).copied()
+        def emit(item: Message) -> None:
+            if hear is not None:
+                hear(item.copied())
+
+        return self._executor.respond(message.copied(), emit).copied()
 
     def __repr__(self) -> str:
         return f"<LocalHost of {type(self._executor.model.module).__name__}>"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -11,11 +12,15 @@ import torch
 from tracekit.capture import showing_own_lines
 from tracekit.distributed.host import Heard, ModelHost
 from tracekit.distributed.messages import Message
+from tracekit.distributed.streams import METHOD as STREAM
 from tracekit.distributed.supervisor import GRACE
 from tracekit.errors import HostError, LoadingError, TimeLimitError, UnsupportedError
+from tracekit.interleave.protocol import Unwind
 from tracekit.models.model import Model
+from tracekit.tracing.relay import Relay
 
 _LOOK: Final = 0.5  # seconds between two looks for an interrupt
+_TRIES: Final = 60  # looks for a new actor; also the seconds that it has to load its model
 
 
 def _ray() -> Any:
@@ -37,6 +42,21 @@ class _Actor:
     def respond(self, kind: str, head: Any, buffers: list[Any]) -> tuple[str, Any, list[Any]]:
         answer = self._executor.respond(Message(kind, head, buffers))
         return answer.kind, dict(answer.head), [bytes(each) for each in answer.buffers]
+
+    def respond_in_steps(
+        self, kind: str, head: Any, buffers: list[Any]
+    ) -> Iterator[tuple[str, Any, list[Any]]]:
+        """What comes before the answer, as it comes, and the answer."""
+
+        def run(relay: Relay) -> None:
+            relay.hand_over(self._executor.respond(Message(kind, head, buffers), relay.hand_over))
+
+        relay = Relay(run)
+        try:
+            while found := relay.advance():
+                yield found[0].kind, dict(found[0].head), [bytes(it) for it in found[0].buffers]
+        finally:
+            relay.close()
 
     def stop(self) -> None:
         self._executor.stop()
@@ -109,8 +129,12 @@ class RayHost(ModelHost):
     def _exchange(self, message: Message, hear: Heard | None) -> Message:
         ray = _ray()
         buffers = [bytes(each) for each in message.buffers]
-        reference = self._actor.respond.remote(message.kind, dict(message.head), buffers)
+        told = (message.kind, dict(message.head), buffers)
         try:
+            if message.head.get("method") == STREAM:
+                steps = self._actor.respond_in_steps.options(num_returns="streaming")
+                return self._streamed(steps.remote(*told), message.head.get("timeout"), hear)
+            reference = self._actor.respond.remote(*told)
             return Message(*self._got(reference, message.head.get("timeout")))
         except ray.exceptions.ActorDiedError as error:
             text = str(error).strip().splitlines()
@@ -118,9 +142,37 @@ class RayHost(ModelHost):
                 raise LoadingError(f"the model of the host can't be made: {text[-1]}") from None
             raise HostError(_died("the actor has ended for good")) from None
         except (ray.exceptions.ActorUnavailableError, ray.exceptions.RayActorError):
+            self._wait_for_another()
             raise HostError(_died("Ray makes another one")) from None
 
+    def _wait_for_another(self) -> None:
+        """Until Ray has made the actor anew: until then it refuses what it is sent."""
+        ray = _ray()
+        for _ in range(_TRIES):
+            try:
+                ray.get(self._actor.stop.remote(), timeout=_TRIES)
+            except ray.exceptions.ActorDiedError:
+                return
+            except ray.exceptions.RayActorError:
+                time.sleep(_LOOK)
+            else:
+                return
+
+    def _streamed(self, steps: Any, timeout: float | None, hear: Heard | None) -> Message:
+        """The answer behind the items; the limit holds for each step anew, the actor's for all."""
+        while True:
+            message = Message(*self._got(steps, timeout))
+            if message.kind not in ("print", "item"):
+                return message
+            try:
+                if hear is not None:
+                    hear(message)
+            except Unwind:  # nobody wants more; waited for, that it stops no later block
+                hear = None
+                _ray().get(self._actor.stop.remote())
+
     def _got(self, reference: Any, timeout: float | None) -> Any:
+        """What a reference, or the next one of a stream of them, stands for."""
         ray = _ray()
         waited, was_stopped = 0.0, False
         limit = None if timeout is None else timeout + GRACE
@@ -135,7 +187,8 @@ class RayHost(ModelHost):
                 limit = waited + GRACE
                 continue
             if ready:
-                return ray.get(reference)
+                is_one = isinstance(reference, ray.ObjectRef)
+                return ray.get(reference if is_one else next(reference))
             waited += _LOOK
             if limit is not None and waited >= limit:
                 ray.kill(self._actor, no_restart=False)

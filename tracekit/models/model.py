@@ -29,7 +29,7 @@ from tracekit.tracing.call import TracedCall
 from tracekit.tracing.declared import Outcome
 from tracekit.tracing.edit import Edit, of_function
 from tracekit.tracing.edits import Editing, Edits, run_edited
-from tracekit.tracing.elsewhere import Host, Sent, called_on
+from tracekit.tracing.elsewhere import Host, Sent, called_on, streamed_on
 from tracekit.tracing.execution import Intervention
 from tracekit.tracing.hooked import Hooked
 from tracekit.tracing.select import Selector
@@ -224,8 +224,13 @@ class Model(Functional):
         `stream.cache` has the modules of `capture`, from the first item on and up to the last one;
         `cache_options` are further arguments of `tracer.cache`. `edits` are made as by
         `Tracer.run`, and `run` is a function, as there, that runs beside all steps. In the end
-        `stream.result` is what `generate` returned.
+        `stream.result` is what `generate` returned. With `on=host` all this is made on a host,
+        which does not wait between items; the cache comes at the end.
         """
+        if options.get("on") is not None:
+            own = {"capture": capture, "edits": [*edits], "run": run, "return_type": return_type}
+            own |= {"cache_options": cache_options, "skip_special_tokens": skip_special_tokens}
+            return streamed_on(self, args, {**own, **options})
         refuse_generation(options)
         self._check_generates()
         texts = self._texts(args, return_type, skip_special_tokens)

@@ -70,6 +70,9 @@ class Gains:
     cache: Cache | None = None
     result: Any = field(default=_NOT_YET)
     value: Any = field(default=_NOT_YET)  # of the function that ran beside it
+    not_yet: str = (  # why there is no cache
+        "a stream records from its first item on: read stream.cache in the loop, or after."
+    )
 
 
 @final
@@ -149,9 +152,7 @@ class Stream(Iterable[Any]):
         What is read while the stream goes is a copy of the model's: it is safe to keep and change.
         """
         if self._gains.cache is None:
-            raise StreamError(
-                "a stream records from its first item on: read stream.cache in the loop, or after."
-            )
+            raise StreamError(self._gains.not_yet)
         return self._gains.cache
 
     @property

@@ -49,6 +49,10 @@ class Host(Protocol):
         """Do the work, and wait for what came of it; its error is in what is returned."""
         ...
 
+    def stream(self, work: Work) -> Any:
+        """The Stream of a generation that is to be gone through step by step."""
+        ...
+
 
 @final
 class Elsewhere(Way):
@@ -135,3 +139,9 @@ def called_on(model: Any, method: str, args: tuple[Any, ...], kwargs: Mapping[st
     if done.error is not None:
         raise done.error
     return done.value
+
+
+def streamed_on(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The stream of the host's model; the host is the option `on`."""
+    given = dict(kwargs)
+    return given.pop("on").stream(Work(model, "generate_stream", args, given))
