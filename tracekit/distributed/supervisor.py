@@ -51,7 +51,11 @@ class Process(Worker):
         start = "from tracekit.distributed.worker import main; main()"
         command = [sys.executable, "-c", start, str(number)]
         self._process = subprocess.Popen(
-            command, pass_fds=[number], stdin=subprocess.DEVNULL, env=environment
+            command,
+            pass_fds=[number],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C is for this process; it says what becomes of a block
         )
         theirs.close()
         self.pipe = ours

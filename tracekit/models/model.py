@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
@@ -21,6 +20,7 @@ from tracekit.models.generation import forward, generate, generation
 from tracekit.models.holdings import Weights
 from tracekit.models.planning import Planner, is_a_block
 from tracekit.models.scanning import fake_twin, run_dry
+from tracekit.models.signatures import takes_input
 from tracekit.models.streaming import Plan, Stream, Streamer, check_streams, stream
 from tracekit.models.texts import Texts
 from tracekit.models.verification import refuse_generation, verify
@@ -87,7 +87,7 @@ class Model(Functional):
         begun = self._begun(start_at_layer, args, kwargs)
         if begun is not None:
             return self._tracer(begun.call, tree=begun.tree, verify=wanted)
-        if is_without_input(args, kwargs) and _takes_input(self._tree.root):
+        if is_without_input(args, kwargs) and takes_input(self._tree.root):
             return self._tracer(self._batch(kwargs, forward, "trace"), verify=wanted)
         return self._tracer(self._pass(args, kwargs), verify=wanted)
 
@@ -138,7 +138,7 @@ class Model(Functional):
         decides by its values.
         """
         twin = fake_twin(self._tree)
-        if is_without_input(args, kwargs) and _takes_input(self._tree.root):
+        if is_without_input(args, kwargs) and takes_input(self._tree.root):
             return self._tracer(self._batch(kwargs, run_dry, "trace", twin), tree=twin)
         return self._tracer(TracedCall(lambda _: run_dry(twin, _, args, kwargs)), tree=twin)
 
@@ -398,7 +398,3 @@ class Model(Functional):
 def _without_edits(value: object) -> object:
     """A model without its edits, as an edit that held them would keep itself alive."""
     return value._with([]) if isinstance(value, Model) else value  # pyright: ignore[reportPrivateUsage] - same file
-
-
-def _takes_input(module: nn.Module) -> bool:
-    return bool(inspect.signature(module.forward).parameters)

@@ -26,6 +26,11 @@ def parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
+def takes_input(module: nn.Module) -> bool:
+    """Whether the module's forward has an argument at all."""
+    return bool(inspect.signature(module.forward).parameters)
+
+
 def is_transformers(module: Any) -> bool:
     """Whether its `generate` is that of transformers, with all its arguments."""
     return any(kind.__name__ == "GenerationMixin" for kind in type(module).__mro__)
