@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
-from tracekit.errors import InputError
+from tracekit.errors import InputError, PaddingError
 from tracekit.harvesting.contexts import Context
 from tracekit.harvesting.sites import Sites
 from tracekit.models.language import LanguageModel
@@ -78,8 +78,32 @@ class Capture:
     ) -> tuple[dict[str, Tensor], Counter[str]]:
         """By site the rows `[rows, …]` at the positions kept of each context, one behind the other.
 
-        On the CPU; and how many values did not fit into the dtype.
+        On the CPU; and how many values did not fit into the dtype. A model that reads its padding
+        gets contexts of one length at a time.
         """
+        try:
+            return self._rows(contexts, kept)
+        except PaddingError:
+            return self._by_length(contexts, kept)
+
+    def _by_length(
+        self, contexts: Sequence[Context], kept: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, Tensor], Counter[str]]:
+        parts: list[dict[str, Tensor]] = [{} for _ in contexts]
+        counts: Counter[str] = Counter()
+        for length in sorted({len(context) for context in contexts}):
+            places = [n for n, context in enumerate(contexts) if len(context) == length]
+            rows, more = self._rows([contexts[n] for n in places], [kept[n] for n in places])
+            counts.update(more)
+            sizes = [len(kept[n]) for n in places]
+            for key, values in rows.items():
+                for n, part in zip(places, values.split(sizes), strict=True):
+                    parts[n][key] = part
+        return {key: torch.cat([part[key] for part in parts]) for key in self._sites.keys}, counts
+
+    def _rows(
+        self, contexts: Sequence[Context], kept: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, Tensor], Counter[str]]:
         ids, inputs = self._inputs(contexts)
         stop = self._sites.stop
         with torch.no_grad():
@@ -88,7 +112,8 @@ class Capture:
             )
         width = ids.shape[1]
         index = torch.tensor(
-            [row * width + place for row, places in enumerate(kept) for place in places]
+            [row * width + place for row, places in enumerate(kept) for place in places],
+            dtype=torch.int64,
         )
         is_all = len(index) == ids.numel()
         counts: Counter[str] = Counter()
