@@ -45,6 +45,7 @@ def ray_cluster() -> Iterator[None]:
         paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), *sys.path]))
         environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
         ray.init(
+            address="local",  # never that of tests beside these, which ends with them
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,

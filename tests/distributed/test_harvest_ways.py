@@ -270,7 +270,7 @@ def ray() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        found.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        found.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield found
         found.shutdown()
 

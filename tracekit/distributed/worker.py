@@ -26,25 +26,43 @@ def work(connection: Connection[Any, Any], make: Callable[[], Model], shows_prin
 
     This thread runs the programs; another one listens, for a "stop" may come at any time.
     """
-    lock = threading.Lock()
+    with _sending(connection) as tell:
+        try:
+            executor = Executor(make())
+            tell(executor.hello())
+        except Exception as error:  # noqa: BLE001 - the server says it
+            text = "".join(traceback.format_exception_only(type(error), error)).strip()
+            tell(Message("failed", {"text": text}))
+            return
+        inbox: SimpleQueue[Message | None] = SimpleQueue()
+        threading.Thread(target=_listen, args=(connection, inbox, executor), daemon=True).start()
+        for message in iter(inbox.get, None):
+            with _prints_told(tell) if shows_prints else nullcontext():
+                answer = executor.respond(message, tell)
+            tell(answer)
 
-    def tell(message: Message) -> None:
-        with lock:
-            send(connection, message)
 
+@contextmanager
+def _sending(connection: Connection[Any, Any]) -> Generator[Callable[[Message], None]]:
+    """What sends messages, from a thread of its own; all are sent when this ends.
+
+    An interrupt comes to the thread of the programs at any line, also in the middle of a message:
+    the other end would take its rest for the next one.
+    """
+    outbox: SimpleQueue[Message | None] = SimpleQueue()
+
+    def send_all() -> None:
+        with suppress(OSError):  # whoever was to read it is gone
+            for message in iter(outbox.get, None):
+                send(connection, message)
+
+    sender = threading.Thread(target=send_all, daemon=True)
+    sender.start()
     try:
-        executor = Executor(make())
-        tell(executor.hello())
-    except Exception as error:  # noqa: BLE001 - the server says it
-        text = "".join(traceback.format_exception_only(type(error), error)).strip()
-        tell(Message("failed", {"text": text}))
-        return
-    inbox: SimpleQueue[Message | None] = SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox, executor), daemon=True).start()
-    for message in iter(inbox.get, None):
-        with _prints_told(tell) if shows_prints else nullcontext():
-            answer = executor.respond(message, tell)
-        tell(answer)
+        yield outbox.put
+    finally:
+        outbox.put(None)
+        sender.join()
 
 
 def _listen(
