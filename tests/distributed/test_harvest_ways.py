@@ -270,6 +270,7 @@ def ray() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # the first Ray of a process says it for all
         found.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield found
         found.shutdown()
